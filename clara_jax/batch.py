@@ -1,0 +1,58 @@
+"""What flows from the data pipeline to the model: arrays with names. See `axes.py` for the letters."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+
+Array = Any  # numpy on the host, jax.Array on devices
+
+
+@struct.dataclass
+class Tokens:
+  """Right-padded rows of token ids: ids [..., L] int32, and how many of each row are real, lengths [...] int32."""
+
+  ids: Array
+  lengths: Array
+
+  def is_real(self) -> Array:
+    """[..., L] bool."""
+    return jnp.arange(self.ids.shape[-1]) < self.lengths[..., None]
+
+
+@struct.dataclass
+class Prompt:
+  """Decoder input with its labels.
+
+  Attributes:
+    tokens: [B, T]; memory slots hold the ids of `<MEM…>` and are filled with memory tokens.
+    label_positions: [B, A] int32, positions whose *next* token is a label.
+    labels: [B, A] int32, those tokens.
+    label_weights: [B, A] float32, 1 for a label, 0 for padding.
+  """
+
+  tokens: Tokens
+  label_positions: Array
+  labels: Array
+  label_weights: Array
+
+
+@struct.dataclass
+class Batch:
+  """Rows of any stage; a stage reads the fields it needs.
+
+  Attributes:
+    prompt: the generator's input and labels.
+    documents: [B, K, L] (scp, instruct) or [B, N, L] (joint, contrastive) encoder inputs; None where memories are given.
+    memories: [B, N, M, D] memory tokens read from a store; None where documents are given.
+    question: [B, L] encoder inputs of the query reasoner (joint, contrastive).
+    is_gold: [B, N] bool, the gold documents among the candidates: a label for the contrastive stage, a metric elsewhere.
+    valid: [B] float32, 0 for rows that only fill up the last batch of an evaluation.
+  """
+
+  prompt: Prompt
+  documents: Tokens | None = None
+  memories: Array | None = None
+  question: Tokens | None = None
+  is_gold: Array | None = None
+  valid: Array | None = None

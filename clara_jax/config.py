@@ -1,0 +1,247 @@
+"""What a run is, as frozen dataclasses.
+
+A config file (see `configs/`) fills an `ml_collections.ConfigDict`; `from_config_dict` turns it into these classes and refuses
+unknown or contradictory fields by name, so that a typing error costs a second and not a run.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Role = Literal["compressor", "query_reasoner", "generator"]
+ROLES: tuple[Role, ...] = ("compressor", "query_reasoner", "generator")
+
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class ConfigError(ValueError):
+  """A field is unknown, missing, of the wrong type or contradicts another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A decoder-only transformer of the Mistral family.
+
+  `vocab_size` is that of the base checkpoint. CLaRa appends its special tokens after it (SPEC: `<MEM0>` … `<MEM{M-1}>`, `<AE>`,
+  `<ENC>`, `<SEP>`); `ClaraConfig.vocab_size` counts them.
+  """
+
+  vocab_size: int
+  width: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_dim: int
+  rope_theta: float = 10_000.0
+  norm_eps: float = 1e-5
+  sliding_window: int | None = None
+  tie_embeddings: bool = False
+  max_positions: int = 32_768
+  initializer_range: float = 0.02
+  dtype: Literal["float32", "bfloat16"] = "bfloat16"
+  param_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+  attention: Literal["xla", "cudnn"] = "xla"
+  remat: Literal["none", "full", "dots"] = "none"
+
+  def __post_init__(self):
+    if self.num_heads % self.num_kv_heads:
+      raise ConfigError(f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}")
+    if self.head_dim % 2:
+      raise ConfigError(f"model.head_dim={self.head_dim} must be even for rotary embeddings")
+    if self.sliding_window is not None and self.sliding_window < 1:
+      raise ConfigError(f"model.sliding_window={self.sliding_window} must be at least 1 or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters (arXiv 2106.09685): `y = x W + (alpha / rank) · dropout(x) A B`."""
+
+  rank: int = 16
+  alpha: float = 32.0
+  dropout: float = 0.1
+  targets: tuple[str, ...] = LORA_TARGETS
+
+  def __post_init__(self):
+    if self.rank < 1:
+      raise ConfigError(f"lora.rank={self.rank} must be at least 1")
+    if not 0 <= self.dropout < 1:
+      raise ConfigError(f"lora.dropout={self.dropout} must be in [0, 1)")
+    if unknown := set(self.targets) - set(LORA_TARGETS):
+      raise ConfigError(f"lora.targets: unknown {sorted(unknown)}; known: {list(LORA_TARGETS)}")
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class ClaraConfig:
+  """The method's own numbers (paper §3; upstream's config.json).
+
+  `center_scores` subtracts the mean memory of a row's candidates from its candidates before the cosine. It is not in the paper
+  and stays off for released checkpoints.
+  """
+
+  model: ModelConfig
+  lora: LoraConfig = LoraConfig()
+  doc_max_length: int = 256
+  compression_rate: int = 32
+  query_max_length: int = 256
+  decoder_max_length: int = 1024
+  top_k: int = 5
+  temperature: float = 0.02
+  masking: Literal["algorithm1", "equation33"] = "algorithm1"
+  mse_weight: float = 0.1
+  center_scores: bool = False
+
+  def __post_init__(self):
+    if self.doc_max_length % self.compression_rate:
+      raise ConfigError(
+          f"doc_max_length={self.doc_max_length} is not a multiple of compression_rate={self.compression_rate}")
+    if self.temperature <= 0:
+      raise ConfigError(f"temperature={self.temperature} must be positive")
+    if self.top_k < 1:
+      raise ConfigError(f"top_k={self.top_k} must be at least 1")
+
+  @property
+  def num_memory_tokens(self) -> int:
+    """M: memory tokens of a document."""
+    return self.doc_max_length // self.compression_rate
+
+  @property
+  def vocab_size(self) -> int:
+    """V with the special tokens: `<MEM0>` … `<MEM{M-1}>`, `<AE>`, `<ENC>`, `<SEP>`."""
+    return self.model.vocab_size + self.num_memory_tokens + 3
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where rows come from and how they are batched.
+
+  `rows` and `eval_rows` are JSONL paths (.gz allowed). `candidates` is N of the joint and contrastive stages. `store` names a
+  memory store with the candidates' memory tokens; without one they are compressed in the step.
+  """
+
+  rows: tuple[str, ...] = ()
+  eval_rows: tuple[str, ...] = ()
+  batch_size: int = 32
+  eval_batch_size: int = 32
+  candidates: int = 20
+  store: str | None = None
+  questions_per_row: int | None = None
+  train_on_questions: bool = True
+  bucket: int = 64
+  prefetch: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """One stage of training. Learning-rate factors let one role move faster than another."""
+
+  stage: str = "scp"
+  steps: int | None = None
+  epochs: float = 1.0
+  learning_rate: float = 1e-4
+  learning_rate_factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  schedule: Literal["cosine", "constant", "linear"] = "cosine"
+  warmup_fraction: float = 0.03
+  final_learning_rate_fraction: float = 0.0
+  weight_decay: float = 0.0
+  beta1: float = 0.9
+  beta2: float = 0.999
+  clip_norm: float = 1.0
+  accumulate: int = 1
+  freeze: tuple[str, ...] = ()
+  fresh_generator: bool = False
+  fresh_query_reasoner: bool = False
+  seed: int = 0
+  log_every: int = 20
+  eval_every: int = 0
+  checkpoint_every: int = 500
+  keep_checkpoints: int = 2
+
+  def __post_init__(self):
+    for name in ("log_every", "checkpoint_every", "accumulate"):
+      if getattr(self, name) < 1:
+        raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
+    if self.steps is not None and self.steps < 1:
+      raise ConfigError(f"train.steps={self.steps} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """Everything `clara train` needs.
+
+  `base` is a Hugging Face directory (safetensors) or the working directory of a `pretrain` run; None starts a fresh base
+  (`pretrain` only). `init_from` is the checkpoint of the stage before. `tokenizer` is a directory; by default the base's own.
+  """
+
+  clara: ClaraConfig
+  data: DataConfig = DataConfig()
+  train: TrainConfig = TrainConfig()
+  base: str | None = None
+  init_from: str | None = None
+  tokenizer: str | None = None
+  mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+def from_config_dict(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
+  """Builds the dataclass `cls` from a ConfigDict or a plain mapping.
+
+  Raises:
+    ConfigError: an unknown field, a missing one, or a value of the wrong type; the message names the field by its full path.
+  """
+  if not isinstance(values, Mapping) and not hasattr(values, "items"):
+    raise ConfigError(f"{where or 'config'}: expected a group of fields for {cls.__name__}, got {values!r}")
+  hints = typing.get_type_hints(cls)
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  made = {}
+  for name, value in values.items():
+    path = f"{where}.{name}" if where else str(name)
+    if name not in fields:
+      raise ConfigError(f"{path}: unknown field of {cls.__name__}; known: {', '.join(sorted(fields))}")
+    made[name] = _coerce(hints[name], value, path)
+  for name, field in fields.items():
+    if name not in made and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+      raise ConfigError(f"{where + '.' if where else ''}{name}: a value is required")
+  try:
+    return cls(**made)
+  except ConfigError as error:
+    raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _coerce(hint: Any, value: Any, path: str) -> Any:
+  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+  if dataclasses.is_dataclass(hint):
+    return value if isinstance(value, hint) else from_config_dict(hint, value, path)
+  if origin in (typing.Union, types.UnionType):
+    if value is None and type(None) in arguments:
+      return None
+    (hint,) = [a for a in arguments if a is not type(None)]
+    return _coerce(hint, value, path)
+  if origin is Literal:
+    if value not in arguments:
+      raise ConfigError(f"{path}={value!r}: expected one of {list(arguments)}")
+    return value
+  if origin is tuple:
+    if isinstance(value, str) or not isinstance(value, (list, tuple)):
+      raise ConfigError(f"{path}={value!r}: expected a list")
+    return tuple(_coerce(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+  if origin is not None and issubclass(origin, Mapping):
+    if not hasattr(value, "items"):
+      raise ConfigError(f"{path}={value!r}: expected a mapping")
+    return {str(k): _coerce(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if hint in (int, float, bool, str) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+    raise ConfigError(f"{path}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
+  return value
+
+
+def to_json(config: Any) -> str:
+  """The config as readable JSON; `from_config_dict(type(config), json.loads(...))` gives it back."""
+  return json.dumps(dataclasses.asdict(config), indent=2)

@@ -1,0 +1,185 @@
+"""A Mistral decoder: grouped-query attention, rotary positions, RMSNorm, SwiGLU; layers are scanned.
+
+Every linear layer may carry LoRA (`linear.py`). The module reads token embeddings and gives last hidden states, *after* the final
+norm; embedding tokens and reading logits are methods of their own, because CLaRa splices memory tokens in between.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from clara_jax import axes
+from clara_jax.config import LoraConfig, ModelConfig
+from clara_jax.nn.linear import Linear
+from clara_jax.ops.attention import attend
+from clara_jax.ops.rope import rotary_angles, rotate
+
+REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class KeyValues(NamedTuple):
+  """Keys and values of every layer, slot s holding the token at position s: [Y, B, S, G, P] each."""
+
+  keys: jax.Array
+  values: jax.Array
+
+
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x²) + ε) · scale (arXiv 1910.07467), in float32, returned in x's type. x: [..., D]."""
+
+  epsilon: float
+  param_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (axes.WIDTH,)), x.shape[-1:],
+                       self.param_dtype)
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+    return scale.astype(x.dtype) * normed.astype(x.dtype)
+
+
+def _linear(config: ModelConfig, lora: LoraConfig | None, name: str, features: int, kernel_axes: tuple[str, str]) -> Linear:
+  return Linear(
+      features, kernel_axes, lora=lora if lora and name in lora.targets else None, dtype=jnp.dtype(config.dtype),
+      param_dtype=jnp.dtype(config.param_dtype), initializer_range=config.initializer_range, name=name)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention; x: [B, T, D] -> ([B, T, D], this layer's cache)."""
+
+  config: ModelConfig
+  lora: LoraConfig | None
+
+  @nn.compact
+  def __call__(self, x, cos, sin, positions, cache, deterministic):
+    config = self.config
+    batch, length, width = x.shape
+
+    def heads(name, count, axis):
+      y = _linear(config, self.lora, name, count * config.head_dim, (axes.WIDTH, axis))(x, deterministic)
+      return y.reshape(batch, length, count, config.head_dim)
+
+    q = rotate(heads("q", config.num_heads, axes.HEADS), cos, sin)
+    k = rotate(heads("k", config.num_kv_heads, axes.KV_HEADS), cos, sin)
+    v = heads("v", config.num_kv_heads, axes.KV_HEADS)
+    q = nn.with_logical_constraint(q, (axes.BATCH, axes.LENGTH, axes.HEADS, None))
+    k, v = (nn.with_logical_constraint(z, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, None)) for z in (k, v))
+    if cache is not None:
+      rows = jnp.arange(batch)[:, None]
+      cache = KeyValues(*(
+          slots.at[rows, positions].set(new.astype(slots.dtype)) for slots, new in zip(cache, (k, v), strict=True)))
+      k, v = (slots.astype(q.dtype) for slots in cache)
+    mixed = attend(q, k, v, positions=None if cache is None else positions, window=config.sliding_window,
+                   backend=config.attention)
+    mixed = mixed.reshape(batch, length, config.num_heads * config.head_dim)
+    return _linear(config, self.lora, "o", width, (axes.HEADS, axes.WIDTH))(mixed, deterministic), cache
+
+
+class Mlp(nn.Module):
+  """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) · up(x)). x: [B, T, D]."""
+
+  config: ModelConfig
+  lora: LoraConfig | None
+
+  @nn.compact
+  def __call__(self, x, deterministic):
+    config = self.config
+    gate = _linear(config, self.lora, "gate", config.mlp_dim, (axes.WIDTH, axes.MLP))(x, deterministic)
+    up = _linear(config, self.lora, "up", config.mlp_dim, (axes.WIDTH, axes.MLP))(x, deterministic)
+    hidden = nn.with_logical_constraint(nn.silu(gate) * up, (axes.BATCH, axes.LENGTH, axes.MLP))
+    return _linear(config, self.lora, "down", x.shape[-1], (axes.MLP, axes.WIDTH))(hidden, deterministic)
+
+
+class Layer(nn.Module):
+  """One pre-norm transformer layer, in the form `nn.scan` wants: (carry, per-layer cache) -> (carry, per-layer cache)."""
+
+  config: ModelConfig
+  lora: LoraConfig | None
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, x, cache, cos, sin, positions):
+    config = self.config
+
+    def norm(name):
+      return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), name=name)
+
+    mixed, cache = Attention(config, self.lora, name="attention")(
+        norm("attention_norm")(x), cos, sin, positions, cache, self.deterministic)
+    x = x + mixed
+    x = x + Mlp(config, self.lora, name="mlp")(norm("mlp_norm")(x), self.deterministic)
+    return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.WIDTH)), cache
+
+
+class Decoder(nn.Module):
+  """The base model, with or without LoRA.
+
+  Attributes:
+    config: shapes and types.
+    vocab_size: V, special tokens included.
+    lora: shape of the adapters; None for the plain base.
+  """
+
+  config: ModelConfig
+  vocab_size: int
+  lora: LoraConfig | None = None
+
+  def setup(self):
+    config = self.config
+    dtype = jnp.dtype(config.param_dtype)
+    init = nn.initializers.normal(config.initializer_range)
+    self.embedding = self.param(
+        "embedding", nn.with_logical_partitioning(init, (axes.VOCAB, axes.WIDTH)), (self.vocab_size, config.width), dtype)
+    if not config.tie_embeddings:
+      self.head = self.param(
+          "head", nn.with_logical_partitioning(init, (axes.WIDTH, axes.VOCAB)), (config.width, self.vocab_size), dtype)
+    self.final_norm = RMSNorm(config.norm_eps, dtype)
+
+  def embed(self, tokens: jax.Array) -> jax.Array:
+    """tokens: [...] int -> [..., D] in the compute type."""
+    return self.embedding[tokens].astype(self.config.dtype)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """hidden: [..., D], after the final norm -> [..., V] float32."""
+    head = self.embedding.T if self.config.tie_embeddings else self.head
+    return jnp.matmul(hidden, head.astype(self.config.dtype), preferred_element_type=jnp.float32)
+
+  @nn.compact
+  def __call__(self, x: jax.Array, positions: jax.Array | None = None, cache: KeyValues | None = None,
+               deterministic: bool = True) -> tuple[jax.Array, KeyValues | None]:
+    """Token embeddings to last hidden states.
+
+    Args:
+      x: [B, T, D] embeddings.
+      positions: [B, T] int32; None for 0 … T-1. With a cache they also name the slots that are written.
+      cache: keys and values to extend and attend to; None to attend within x.
+      deterministic: False turns LoRA dropout on (needs the rng 'dropout').
+
+    Returns:
+      ([B, T, D] hidden states after the final norm, the extended cache or None).
+    """
+    config = self.config
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta)
+    layer = Layer
+    if config.remat != "none":
+      layer = nn.remat(Layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+    layers = nn.scan(
+        layer,
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        out_axes=0,
+        length=config.num_layers,
+        metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+    )(config, self.lora, deterministic, name="layers")
+    x = nn.with_logical_constraint(x.astype(config.dtype), (axes.BATCH, axes.LENGTH, axes.WIDTH))
+    x, cache = layers(x, cache, cos, sin, positions)
+    return self.final_norm(x), cache

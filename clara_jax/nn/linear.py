@@ -1,0 +1,69 @@
+"""The only LoRA of the project (arXiv 2106.09685, Eq. 3).
+
+    y = x W + (alpha / rank) · dropout(x) A B        W [in, out],  A [in, R],  B [R, out]
+
+`W` lives in the collection 'params' and `A`, `B` in the collection 'lora', so that a role is data: the same module applied to
+`{'params': base, 'lora': adapters[role]}`. No adapter is ever switched on. A is drawn as by PEFT (Kaiming uniform with
+a = sqrt(5), that is U(±1/sqrt(in))) and B is zero, so that a fresh adapter leaves the base as it is. Merging is W + scale · A B.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from clara_jax import axes
+from clara_jax.config import LoraConfig
+
+
+class MissingAdapterError(ValueError):
+  """A module with LoRA was applied without its weights."""
+
+
+def _lora_a_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+  bound = shape[0] ** -0.5
+  return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Linear(nn.Module):
+  """x: [..., in] -> [..., features], with LoRA where `lora` is given.
+
+  Attributes:
+    features: width of the output.
+    kernel_axes: logical names of the kernel's two axes (`axes.py`).
+    lora: adapter shape, or None for the plain layer.
+    dtype: type of the computation.
+    param_dtype: type of the base kernel; adapters are float32.
+    initializer_range: standard deviation of a fresh kernel.
+
+  Raises:
+    MissingAdapterError: applied with `lora` but without the collection 'lora'; the message has the module's path.
+  """
+
+  features: int
+  kernel_axes: tuple[str, str]
+  lora: LoraConfig | None = None
+  dtype: jnp.dtype = jnp.bfloat16
+  param_dtype: jnp.dtype = jnp.bfloat16
+  initializer_range: float = 0.02
+
+  @nn.compact
+  def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+    width = x.shape[-1]
+    kernel = self.param(
+        "kernel",
+        nn.with_logical_partitioning(nn.initializers.normal(self.initializer_range), self.kernel_axes),
+        (width, self.features), self.param_dtype)
+    y = x @ kernel.astype(self.dtype)
+    if self.lora is None:
+      return y
+    if not self.is_initializing() and not self.has_variable("lora", "a"):
+      raise MissingAdapterError(
+          f"{'/'.join(self.path)}: no LoRA weights; pass {{'params': base, 'lora': adapters[role]}}")
+    a, b = (
+        self.variable("lora", name, lambda init=init, shape=shape, names=names: nn.with_logical_partitioning(init, names)(
+            self.make_rng("params"), shape, jnp.float32)).value
+        for name, init, shape, names in (
+            ("a", _lora_a_init, (width, self.lora.rank), (self.kernel_axes[0], axes.RANK)),
+            ("b", nn.initializers.zeros, (self.lora.rank, self.features), (axes.RANK, self.kernel_axes[1]))))
+    dropped = nn.Dropout(self.lora.dropout, deterministic=deterministic)(x)
+    return y + (dropped @ a.astype(self.dtype)) @ b.astype(self.dtype) * jnp.asarray(self.lora.scale, self.dtype)

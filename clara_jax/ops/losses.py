@@ -1,0 +1,63 @@
+"""Losses as pure functions of arrays (paper §3.1 and §3.2)."""
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+  """Mean cross entropy over the label tokens of the whole batch (paper Eq. for L_CE; upstream's reduction).
+
+  Args:
+    logits: [..., V], computed in float32.
+    targets: [...] int, token ids.
+    weights: [...] float, 1 at labels, 0 elsewhere.
+
+  Returns:
+    A float32 scalar; 0 where there is no label.
+  """
+  logits = logits.astype(jnp.float32)
+  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  losses = (jax.nn.logsumexp(logits, axis=-1) - picked) * weights
+  return losses.sum() / jnp.maximum(weights.sum(), 1)
+
+
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """Mean of x: [..., L, D] over the positions where mask: [..., L] is true; float32, [..., D]."""
+  mask = mask.astype(jnp.float32)[..., None]
+  return (x.astype(jnp.float32) * mask).sum(-2) / jnp.maximum(mask.sum(-2), 1)
+
+
+def alignment_mse(hidden: jax.Array, is_document: jax.Array, is_memory: jax.Array) -> jax.Array:
+  """Distance between the mean document state and the mean memory state (paper §3.1, L_MSE).
+
+  Mean over batch and width, as in the released code; the paper writes the squared norm, D times larger.
+
+  Args:
+    hidden: [B, L, D], last hidden states of the compressor.
+    is_document: [B, L] bool, document tokens with `<ENC>`, `<s>` and `</s>`, without padding and memory tokens.
+    is_memory: [B, L] bool.
+
+  Returns:
+    A float32 scalar.
+  """
+  difference = masked_mean(hidden, is_document) - masked_mean(hidden, is_memory)
+  return jnp.square(difference).mean()
+
+
+def contrastive(scores: jax.Array, is_gold: jax.Array, temperature: float) -> jax.Array:
+  """-log(Σ_gold e^{s/τ} / Σ_all e^{s/τ}), mean over rows (Sup-Instruct baseline).
+
+  Args:
+    scores: [B, N] cosines.
+    is_gold: [B, N] bool. Rows without a gold document do not count.
+    temperature: τ.
+
+  Returns:
+    A float32 scalar.
+  """
+  scaled = scores.astype(jnp.float32) / temperature
+  # A finite floor: -inf would turn the gradient of rows without gold into NaN.
+  gold = jax.nn.logsumexp(jnp.where(is_gold, scaled, -1e30), axis=-1)
+  has_gold = is_gold.any(-1)
+  losses = jnp.where(has_gold, jax.nn.logsumexp(scaled, axis=-1) - gold, 0.0)
+  return losses.sum() / jnp.maximum(has_gold.sum(), 1)

@@ -1,0 +1,249 @@
+"""The stages of CLaRa as rows of a table (paper §3; SPEC §1).
+
+A stage says which groups of weights train, where each starts, what a batch holds and its loss
+
+    (model, trainable, frozen, batch, rng) -> (terms, metrics)
+
+whose terms are `Mean`s; the loss is the sum of their values. To add a stage, write its loss and one `register` line.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from clara_jax.batch import Batch, Prompt
+from clara_jax.config import ConfigError, TrainConfig
+from clara_jax.model import Clara, Weights
+from clara_jax.ops import losses
+from clara_jax.ops.topk import push
+from clara_jax.training.metrics import Mean, Metrics
+
+LossFn = Callable[[Clara, Weights, Weights, Batch, jax.Array | None], tuple[Metrics, Metrics]]
+DiagnosticsFn = Callable[[Clara, Weights, Batch], Metrics]
+
+FRESH = "fresh"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One row of the table.
+
+  Attributes:
+    name: what `config.train.stage` says.
+    trains: groups of weights that are trained (`model.GROUPS`).
+    starts: for each group that this stage needs, the groups of the checkpoint before that it may be copied from, in order of
+      preference, with 'fresh' for new weights. The base is always the run's own.
+    data: what a batch holds: 'text' (documents as text in the prompt), 'given' (K documents) or 'candidates' (N documents and the
+      question on its own).
+    loss: see the module docstring.
+    diagnostics: further metrics for evaluation only, too slow for every step.
+  """
+
+  name: str
+  trains: tuple[str, ...]
+  starts: Mapping[str, tuple[str, ...]]
+  data: Literal["text", "given", "candidates"]
+  loss: LossFn
+  diagnostics: DiagnosticsFn | None = None
+
+  def trained(self, config: TrainConfig) -> tuple[str, ...]:
+    """The groups that train in this run, without those that the configuration freezes."""
+    if unknown := set(config.freeze) - set(self.trains):
+      raise ConfigError(f"train.freeze: {sorted(unknown)} do not train in stage {self.name!r}; {list(self.trains)} do")
+    left = tuple(group for group in self.trains if group not in config.freeze)
+    if not left:
+      raise ConfigError(f"train.freeze leaves nothing to train in stage {self.name!r}")
+    return left
+
+
+STAGES: dict[str, Stage] = {}
+
+
+def register(stage: Stage) -> Stage:
+  """Adds a stage to the table."""
+  STAGES[stage.name] = stage
+  return stage
+
+
+def get(name: str) -> Stage:
+  """The stage of that name.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  if name not in STAGES:
+    raise ConfigError(f"train.stage={name!r}: expected one of {sorted(STAGES)}")
+  return STAGES[name]
+
+
+# ---- losses ------------------------------------------------------------------------------------------------------------------
+
+
+def answer_terms(logits: jax.Array, prompt: Prompt) -> tuple[Mean, jax.Array]:
+  """Cross entropy over all label tokens, and whether each row's labels are all predicted (which greedy decoding would repeat).
+
+  Args:
+    logits: [B, A, V].
+    prompt: its labels.
+
+  Returns:
+    (Mean over label tokens, [B] bool).
+  """
+  weights = prompt.label_weights
+  count = weights.sum()
+  total = losses.cross_entropy(logits, prompt.labels, weights) * jnp.maximum(count, 1)
+  right = (jnp.argmax(logits, axis=-1) == prompt.labels) | (weights == 0)
+  return Mean(total, count), right.all(-1)
+
+
+def _valid(batch: Batch) -> jax.Array:
+  return jnp.ones(batch.prompt.labels.shape[0]) if batch.valid is None else batch.valid
+
+
+def given_documents_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batch, rng: jax.Array | None
+                         ) -> tuple[Metrics, Metrics]:
+  """CE of the answer from K given documents + λ · MSE of document and memory means (paper Eq. for L_SCP; §3.1)."""
+  weights = {**frozen, **trainable}
+  compress_key, answer_key = (None, None) if rng is None else jax.random.split(rng)
+  lead = batch.documents.ids.shape[:2]
+  documents = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.documents)
+  memories, hidden = model.encode(weights, "compressor", documents, compress_key)
+  is_memory, _ = model.memory_slot(documents.ids)
+  mse = losses.alignment_mse(hidden, documents.is_real() & ~is_memory, is_memory)
+  rows = documents.ids.shape[0]
+  logits = model.answer_logits(weights, batch.prompt, memories.reshape(*lead, *memories.shape[1:]), dropout=answer_key)
+  ce, right = answer_terms(logits, batch.prompt)
+  mse_mean = Mean(mse * rows, jnp.float32(rows))
+  terms = {"ce": ce, "mse": Mean(mse_mean.total * model.config.mse_weight, mse_mean.count)}
+  return terms, {"ce": ce, "mse": mse_mean, "answers": Mean.of(right, _valid(batch))}
+
+
+def candidate_memories(model: Clara, weights: Weights, batch: Batch) -> jax.Array:
+  """[B, N, M, D] memory tokens of the candidates: from the store, or compressed here by the frozen compressor."""
+  if batch.memories is not None:
+    return batch.memories.astype(model.config.model.dtype)
+  return jax.lax.stop_gradient(model.compress(weights, batch.documents))
+
+
+def recall(scores: jax.Array, is_gold: jax.Array, valid: jax.Array) -> Metrics:
+  """Recall@1, 3 and 5 = |top-k ∩ gold| / |gold|, over rows that have gold documents. scores, is_gold: [B, N]."""
+  order = jnp.argsort(-scores, axis=-1)
+  found = jnp.take_along_axis(is_gold, order, axis=-1).astype(jnp.float32)
+  count = is_gold.sum(-1)
+  weight = valid * (count > 0)
+  return {f"recall_at_{k}": Mean.of(found[:, :k].sum(-1) / jnp.maximum(count, 1), weight) for k in (1, 3, 5)}
+
+
+def joint_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batch, rng: jax.Array | None
+               ) -> tuple[Metrics, Metrics]:
+  """CE of the answer from the K best of N candidates; the straight-through top-k teaches the query reasoner (paper §3.2)."""
+  weights = {**frozen, **trainable}
+  query_key, answer_key = (None, None) if rng is None else jax.random.split(rng)
+  memories = candidate_memories(model, weights, batch)
+  scores = model.score(model.encode_query(weights, batch.question, query_key), memories)
+  selected, indices = model.select(scores, memories)
+  logits = model.answer_logits(weights, batch.prompt, selected, dropout=answer_key)
+  ce, right = answer_terms(logits, batch.prompt)
+  metrics = {"ce": ce, "answers": Mean.of(right, _valid(batch))}
+  if batch.is_gold is not None:
+    metrics |= recall(scores, batch.is_gold, _valid(batch))
+    metrics["answers_given_gold"] = Mean.of(right, _valid(batch) * gold_selected(indices, batch.is_gold))
+  return {"ce": ce}, metrics
+
+
+def gold_selected(indices: jax.Array, is_gold: jax.Array) -> jax.Array:
+  """Whether every gold document of a row is among the selected: indices [B, K], is_gold [B, N] -> [B] bool."""
+  taken = jnp.take_along_axis(is_gold, indices, axis=-1).sum(-1)
+  return (taken == is_gold.sum(-1)) & (taken > 0)
+
+
+def joint_diagnostics(model: Clara, weights: Weights, batch: Batch) -> Metrics:
+  """Is the straight-through signal right? The gold document's place in the order of the push, where it was not selected.
+
+  `push_first` and `push_top3` are the shares of such rows in which the gold document is pulled up more strongly than all other
+  candidates, or than all but two. Chance is 1/N and 3/N.
+  """
+  if batch.is_gold is None:
+    return {}
+  memories = candidate_memories(model, weights, batch)
+  scores = model.score(model.encode_query(weights, batch.question), memories)
+  selected, indices = model.select(scores, memories)
+
+  def loss(selected):
+    mean, _ = answer_terms(model.answer_logits(weights, batch.prompt, selected), batch.prompt)
+    return mean.total
+
+  config = model.config
+  pushes = jax.vmap(lambda s, m, i, d: push(s, m, i, d, config.temperature, config.masking))(
+      scores, memories, indices, jax.grad(loss)(selected))
+  gold = jnp.argmax(batch.is_gold, axis=-1)
+  place = (pushes > jnp.take_along_axis(pushes, gold[:, None], axis=-1)).sum(-1)
+  missed = _valid(batch) * ~gold_selected(indices, batch.is_gold) * batch.is_gold.any(-1)
+  ordered = jnp.sort(scores, axis=-1)
+  return {"push_first": Mean.of(place == 0, missed), "push_top3": Mean.of(place < 3, missed),
+          "score_spread": Mean.of(ordered[:, -1] - ordered[:, 0], _valid(batch))}
+
+
+def contrastive_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batch, rng: jax.Array | None
+                     ) -> tuple[Metrics, Metrics]:
+  """Retrieval with labels (the paper's Sup-Instruct baseline): the ceiling that the joint stage is held against."""
+  weights = {**frozen, **trainable}
+  memories = candidate_memories(model, weights, batch)
+  scores = model.score(model.encode_query(weights, batch.question, rng), memories)
+  has_gold = batch.is_gold.any(-1).sum().astype(jnp.float32)
+  loss = Mean(losses.contrastive(scores, batch.is_gold, model.config.temperature) * has_gold, has_gold)
+  return {"contrastive": loss}, {"contrastive": loss} | recall(scores, batch.is_gold, _valid(batch))
+
+
+def pretrain_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batch, rng: jax.Array | None
+                  ) -> tuple[Metrics, Metrics]:
+  """Next-token cross entropy of the plain base on prompts with the documents as text."""
+  del rng  # the base has no dropout
+  weights = {**frozen, **trainable}
+  logits = model.answer_logits(weights, batch.prompt, None, role=None)
+  ce, right = answer_terms(logits, batch.prompt)
+  return {"ce": ce}, {"ce": ce, "answers": Mean.of(right, _valid(batch))}
+
+
+_ROLES_FROM_BASE = {"memory_embedding": (FRESH,), "compressor": (FRESH,), "generator": (FRESH,)}
+_CARRIED = {"memory_embedding": ("memory_embedding",), "compressor": ("compressor",)}
+
+register(Stage("pretrain", ("base",), {"memory_embedding": (FRESH,)}, "text", pretrain_loss))
+register(Stage("scp", ("compressor", "generator", "memory_embedding"), _ROLES_FROM_BASE, "given", given_documents_loss))
+register(Stage("instruct", ("compressor", "generator"), {**_CARRIED, "generator": ("generator",)}, "given",
+               given_documents_loss))
+register(Stage("joint", ("query_reasoner", "generator"),
+               {**_CARRIED, "generator": ("generator",), "query_reasoner": ("query_reasoner", "compressor")}, "candidates",
+               joint_loss, joint_diagnostics))
+register(Stage("contrastive", ("query_reasoner",),
+               {**_CARRIED, "generator": ("generator",), "query_reasoner": ("query_reasoner", "compressor")}, "candidates",
+               contrastive_loss))
+
+
+def starting_weights(stage: Stage, config: TrainConfig, before: Weights, fresh: Callable[[str], Any]) -> dict[str, Any]:
+  """The groups a stage starts from, base excepted.
+
+  Args:
+    stage: a row of the table.
+    config: `fresh_generator` and `fresh_query_reasoner` override the table (the released code's instruct; the paper's ablation).
+    before: groups of the checkpoint before.
+    fresh: makes new weights of a group.
+
+  Raises:
+    ConfigError: the checkpoint before lacks a group that this stage needs.
+  """
+  override = {name for name in ("generator", "query_reasoner") if getattr(config, f"fresh_{name}")}
+  started = {}
+  for group, sources in stage.starts.items():
+    if group in override or sources == (FRESH,):
+      started[group] = fresh(group)
+      continue
+    source = next((s for s in sources if s in before), None)
+    if source is None:
+      raise ConfigError(f"stage {stage.name!r} starts its {group} from {' or '.join(sources)}, but the checkpoint before has only "
+                        f"{sorted(before) or 'no weights'}; set config.init_from to a checkpoint that has it")
+    started[group] = before[source]
+  return started
