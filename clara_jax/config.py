@@ -132,8 +132,7 @@ class DataConfig:
   eval_batch_size: int = 32
   candidates: int = 20
   store: str | None = None
-  questions_per_row: int | None = None
-  train_on_questions: bool = True
+  label_documents: bool = False
   bucket: int = 64
   prefetch: int = 2
 

@@ -134,7 +134,7 @@ class Clara:
   def memory_positions(self, texts: Tokens) -> jax.Array:
     """Where the memory tokens of encoder inputs stand: [B, M]."""
     m = self.config.num_memory_tokens
-    return texts.lengths[..., None] - m + jnp.arange(m)
+    return jnp.maximum(texts.lengths[..., None] - m, 0) + jnp.arange(m)
 
   def compress(self, weights: Weights, documents: Tokens, dropout: jax.Array | None = None) -> jax.Array:
     """Memory tokens of documents: ids [..., L] -> [..., M, D]. Leading axes (batch, candidates) are free."""

@@ -98,13 +98,16 @@ class RowEncoder:
       return encoded | {"documents": [self._document(d) for d in documents]}
     return encoded | {"memories": self.memories(documents)}
 
-  def collate(self, rows: Sequence[dict]) -> Batch:
-    """Pads encoded rows into one batch; rows with fewer documents than others get empty ones that no slot shows."""
+  def collate(self, rows: Sequence[dict], train: bool = True) -> Batch:
+    """Pads encoded rows into one batch; rows with fewer documents than others get ones of length 0.
+
+    Labels are the answer's tokens; in training, with `data.label_documents`, every token of the row.
+    """
     pad, bucket = self.layout.pad_id, self.data.bucket
     documents = memories = question = is_gold = None
     if "documents" in rows[0]:
       most = max(len(r["documents"]) for r in rows)
-      filler = self._document("")
+      filler = np.zeros(0, np.int32)
       padded = [d for r in rows for d in [*r["documents"], *[filler] * (most - len(r["documents"]))]]
       flat = pad_tokens(padded, pad, min(bucket, 16))
       documents = Tokens(flat.ids.reshape(len(rows), most, -1), flat.lengths.reshape(len(rows), most))
@@ -114,7 +117,7 @@ class RowEncoder:
       question = pad_tokens([r["question"] for r in rows], pad, min(bucket, 16))
       is_gold = np.stack([r["is_gold"] for r in rows])
     valid = np.array([r.get("valid", 1.0) for r in rows], np.float32)
-    prompt = pad_prompts([r["prompt"] for r in rows], pad, bucket, label_all=self.kind == "text")
+    prompt = pad_prompts([r["prompt"] for r in rows], pad, bucket, label_all=train and self.data.label_documents)
     return Batch(prompt, documents, memories, question, is_gold, valid)
 
 
@@ -144,7 +147,7 @@ def evaluation_batches(rows: Sequence[Row], encoder: RowEncoder, batch_size: int
     filler["prompt"] = PromptTokens(filler["prompt"].ids, len(filler["prompt"].ids))  # no labels
     if "is_gold" in filler:
       filler["is_gold"] = np.zeros_like(filler["is_gold"])
-    batches.append(encoder.collate(encoded + [filler] * (batch_size - len(encoded))))
+    batches.append(encoder.collate(encoded + [filler] * (batch_size - len(encoded)), train=False))
   return batches
 
 

@@ -149,6 +149,7 @@ class WorldConfig:
     works: how many works, at most 256.
     kinds: which entities have documents of their own.
     relations: how many relations of a person's profile are told, at level 2 and 3.
+    wordings: how many ways there are to tell or ask the same, 1 to 3.
     test_fraction: share of the entities of each kind that belongs to the test side.
     seed: of everything.
   """
@@ -162,6 +163,7 @@ class WorldConfig:
   works: int = 200
   kinds: tuple[str, ...] = ("person", "place", "company", "work")
   relations: int = 5
+  wordings: int = 3
   test_fraction: float = 0.2
   seed: int = 0
 
@@ -177,6 +179,8 @@ class WorldConfig:
       raise ConfigError(f"world.kinds: unknown {sorted(unknown)}; known: {sorted(RELATIONS)}")
     if not 1 <= self.relations <= 5:
       raise ConfigError(f"world.relations={self.relations}: expected 1 … 5")
+    if not 1 <= self.wordings <= 3:
+      raise ConfigError(f"world.wordings={self.wordings}: expected 1 … 3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +254,7 @@ class World:
     pronoun = {"person": "She" if entity.name.split()[0][-1] in "aei" else "He"}.get(entity.kind, "It")
     told = []
     for index, relation in enumerate(relations):
-      sentence = rng.choice(RELATIONS[entity.kind][relation]["tell"])
+      sentence = rng.choice(RELATIONS[entity.kind][relation]["tell"][:self.config.wordings])
       subject = entity.name if index == 0 else pronoun
       subject = subject if sentence.startswith("{s}") or index == 0 else pronoun.lower().replace("he", "him", 1)
       told.append(_capital(sentence.format(s=subject, v=entity.facts[relation])))
@@ -258,7 +262,7 @@ class World:
 
   def question(self, entity: Entity, relation: str, rng: random.Random) -> str:
     """A simple question for one fact."""
-    return rng.choice(RELATIONS[entity.kind][relation]["ask"]).format(s=entity.name)
+    return rng.choice(RELATIONS[entity.kind][relation]["ask"][:self.config.wordings]).format(s=entity.name)
 
   def complex_question(self, entity: Entity, rng: random.Random) -> tuple[str, str, list[Entity]] | None:
     """(question, answer, documents that are needed): two facts of one document, or at level 3 a fact of a related entity."""

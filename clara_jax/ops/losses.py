@@ -30,7 +30,7 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 def alignment_mse(hidden: jax.Array, is_document: jax.Array, is_memory: jax.Array) -> jax.Array:
   """Distance between the mean document state and the mean memory state (paper §3.1, L_MSE).
 
-  Mean over batch and width, as in the released code; the paper writes the squared norm, D times larger.
+  Mean over width, as in the released code; the paper writes the squared norm, D times larger.
 
   Args:
     hidden: [B, L, D], last hidden states of the compressor.
@@ -38,10 +38,10 @@ def alignment_mse(hidden: jax.Array, is_document: jax.Array, is_memory: jax.Arra
     is_memory: [B, L] bool.
 
   Returns:
-    A float32 scalar.
+    [B] float32; its mean over the batch is L_MSE.
   """
   difference = masked_mean(hidden, is_document) - masked_mean(hidden, is_memory)
-  return jnp.square(difference).mean()
+  return jnp.square(difference).mean(-1)
 
 
 def contrastive(scores: jax.Array, is_gold: jax.Array, temperature: float) -> jax.Array:

@@ -16,6 +16,7 @@ with one [B, N] softmax each, in memory linear in N.
 """
 
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -40,8 +41,8 @@ def soft_choice(
     [N] float32.
   """
   earlier = jnp.arange(indices.shape[0]) < slot
-  free = jnp.ones_like(scores).at[indices].add(jnp.where(earlier, -1.0, 0.0))
-  penalty = jnp.log(free + EPSILON)
+  taken = jnp.zeros(scores.shape, bool).at[indices].set(earlier)
+  penalty = jnp.where(taken, math.log(EPSILON), 0.0)  # log(1 + ε) is 0 in float32
   logits = scores / temperature + penalty if masking == "algorithm1" else (scores + penalty) / temperature
   return jax.nn.softmax(logits)
 

@@ -112,13 +112,13 @@ def given_documents_loss(model: Clara, trainable: Weights, frozen: Weights, batc
   documents = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.documents)
   memories, hidden = model.encode(weights, "compressor", documents, compress_key)
   is_memory, _ = model.memory_slot(documents.ids)
-  mse = losses.alignment_mse(hidden, documents.is_real() & ~is_memory, is_memory)
-  rows = documents.ids.shape[0]
+  # Rows with fewer documents than others are filled up with documents of length 0.
+  mse = Mean.of(losses.alignment_mse(hidden, documents.is_real() & ~is_memory, documents.is_real() & is_memory),
+                documents.lengths > 0)
   logits = model.answer_logits(weights, batch.prompt, memories.reshape(*lead, *memories.shape[1:]), dropout=answer_key)
   ce, right = answer_terms(logits, batch.prompt)
-  mse_mean = Mean(mse * rows, jnp.float32(rows))
-  terms = {"ce": ce, "mse": Mean(mse_mean.total * model.config.mse_weight, mse_mean.count)}
-  return terms, {"ce": ce, "mse": mse_mean, "answers": Mean.of(right, _valid(batch))}
+  terms = {"ce": ce, "mse": Mean(mse.total * model.config.mse_weight, mse.count)}
+  return terms, {"ce": ce, "mse": mse, "answers": Mean.of(right, _valid(batch))}
 
 
 def candidate_memories(model: Clara, weights: Weights, batch: Batch) -> jax.Array:

@@ -1,0 +1,24 @@
+"""Shared test helpers. Golden data and real data live beside the repository; tests that need them skip where they are missing."""
+
+import os
+import pathlib
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+SHARED = pathlib.Path(os.environ.get("CLARA_SHARED", pathlib.Path(__file__).resolve().parents[2] / "shared"))
+
+
+def shared(*parts: str) -> pathlib.Path:
+  """A path below the shared data folder; skips the test where it is missing."""
+  path = SHARED.joinpath(*parts)
+  if not path.exists():
+    pytest.skip(f"{'/'.join(parts)} is not there: set CLARA_SHARED to the folder with golden/ and data/")
+  return path
+
+
+@pytest.fixture(scope="session")
+def golden() -> pathlib.Path:
+  """The folder with the reference implementation's numbers."""
+  return shared("golden")
