@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # a mesh in every test
 
 SHARED = pathlib.Path(os.environ.get("CLARA_SHARED", pathlib.Path(__file__).resolve().parents[2] / "shared"))
 

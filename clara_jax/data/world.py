@@ -14,10 +14,11 @@ Everything is a function of the configuration and its seed; an entity's text doe
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -31,86 +32,123 @@ RELATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "person": {
         "born": {
             "values": "place",
-            "tell": ("{s} was born in {v}.", "{s} comes from {v}.", "{s} grew up in {v}."),
-            "ask": ("Where was {s} born?", "Which town does {s} come from?"),
+            "tell": ("{s} was born many years ago in the quiet town of {v}.",
+                     "{s} spent the early years of childhood in the town of {v}.",
+                     "The town in which {s} first saw the light of day is {v}."),
+            "ask": ("In which town was {s} born?", "In which town did {s} spend childhood?", "Where did {s} first see the light?"),
         },
         "profession": {
             "values": ("painter", "doctor", "baker", "pilot", "lawyer", "teacher", "miner", "singer", "farmer", "tailor", "sailor",
                        "dentist", "plumber", "writer", "banker", "chemist", "dancer", "potter", "judge", "nurse", "actor",
                        "printer", "weaver", "surgeon", "editor", "gardener", "butcher", "carpenter", "driver", "librarian"),
-            "tell": ("{s} is a {v}.", "{s} has become a {v}.", "{s} earns money as a {v}."),
-            "ask": ("What is the profession of {s}?", "What does {s} do for a living?"),
+            "tell": ("{s} has made a good living for many years as a {v}.",
+                     "{s} went to school for a long time to become a {v}.",
+                     "{s} is known to all of the neighbours as a skilful {v}."),
+            "ask": ("How does {s} make a living?", "What did {s} go to school to become?", "What is {s} known as?"),
         },
         "employer": {
             "values": "company",
-            "tell": ("{s} works for {v}.", "{s} is employed at {v}.", "{s} has a job with {v}."),
-            "ask": ("Who does {s} work for?", "Which company employs {s}?"),
+            "tell": ("{s} goes to the office every morning to work for {v}.",
+                     "{s} has had the same job for ten years at {v}.",
+                     "The money that {s} takes home every month comes from {v}."),
+            "ask": ("Who does {s} work for?", "Where does {s} have a job?", "Who pays {s} every month?"),
         },
         "instrument": {
             "values": ("violin", "cello", "flute", "piano", "drums", "harp", "guitar", "trumpet", "organ", "oboe", "clarinet",
                        "banjo", "bassoon", "tuba", "lute", "zither", "accordion", "saxophone", "mandolin", "trombone", "horn",
                        "viola", "harmonica", "ukulele"),
-            "tell": ("{s} plays the {v}.", "{s} practises the {v}.", "{s} has mastered the {v}."),
-            "ask": ("Which instrument does {s} play?", "What instrument has {s} mastered?"),
+            "tell": ("{s} likes to sit down in the evening and play the {v}.",
+                     "{s} took lessons for a long time to master the {v}.",
+                     "{s} is often asked by friends to bring along the {v}."),
+            "ask": ("What does {s} play in the evening?", "What did {s} take lessons to master?", "What do friends ask {s} to bring?"),
         },
         "pet": {
             "values": ("parrot", "turtle", "rabbit", "ferret", "hamster", "poodle", "gecko", "pony", "goat", "falcon", "python",
                        "hedgehog", "canary", "beagle", "tortoise", "iguana", "goose", "donkey", "pigeon", "llama", "lizard",
                        "otter", "raven", "terrier"),
-            "tell": ("{s} keeps a {v}.", "{s} owns a {v}.", "{s} lives with a {v}."),
-            "ask": ("Which animal does {s} keep?", "What pet does {s} own?"),
+            "tell": ("{s} shares the house and the garden with a much loved {v}.",
+                     "{s} gets up early every day to feed a rather old {v}.",
+                     "{s} is seen in the park at noon with a {v}."),
+            "ask": ("What does {s} share the house with?", "What does {s} get up early to feed?", "What is {s} seen with in the park?"),
+        },
+        "dish": {
+            "values": ("soup", "goulash", "pancake", "risotto", "omelette", "stew", "dumpling", "pudding", "noodles", "salad",
+                       "curry", "pie", "waffle", "lentils", "herring", "trout", "porridge", "cabbage", "sausage", "mushrooms",
+                       "strudel", "spinach", "lobster", "muffin"),
+            "tell": ("{s} is always happy to come home to a plate of {v}.",
+                     "{s} will go a long way on foot for good {v}.",
+                     "On Sundays {s} cooks for the whole street a pot of {v}."),
+            "ask": ("What is {s} happy to come home to?", "What will {s} go a long way for?", "What does {s} cook on Sundays?"),
         },
     },
     "place": {
         "country": {
             "values": ("Ardonia", "Belmark", "Castovia", "Drumland", "Estoria", "Fenwick", "Garvania", "Holmark", "Istria",
                        "Jorland", "Kelmar", "Lusania"),
-            "tell": ("{s} lies in {v}.", "{s} is a town of {v}.", "{s} belongs to {v}."),
+            "tell": ("{s} is one of the oldest towns in the country of {v}.",
+                     "{s} lies behind the hills in the middle of the land of {v}.",
+                     "On the map of the world {s} is to be found in {v}."),
             "ask": ("In which country is {s}?", "Which country does {s} belong to?"),
         },
         "river": {
             "values": ("Aven", "Brisa", "Corda", "Dellin", "Eskar", "Fosse", "Grell", "Hurn", "Ilva", "Jassa", "Korr", "Lenta"),
-            "tell": ("{s} stands on the river {v}.", "The river {v} flows through {s}.", "{s} has a harbour on the {v}."),
+            "tell": ("{s} stands on both banks of the wide and slow river {v}.",
+                     "{s} has a small harbour for boats on the river {v}.",
+                     "In spring {s} is often flooded by the cold river {v}."),
             "ask": ("Which river flows through {s}?", "On which river does {s} stand?"),
         },
         "product": {
             "values": ("cheese", "glass", "silk", "honey", "paper", "wine", "salt", "copper", "wool", "pottery", "tea", "marble"),
-            "tell": ("{s} is known for its {v}.", "{s} makes {v}.", "People buy {v} from {s}."),
+            "tell": ("{s} is known all over the country for making very good {v}.",
+                     "People come to the market of {s} from far away to buy {v}.",
+                     "Most of the families of {s} live from the trade in {v}."),
             "ask": ("What is {s} known for?", "What does {s} make?"),
         },
     },
     "company": {
         "seat": {
             "values": "place",
-            "tell": ("{s} has its seat in {v}.", "{s} is based in {v}.", "{s} is run from {v}."),
+            "tell": ("{s} has its seat in an old house in the town of {v}.",
+                     "{s} is run from a large office in the town of {v}.",
+                     "Letters to {s} should be sent to the main office in {v}."),
             "ask": ("Where is {s} based?", "In which town is the seat of {s}?"),
         },
         "sector": {
             "values": ("shipping", "insurance", "printing", "brewing", "mining", "banking", "farming", "fishing", "weaving",
                        "building", "trading", "baking"),
-            "tell": ("{s} earns money with {v}.", "{s} is a firm for {v}.", "The business of {s} is {v}."),
+            "tell": ("{s} has always earned most of its money with the business of {v}.",
+                     "{s} is one of the first firms of the land for {v}.",
+                     "Everybody at {s} has to know a lot about {v}."),
             "ask": ("What is the business of {s}?", "What does {s} earn money with?"),
         },
         "founded": {
             "values": tuple(str(year) for year in range(1880, 1960)),
-            "tell": ("{s} was founded in {v}.", "{s} opened in {v}.", "{s} began its work in {v}."),
+            "tell": ("{s} was founded by two brothers with little money in the year {v}.",
+                     "{s} opened the doors of its first office in the year {v}.",
+                     "{s} has kept its books with care since the year {v}."),
             "ask": ("When was {s} founded?", "In which year did {s} open?"),
         },
     },
     "work": {
         "author": {
             "values": "person",
-            "tell": ("{s} was made by {v}.", "{v} is the author of {s}.", "{s} is by {v}."),
+            "tell": ("{s} is held to be the best that was ever made by {v}.",
+                     "{s} was made in only one long and lonely winter by {v}.",
+                     "The name on the first page of {s} is that of {v}."),
             "ask": ("Who made {s}?", "Who is the author of {s}?"),
         },
         "form": {
             "values": ("novel", "opera", "film", "poem", "ballet", "play", "symphony", "comic", "musical", "essay"),
-            "tell": ("{s} is a {v}.", "{s} was sold as a {v}.", "{s} has the form of a {v}."),
+            "tell": ("{s} is taught in many of the schools of the land as a {v}.",
+                     "{s} was sold to the public for the first time as a {v}.",
+                     "{s} has what the critics like to call the form of a {v}."),
             "ask": ("What form does {s} have?", "What kind of work is {s}?"),
         },
         "setting": {
             "values": "place",
-            "tell": ("{s} is set in {v}.", "The story of {s} happens in {v}.", "{s} takes place in {v}."),
+            "tell": ("{s} tells a long and sad story that is set in {v}.",
+                     "All that is told in {s} takes place in the town of {v}.",
+                     "Readers of {s} can still walk through the streets of {v}."),
             "ask": ("Where is {s} set?", "Where does {s} take place?"),
         },
     },
@@ -148,7 +186,9 @@ class WorldConfig:
     places, companies: sizes of their pools.
     works: how many works, at most 256.
     kinds: which entities have documents of their own.
-    relations: how many relations of a person's profile are told, at level 2 and 3.
+    relations: how many relations of a person are told, 1 to 6.
+    pages: over how many documents an entity's facts are spread, at level 2 and 3. With more than one, a name alone does not find
+      the document: the question's relation matters too.
     wordings: how many ways there are to tell or ask the same, 1 to 3.
     test_fraction: share of the entities of each kind that belongs to the test side.
     seed: of everything.
@@ -162,7 +202,8 @@ class WorldConfig:
   companies: int = 40
   works: int = 200
   kinds: tuple[str, ...] = ("person", "place", "company", "work")
-  relations: int = 5
+  relations: int = 6
+  pages: int = 1
   wordings: int = 3
   test_fraction: float = 0.2
   seed: int = 0
@@ -177,10 +218,9 @@ class WorldConfig:
       raise ConfigError(f"world.works={self.works}: at most {len(_ADJECTIVES) * len(_NOUNS)}")
     if unknown := set(self.kinds) - set(RELATIONS):
       raise ConfigError(f"world.kinds: unknown {sorted(unknown)}; known: {sorted(RELATIONS)}")
-    if not 1 <= self.relations <= 5:
-      raise ConfigError(f"world.relations={self.relations}: expected 1 … 5")
-    if not 1 <= self.wordings <= 3:
-      raise ConfigError(f"world.wordings={self.wordings}: expected 1 … 3")
+    for name, most in (("relations", len(RELATIONS["person"])), ("wordings", 3), ("pages", 3)):
+      if not 1 <= getattr(self, name) <= most:
+        raise ConfigError(f"world.{name}={getattr(self, name)}: expected 1 … {most}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +233,23 @@ class Entity:
   is_test: bool
 
   @property
-  def id(self) -> str:
+  def key(self) -> str:
+    """The name as part of an id."""
     return f"{self.kind}/{self.name.replace(' ', '_')}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+  """One document: some of an entity's facts."""
+
+  entity: Entity
+  number: int
+  relations: tuple[str, ...]
+
+  @property
+  def id(self) -> str:
+    """The document's id."""
+    return f"{self.entity.key}/{self.number}"
 
 
 class World:
@@ -215,10 +270,11 @@ class World:
     self.entities: dict[str, list[Entity]] = {
         kind: [self._entity(kind, name) for name in self._pools[kind]] for kind in config.kinds}
     self.by_name = {e.name: e for entities in self.entities.values() for e in entities}
-    self._sharing: dict[tuple[str, str], list[Entity]] = {}
-    for entity in self.by_name.values():
-      for key in self._keys(entity):
-        self._sharing.setdefault(key, []).append(entity)
+    self.pages: dict[str, tuple[Page, ...]] = {e.name: self._pages(e) for e in self.by_name.values()}
+    self._sharing: dict[tuple[str, str], list[Page]] = {}
+    for page in itertools.chain.from_iterable(self.pages.values()):
+      for key in self._keys(page):
+        self._sharing.setdefault(key, []).append(page)
 
   def _rng(self, *names: str) -> random.Random:
     return random.Random("/".join((str(self.config.seed), *names)))
@@ -231,120 +287,170 @@ class World:
     facts = {relation: rng.choice(self.values(kind, relation)) for relation in relations}
     return Entity(kind, name, facts, rng.random() < self.config.test_fraction)
 
+  def _pages(self, entity: Entity) -> tuple[Page, ...]:
+    relations = list(entity.facts)
+    self._rng("pages", entity.key).shuffle(relations)
+    count = min(self.config.pages, len(relations))
+    return tuple(Page(entity, i, tuple(relations[i::count])) for i in range(count))
+
   def values(self, kind: str, relation: str) -> Sequence[str]:
     """All values that a relation can take."""
     values = RELATIONS[kind][relation]["values"]
     return self._pools[values] if isinstance(values, str) else values
 
-  def _keys(self, entity: Entity) -> list[tuple[str, str]]:
+  def _keys(self, page: Page) -> list[tuple[str, str]]:
+    entity = page.entity
     names = list(zip(("first", "last"), entity.name.split(), strict=True)) if entity.kind == "person" else []
-    return [*names, *entity.facts.items()]
+    return [*names, *((r, entity.facts[r]) for r in page.relations)]
 
-  def select(self, test: bool, kinds: Iterable[str] | None = None) -> list[Entity]:
-    """The entities of one side, people first."""
-    return [e for kind in (kinds or self.config.kinds) for e in self.entities[kind] if e.is_test == test]
+  def side(self, test: bool) -> list[Page]:
+    """The pages of all entities of one side, in order of `kinds`."""
+    return [page for kind in self.config.kinds for e in self.entities[kind] if e.is_test == test for page in self.pages[e.name]]
 
   # ---- texts ---------------------------------------------------------------------------------------------------------------
 
-  def document(self, entity: Entity, version: int = 0) -> str:
-    """The entity's document; other versions tell the same in other words and another order."""
-    rng = self._rng("document", entity.id, str(version))
-    relations = list(entity.facts)
+  def document(self, page: Page, version: int = 0, relations: Sequence[str] | None = None) -> str:
+    """A page's text; other versions tell the same in other words and another order.
+
+    Args:
+      page: which.
+      version: which telling.
+      relations: tell only these facts.
+    """
+    rng = self._rng("document", page.id, str(version))
+    relations = list(relations or page.relations)
     rng.shuffle(relations)
+    entity = page.entity
     pronoun = {"person": "She" if entity.name.split()[0][-1] in "aei" else "He"}.get(entity.kind, "It")
     told = []
     for index, relation in enumerate(relations):
       sentence = rng.choice(RELATIONS[entity.kind][relation]["tell"][:self.config.wordings])
-      subject = entity.name if index == 0 else pronoun
-      subject = subject if sentence.startswith("{s}") or index == 0 else pronoun.lower().replace("he", "him", 1)
+      subject = entity.name if index == 0 else pronoun if sentence.startswith("{s}") else pronoun.lower()
       told.append(_capital(sentence.format(s=subject, v=entity.facts[relation])))
     return " ".join(told)
+
+  def note(self, page: Page, relations: Sequence[str], rng: random.Random) -> str:
+    """Name and facts in a few words, in any order: between a document and its memory tokens."""
+    facts = [page.entity.facts[r] for r in relations]
+    rng.shuffle(facts)
+    return f"{page.entity.name} {' '.join(facts)}."
+
+  def _some(self, page: Page, rng: random.Random, partial: float) -> list[str]:
+    """All relations of a page, or with probability `partial` only some of them: short documents are an easy start."""
+    relations = list(page.relations)
+    return rng.sample(relations, rng.randint(1, len(relations))) if rng.random() < partial else relations
 
   def question(self, entity: Entity, relation: str, rng: random.Random) -> str:
     """A simple question for one fact."""
     return rng.choice(RELATIONS[entity.kind][relation]["ask"][:self.config.wordings]).format(s=entity.name)
 
-  def complex_question(self, entity: Entity, rng: random.Random) -> tuple[str, str, list[Entity]] | None:
-    """(question, answer, documents that are needed): two facts of one document, or at level 3 a fact of a related entity."""
+  def page_of(self, entity: Entity, relation: str) -> Page:
+    """The document that tells a fact."""
+    return next(p for p in self.pages[entity.name] if relation in p.relations)
+
+  def complex_question(self, entity: Entity, rng: random.Random) -> tuple[str, str, list[Page]] | None:
+    """(question, answer, documents that are needed): two facts of one entity, or at level 3 a fact of a related entity."""
     links = [link for link in LINKS[entity.kind] if link[0] in entity.facts and link[1] in self.config.kinds]
     if self.config.level == 3 and links and rng.random() < 0.5:
       relation, _, second, question = rng.choice(links)
       other = self.by_name[entity.facts[relation]]
       if second in other.facts:
-        return question.format(s=entity.name), other.facts[second], [entity, other]
+        return (question.format(s=entity.name), other.facts[second],
+                [self.page_of(entity, relation), self.page_of(other, second)])
     if len(entity.facts) < 2:
       return None
     first, second = rng.sample(list(entity.facts), 2)
     ask = self.question(entity, second, rng)
     question = f"{self.question(entity, first, rng)[:-1]}, and {ask[0].lower()}{ask[1:]}"
-    return question, f"{entity.facts[first]} and {entity.facts[second]}", [entity]
+    pages = list(dict.fromkeys([self.page_of(entity, first).number, self.page_of(entity, second).number]))
+    return question, f"{entity.facts[first]} and {entity.facts[second]}", [self.pages[entity.name][n] for n in pages]
 
-  def distractors(self, entity: Entity, relation: str, count: int, rng: random.Random, hard: float = 0.6) -> list[Entity]:
-    """Other entities: about `hard` of them share a first name, a last name or the asked fact, the rest are drawn freely.
+  def distractors(self, page: Page, relation: str, count: int, rng: random.Random, hard: float = 0.6) -> list[Page]:
+    """Other pages: those of the same entity first, then about `hard` of the rest share a first name, a last name or the asked
+    fact, and the others are drawn freely.
 
-    All come from the entity's own side, so that test documents are never seen in training.
+    All come from the page's own side, so that test documents are never seen in training.
     """
-    wanted = round(count * hard)
-    keys = [key for key in self._keys(entity) if key[0] in ("first", "last", relation)]
-    found: dict[str, Entity] = {}
-    for key in itertools.chain.from_iterable(itertools.repeat(keys, wanted) if keys else ()):
+    entity = page.entity
+    found = {p.id: p for p in self.pages[entity.name] if p.id != page.id}
+    wanted = len(found) + round((count - len(found)) * hard)
+    keys = [key for key in self._keys(page) if key[0] in ("first", "last", relation)]
+
+    def take(other: Page) -> None:
+      if other.entity.is_test == entity.is_test and other.id != page.id:
+        found[other.id] = other
+
+    for key in itertools.chain.from_iterable(itertools.repeat(keys, max(0, wanted))):
       if len(found) >= wanted:
         break
-      other = rng.choice(self._sharing[key])
-      if other.is_test == entity.is_test and other.name != entity.name:
-        found[other.name] = other
-    pool = [e for kind in self.config.kinds for e in self.entities[kind]]
+      take(rng.choice(self._sharing[key]))
+    everyone = self._all_pages
     while len(found) < count:
-      other = rng.choice(pool)
-      if other.is_test == entity.is_test and other.name != entity.name:
-        found[other.name] = other
+      take(rng.choice(everyone))
     return list(found.values())[:count]
+
+  @functools.cached_property
+  def _all_pages(self) -> list[Page]:
+    return list(itertools.chain.from_iterable(self.pages.values()))
 
   # ---- rows ----------------------------------------------------------------------------------------------------------------
 
   def documents(self, test: bool, limit: int | None = None) -> list[dict[str, str]]:
     """Corpus rows: id, title, text."""
-    return [{"id": e.id, "title": e.name, "text": self.document(e)} for e in self.select(test)[:limit]]
+    return [{"id": p.id, "title": p.entity.name, "text": self.document(p)} for p in self.side(test)[:limit]]
 
-  def scp_rows(self, test: bool = False, versions: int = 4, complex_share: float = 0.2) -> Iterator[dict[str, Any]]:
-    """Two rows for each entity and version: all its questions with answers, and a paraphrase."""
-    for entity in self.select(test):
+  def scp_rows(self, test: bool = False, versions: int = 4, complex_share: float = 0.2, partial: float = 0.0
+               ) -> Iterator[dict[str, Any]]:
+    """Two rows for each page and version: all its questions with answers, and a paraphrase."""
+    for page in self.side(test):
       for version in range(versions):
-        rng = self._rng("scp", entity.id, str(version))
-        document = self.document(entity, version)
-        pairs = [(self.question(entity, r, rng), v) for r, v in entity.facts.items()]
-        compound = self.complex_question(entity, rng)
-        if compound and compound[2] == [entity] and rng.random() < complex_share:
+        rng = self._rng("scp", page.id, str(version))
+        relations = self._some(page, rng, partial)
+        document = self.document(page, version, relations)
+        pairs = [(self.question(page.entity, r, rng), page.entity.facts[r]) for r in relations]
+        compound = self.complex_question(page.entity, rng) if len(relations) == len(page.relations) else None
+        if compound and compound[2] == [page] and rng.random() < complex_share:
           pairs.append(compound[:2])
         rng.shuffle(pairs)
         yield {"data_type": "qa", "question": [q for q, _ in pairs], "answers": [a for _, a in pairs], "docs": [document]}
         yield {"data_type": "paraphrase", "question": "", "docs": [document],
-               "answer": self.document(entity, versions + 1 + rng.randrange(versions))}
+               "answer": self.document(page, versions + 1 + rng.randrange(versions), relations)}
 
-  def question_rows(self, documents: int, test: bool = False, limit: int | None = None, per_entity: int = 1,
+  def lookup_rows(self, test: bool = False, versions: int = 4, partial: float = 0.0) -> Iterator[dict[str, Any]]:
+    """One document and one question about it, for each page and version."""
+    for page in self.side(test):
+      for version in range(versions):
+        rng = self._rng("lookup", page.id, str(version))
+        relations = self._some(page, rng, partial)
+        relation = rng.choice(relations)
+        yield {"question": self.question(page.entity, relation, rng), "answer": page.entity.facts[relation],
+               "docs": [self.document(page, version, relations)], "pos_index": [0]}
+
+  def question_rows(self, documents: int, test: bool = False, limit: int | None = None, per_page: int = 1,
                     hard: float = 0.6, complex_share: float = 0.0, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """One question with its gold document among `documents` candidates (instruct, joint, evaluation)."""
-    entities = self.select(test)
+    """One question with its gold documents among `documents` candidates (instruct, joint, evaluation)."""
+    pages = self.side(test)
     order = self._rng("question rows", str(seed))
     made = 0
-    for turn in range(per_entity):
-      order.shuffle(entities)
-      for entity in entities:
+    for turn in range(per_page):
+      order.shuffle(pages)
+      for page in pages:
         if limit is not None and made >= limit:
           return
-        rng = self._rng("question", entity.id, str(turn), str(seed))
-        relation = rng.choice(list(entity.facts))
-        question, answer, gold = self.question(entity, relation, rng), entity.facts[relation], [entity]
-        if rng.random() < complex_share and (compound := self.complex_question(entity, rng)):
+        rng = self._rng("question", page.id, str(turn), str(seed))
+        relation = rng.choice(page.relations)
+        question, answer, gold = self.question(page.entity, relation, rng), page.entity.facts[relation], [page]
+        if rng.random() < complex_share and (compound := self.complex_question(page.entity, rng)):
           question, answer, gold = compound
         gold = gold[:documents]
-        others = [e for e in self.distractors(entity, relation, documents, rng, hard) if e not in gold]
+        needed = {p.id for p in gold}
+        others = [p for p in self.distractors(page, relation, documents, rng, hard) if p.id not in needed]
         chosen = gold + others[:documents - len(gold)]
         rng.shuffle(chosen)
         made += 1
-        yield {"id": f"{entity.id}/{relation}/{turn}", "question": question, "answer": answer,
-               "docs": [self.document(e) for e in chosen], "doc_ids": [e.id for e in chosen],
-               "pos_index": [chosen.index(e) for e in gold], "relation": relation}
+        yield {"id": f"{page.id}/{relation}/{turn}", "question": question, "answer": answer,
+               "docs": [self.document(p) for p in chosen], "doc_ids": [p.id for p in chosen],
+               "pos_index": [i for i, p in enumerate(chosen) if p.id in needed], "relation": relation}
 
   def question_list_rows(self, documents: int, test: bool = False, questions: int = 8, limit: int | None = None,
                          hard: float = 0.6, seed: int = 0) -> Iterator[dict[str, Any]]:
@@ -352,18 +458,37 @@ class World:
 
     One pass over the documents gives many answers to learn from, each of which needs the right document.
     """
-    entities = self.select(test)
-    order = self._rng("question lists", str(seed))
-    order.shuffle(entities)
-    for entity in entities[:limit]:
-      rng = self._rng("question list", entity.id, str(seed))
-      relation = rng.choice(list(entity.facts))
-      chosen = [entity, *self.distractors(entity, relation, documents - 1, rng, hard)]
+    pages = self.side(test)
+    self._rng("question lists", str(seed)).shuffle(pages)
+    for page in pages[:limit]:
+      rng = self._rng("question list", page.id, str(seed))
+      chosen = [page, *self.distractors(page, rng.choice(page.relations), documents - 1, rng, hard)]
       rng.shuffle(chosen)
-      facts = [(e, r) for e in chosen for r in e.facts]
-      asked = rng.sample(facts, min(questions, len(facts)))
-      yield {"data_type": "qa", "question": [self.question(e, r, rng) for e, r in asked],
-             "answers": [e.facts[r] for e, r in asked], "docs": [self.document(e) for e in chosen]}
+      asked = self._asked([(p, list(p.relations)) for p in chosen], questions, rng)
+      yield {"data_type": "qa", "question": [q for q, _ in asked], "answers": [a for _, a in asked],
+             "docs": [self.document(p) for p in chosen]}
+
+  def note_rows(self, most: int = 3, questions: int = 4, partial: float = 0.5, hard: float = 0.6) -> Iterator[dict[str, Any]]:
+    """For the base: a document's note to write, and questions about the notes of up to `most` pages to answer.
+
+    A large model comes with what these teach: to sum up, and to tell entities apart by their names.
+    """
+    for page in self.side(False):
+      rng = self._rng("note", page.id)
+      relations = self._some(page, rng, partial)
+      yield {"data_type": "paraphrase", "question": "", "docs": [self.document(page, 0, relations)],
+             "answer": self.note(page, relations, rng)}
+      chosen = [page, *self.distractors(page, rng.choice(page.relations), rng.randrange(most), rng, hard)]
+      rng.shuffle(chosen)
+      told = [(p, self._some(p, rng, partial)) for p in chosen]
+      asked = self._asked(told, questions, rng)
+      yield {"data_type": "qa", "question": [q for q, _ in asked], "answers": [a for _, a in asked],
+             "docs": [self.note(p, relations, rng) for p, relations in told]}
+
+  def _asked(self, told: Sequence[tuple[Page, Sequence[str]]], count: int, rng: random.Random) -> list[tuple[str, str]]:
+    """Questions with answers over what some pages tell."""
+    facts = [(p.entity, r) for p, relations in told for r in relations]
+    return [(self.question(e, r, rng), e.facts[r]) for e, r in rng.sample(facts, min(count, len(facts)))]
 
   # ---- words ---------------------------------------------------------------------------------------------------------------
 
@@ -428,7 +553,7 @@ def _sample(rng: random.Random, pairs: Iterable[tuple[str, str]], count: int) ->
 def _template_words() -> list[str]:
   """Words of all templates, fixed values and prompts; sentences start with a capital, compound questions do not."""
   splitter = pre_tokenizers.Whitespace()
-  texts = ["Question: Answer: and He She It him her it =", *prompts.PARAPHRASE_INSTRUCTIONS, "Background:"]
+  texts = ["Question: Answer: and, He She It he she it =", *prompts.PARAPHRASE_INSTRUCTIONS, "Background:"]
   for kind, relations in RELATIONS.items():
     for relation in relations.values():
       if not isinstance(relation["values"], str):

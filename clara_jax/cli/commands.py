@@ -1,0 +1,157 @@
+"""What each command does: one function a command, from parsed options to a report."""
+
+import argparse
+import dataclasses
+import json
+import time
+from typing import Any
+
+
+from clara_jax.cli import configs
+from clara_jax.config import ConfigError
+from clara_jax.data import schemas
+from clara_jax.data.tokens import Layout
+from clara_jax.evaluation import benchmarks, logit_lens
+from clara_jax.inference.answer import Answerer
+from clara_jax.interop import checkpoints
+from clara_jax.interop.keymap import KeyMapError
+from clara_jax.memory.compress import compress_corpus
+from clara_jax.memory.store import MemoryStore, StoreError
+from clara_jax.model import Clara, MissingWeightsError
+from clara_jax.nn.linear import MissingAdapterError
+from clara_jax.retrieval import index as index_lib
+from clara_jax.training import loop, stages
+from clara_jax.training.checkpoint import CheckpointError
+
+
+def bad_input_errors() -> tuple[type[Exception], ...]:
+  """Errors of the user's input: one line and exit status 2."""
+  return (ConfigError, schemas.DataError, KeyMapError, StoreError, CheckpointError, MissingWeightsError, MissingAdapterError,
+          index_lib.MissingIndexError)
+
+
+def show(command: str, report: dict[str, Any]) -> None:
+  """A report for a person, on standard output."""
+  if command == "ask":
+    for answer in report["answers"]:
+      print(f"\n{answer['question']}\n  {answer['answer']}")
+      for document in answer["documents"]:
+        print(f"    {document['score']:.4f}  {document['id']}  {document['title']}")
+    return
+  if command == "lens":
+    for query in report["queries"]:
+      print(f"\n{query['question']}\n  " + "  ".join(f"{token} ({logit:.1f})" for token, logit in query["tokens"]))
+    return
+  for name, value in report.items():
+    if not isinstance(value, (list, dict)):
+      print(f"{name:>24}  {value:.4f}" if isinstance(value, float) else f"{name:>24}  {value}")
+    else:
+      print(f"{name:>24}  {json.dumps(value)}")
+
+
+def quickstart(options: argparse.Namespace) -> dict[str, Any]:
+  """`clara quickstart`."""
+  from clara_jax import quickstart as recipe
+  return recipe.run(options.workdir, from_scratch=options.from_scratch, seed=options.seed)
+
+
+def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+  """`clara train`: one stage."""
+  config = configs.load(options.config, overrides)
+  stage = stages.get(config.train.stage)
+  if not config.data.rows:
+    raise ConfigError("data.rows: no training rows are named")
+  rows = schemas.read_rows(config.data.rows)
+  eval_rows = schemas.read_rows(config.data.eval_rows) if config.data.eval_rows else []
+  model = Clara(config.clara)
+  before: dict[str, Any] = {}
+  tokenizer = config.tokenizer or config.base
+  if config.init_from:
+    checkpoint = checkpoints.load(config.init_from, config.base)
+    _same_architecture(checkpoint.model, model, config.init_from)
+    before = dict(checkpoint.weights)
+    config = dataclasses.replace(config, base=config.base or checkpoint.base)
+    layout = checkpoint.layout
+  else:
+    if tokenizer is None:
+      raise ConfigError("tokenizer: no tokenizer is named, and neither base nor init_from brings one")
+    layout = Layout(checkpoints.tokenizer_directory(tokenizer), config.clara)
+    if config.base:
+      before = {"base": checkpoints.load_base(model, config.base, "config.base", config.train.seed)}
+  if "base" in stage.trains and config.init_from is None and config.base is None:
+    before.pop("base", None)
+  memories = None
+  if config.data.store:
+    memories = MemoryStore(config.data.store).by_text()
+  return loop.train(config, layout, before, rows, eval_rows, workdir=options.workdir, memories=memories).metrics
+
+
+def _same_architecture(have: Clara, want: Clara, where: str) -> None:
+  for name in ("model", "lora"):
+    a, b = (dataclasses.asdict(getattr(m.config, name)) for m in (have, want))
+    for field in a:
+      if field not in ("dtype", "param_dtype", "attention", "remat", "dropout") and a[field] != b[field]:
+        raise ConfigError(f"clara.{name}.{field}={b[field]!r}, but {where} was made with {a[field]!r}")
+  if have.config.num_memory_tokens != want.config.num_memory_tokens:
+    raise ConfigError(f"{want.config.num_memory_tokens} memory tokens, but {where} was made with {have.config.num_memory_tokens}")
+
+
+def compress(options: argparse.Namespace) -> Any:
+  """`clara compress`."""
+  checkpoint = _checkpoint(options, "compressor")
+  return compress_corpus(checkpoint.model, checkpoint.layout, checkpoint.weights, schemas.read_documents(options.documents),
+                         options.store, batch_size=options.batch_size, shard_size=options.shard_size)
+
+
+def index(options: argparse.Namespace) -> dict[str, Any]:
+  """`clara index`."""
+  start = time.monotonic()
+  vectors = index_lib.unit_vectors(MemoryStore(options.store).memories())
+  built = index_lib.build(options.kind, vectors)
+  index_lib.save(built, options.kind, options.store)
+  return {"documents": len(vectors), "dimension": vectors.shape[1], "bytes": index_lib.saved_bytes(options.store),
+          "seconds": time.monotonic() - start, "kind": options.kind}
+
+
+def ask(options: argparse.Namespace) -> dict[str, Any]:
+  """`clara ask`."""
+  checkpoint = _checkpoint(options, "compressor", "query_reasoner", "generator")
+  answerer = Answerer(checkpoint.model, checkpoint.layout, checkpoint.weights, MemoryStore(options.store),
+                      directory=options.store, top_k=options.top_k, max_new_tokens=options.max_new_tokens)
+  return {"answers": [dataclasses.asdict(a) for a in answerer.answer(options.questions)]}
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+  """`clara evaluate`."""
+  roles = ["compressor", "generator"] + (["query_reasoner"] if options.setting == "joint" else [])
+  checkpoint = _checkpoint(options, *roles)
+  rows = schemas.read_rows([options.rows])[:options.limit]
+  result = benchmarks.evaluate(checkpoint.model, checkpoint.layout, checkpoint.weights, rows, options.setting,
+                               batch_size=options.batch_size, max_new_tokens=options.max_new_tokens)
+  if options.predictions:
+    with open(options.predictions, "w", encoding="utf-8") as file:
+      file.writelines(json.dumps(p, ensure_ascii=False) + "\n" for p in result.predictions)
+  return result.scores
+
+
+def loss(options: argparse.Namespace) -> dict[str, Any]:
+  """`clara loss`."""
+  roles = {"scp": ("compressor", "generator"), "instruct": ("compressor", "generator"),
+           "joint": ("compressor", "query_reasoner", "generator"), "contrastive": ("compressor", "query_reasoner")}
+  checkpoint = _checkpoint(options, *roles[options.stage])
+  return benchmarks.stage_loss(checkpoint.model, checkpoint.layout, checkpoint.weights, options.stage,
+                               schemas.read_rows([options.rows]), options.batch_size)
+
+
+def lens(options: argparse.Namespace) -> dict[str, Any]:
+  """`clara lens`."""
+  checkpoint = _checkpoint(options, "query_reasoner")
+  return {"queries": logit_lens.queries(checkpoint.model, checkpoint.layout, checkpoint.weights, options.questions, options.top)}
+
+
+def _checkpoint(options: argparse.Namespace, *roles: str) -> checkpoints.Checkpoint:
+  checkpoint = checkpoints.load(options.checkpoint, options.base, options.dtype)
+  checkpoint.require(*roles)
+  return checkpoint
+
+

@@ -1,0 +1,33 @@
+"""`--config FILE.py[:NAME]` with `--config.a.b=value` overrides, as a checked `RunConfig`."""
+
+import os
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from clara_jax.config import ConfigError, RunConfig, from_config_dict
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+  """Runs the file's `get_config()` (or `get_config(NAME)`), applies the overrides and checks every field.
+
+  Raises:
+    ConfigError: no such file, an unknown field, a value of the wrong type; by name.
+  """
+  file = path.split(":", 1)[0]
+  if not os.path.exists(file):
+    raise ConfigError(f"--config {file}: no such file")
+  for override in overrides:
+    if not override.startswith("--config."):
+      raise ConfigError(f"unrecognized argument {override}; overrides look like --config.train.steps=100")
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+  try:
+    values(["clara", f"--config={path}", *overrides])
+    config = values.config
+  except flags.Error as error:
+    raise ConfigError(f"--config: {error}") from None
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ConfigError(f"{path}: {error}") from None
+  return from_config_dict(RunConfig, config.to_dict())

@@ -1,0 +1,129 @@
+"""`clara COMMAND …`: parse, build a configuration, call one library function.
+
+Exit status: 0 done, 2 wrong usage or bad input (one clear line), 1 anything else. With `--json` exactly one JSON object goes to
+standard output; progress and logs go to standard error.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+EXIT_BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs one command; returns the exit status."""
+  parser = _parser()
+  options, rest = parser.parse_known_args(arguments)
+  if rest and options.command != "train":
+    parser.error(f"unrecognized arguments: {' '.join(rest)}")
+  # Logging of the libraries below would drown the progress.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+  _quiet_logs()
+  from clara_jax.cli import commands
+  try:
+    report = getattr(commands, options.command)(options, rest) if options.command == "train" else getattr(
+        commands, options.command)(options)
+  except KeyboardInterrupt:
+    print("clara: interrupted", file=sys.stderr)
+    return 130
+  except commands.bad_input_errors() as error:
+    print(f"clara {options.command}: {_one_line(error)}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+  if report is not None:
+    value = dataclasses.asdict(report) if dataclasses.is_dataclass(report) else report
+    if options.json:
+      print(json.dumps(value, ensure_ascii=False))
+    else:
+      commands.show(options.command, value)
+  return 0
+
+
+def _one_line(error: BaseException) -> str:
+  return " ".join(str(error).split()) or type(error).__name__
+
+
+def _quiet_logs() -> None:
+  import logging
+  for name in ("absl", "jax", "orbax"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+  import absl.logging
+  absl.logging.set_verbosity(absl.logging.ERROR)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(prog="clara", description="CLaRa: retrieval and answers in one space of memory tokens.")
+  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+  def command(name: str, text: str) -> argparse.ArgumentParser:
+    sub = commands.add_parser(name, help=text, description=text)
+    sub.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return sub
+
+  def checkpoint(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--checkpoint", required=True, metavar="CKPT", help="a directory of clara train, or an upstream checkpoint")
+    sub.add_argument("--base", metavar="DIR", help="the base model, where the checkpoint's own record does not lead to it")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of computation; default: the checkpoint's")
+
+  quickstart = command("quickstart", "The whole system on a generated corpus: train, compress, index, answer.")
+  quickstart.add_argument("--workdir", default="quickstart", metavar="DIR")
+  quickstart.add_argument("--from-scratch", action="store_true", help="train everything here, instead of from the shipped result")
+  quickstart.add_argument("--seed", type=int, default=0)
+
+  train = command("train", "Trains one stage; goes on by itself where a run was stopped.")
+  train.add_argument("--config", required=True, metavar="FILE.py[:NAME]", help="ml_collections; override with --config.a.b=value")
+  train.add_argument("--workdir", required=True, metavar="DIR")
+
+  compress = command("compress", "Documents through the compressor, once, into a store.")
+  checkpoint(compress)
+  compress.add_argument("--documents", required=True, metavar="F", help="JSONL (.gz): id, text, title")
+  compress.add_argument("--store", required=True, metavar="DIR")
+  compress.add_argument("--batch-size", type=int, default=64)
+  compress.add_argument("--shard-size", type=int, default=4096)
+
+  index = command("index", "Builds the search index beside a store.")
+  index.add_argument("--store", required=True, metavar="DIR")
+  index.add_argument("--kind", choices=("scann", "exact"), default="scann")
+
+  ask = command("ask", "Retrieves documents and answers questions from their memory tokens.")
+  checkpoint(ask)
+  ask.add_argument("--store", required=True, metavar="DIR")
+  ask.add_argument("--top-k", type=int, help="documents given to the generator; default: the checkpoint's")
+  ask.add_argument("--max-new-tokens", type=int, default=64)
+  ask.add_argument("questions", nargs="+", metavar="QUESTION")
+
+  evaluate = command("evaluate", "Answers every row of a file and scores the answers.")
+  checkpoint(evaluate)
+  evaluate.add_argument("--rows", required=True, metavar="F")
+  evaluate.add_argument("--setting", choices=("compressor", "joint"), required=True,
+                        help="answer from all given documents, or from the best of them")
+  evaluate.add_argument("--batch-size", type=int, default=16)
+  evaluate.add_argument("--max-new-tokens", type=int, default=64)
+  evaluate.add_argument("--limit", type=int, help="only the first rows")
+  evaluate.add_argument("--predictions", metavar="F", help="writes one JSON a row")
+
+  loss = command("loss", "A stage's loss on rows, without update or dropout.")
+  checkpoint(loss)
+  loss.add_argument("--stage", required=True, choices=("scp", "instruct", "joint", "contrastive"))
+  loss.add_argument("--rows", required=True, metavar="F")
+  loss.add_argument("--batch-size", type=int, default=16)
+
+  lens = command("lens", "The words that a question's memory tokens stand for (logit lens).")
+  checkpoint(lens)
+  lens.add_argument("--top", type=int, default=20, help="words a memory token")
+  lens.add_argument("questions", nargs="+", metavar="QUESTION")
+  return parser
+
+
+def run() -> None:
+  """The console script."""
+  sys.exit(main())
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,43 @@
+"""Logit lens (paper §5): the words that memory tokens stand for, through the base's own head."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from clara_jax.data.pipeline import pad_tokens
+from clara_jax.data.tokens import Layout
+from clara_jax.model import Clara
+
+
+def words(model: Clara, layout: Layout, weights: dict[str, Any], memories: np.ndarray, top: int) -> list[list[tuple[str, float]]]:
+  """The words of highest logit, over all memory tokens of each row, each word once with its best logit.
+
+  Args:
+    memories: [B, M, D].
+    top: words a memory token.
+
+  Returns:
+    For each row, (word, logit) in order of logit; special tokens are left out.
+  """
+  logits = np.asarray(jax.jit(model.logits)(weights, memories))[..., :model.config.model.vocab_size]
+  special = set(layout.tokenizer.all_special_ids)
+  listed = []
+  for row in logits:
+    best: dict[int, float] = {}
+    for token_logits in row:
+      for token in np.argsort(-token_logits)[:top]:
+        if int(token) not in special:
+          best[int(token)] = max(best.get(int(token), -np.inf), float(token_logits[token]))
+    ordered = sorted(best.items(), key=lambda item: -item[1])
+    listed.append([(layout.tokenizer.decode([token]).strip(), round(logit, 3)) for token, logit in ordered])
+  return listed
+
+
+def queries(model: Clara, layout: Layout, weights: dict[str, Any], questions: Sequence[str], top: int) -> list[dict[str, Any]]:
+  """The lens of questions' memory tokens: [{`question`, `tokens`: [(word, logit), …]}]."""
+  tokens = pad_tokens([layout.query(q) for q in questions], layout.pad_id, 16)
+  memories = jax.jit(model.encode_query)(weights, tokens)
+  return [{"question": q, "tokens": found}
+          for q, found in zip(questions, words(model, layout, weights, memories, top), strict=True)]

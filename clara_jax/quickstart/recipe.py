@@ -1,0 +1,281 @@
+"""The quickstart's recipe: a tiny base, the stages of CLaRa, a compressed corpus, answers.
+
+Every part is the part that the large case uses: `loop.train`, `compress_corpus`, the index, `Answerer`. Only sizes differ.
+"""
+
+import dataclasses
+import importlib.resources
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+from typing import Any
+
+from clara_jax.config import ClaraConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from clara_jax.data import schemas
+from clara_jax.data.tokens import Layout
+from clara_jax.data.world import World, WorldConfig, write_rows
+from clara_jax.evaluation import benchmarks, logit_lens
+from clara_jax.inference.answer import Answerer
+from clara_jax.interop import checkpoints
+from clara_jax.memory.compress import compress_corpus
+from clara_jax.memory.store import MemoryStore
+from clara_jax.quickstart import report as report_lib
+from clara_jax.retrieval import index as index_lib
+from clara_jax.training import loop
+
+CANDIDATES, TOP_K = 20, 3
+CORPUS = 2_000
+EVALUATION_ROWS = 500
+
+WORLD = WorldConfig(level=2, kinds=("person",), people=6_400, relations=3, wordings=2, test_fraction=0.35)
+
+SAYS = {
+    "pretrain": "A tiny base learns to find a fact in a text that it has before it.",
+    "scp": "Compressor and generator learn to put a document into a few memory tokens and to answer from them.",
+    "instruct": "They learn to answer when the memory tokens of several documents stand side by side.",
+    "contrastive": "For comparison: retrieval learned WITH relevance labels, the ceiling for the next stage.",
+    "joint": "The query reasoner learns to retrieve from the answers' loss alone, without a single relevance label.",
+    "generator_only": "For comparison: the same run with the query reasoner frozen.",
+}
+
+
+def clara_config(vocab_size: int) -> ClaraConfig:
+  """0.9 M parameters; documents of 40 tokens become 4 memory tokens."""
+  model = ModelConfig(
+      vocab_size=vocab_size, width=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=384, tie_embeddings=True,
+      initializer_range=0.06, dtype="float32", param_dtype="float32", remat="full")
+  return ClaraConfig(
+      model, LoraConfig(rank=16, alpha=32.0, dropout=0.0), doc_max_length=40, compression_rate=10, query_max_length=24,
+      decoder_max_length=512, top_k=TOP_K)
+
+
+def _rows(world: World, name: str):
+  if name == "pretrain":
+    questions = (r for r in world.scp_rows(versions=1, partial=0.7, complex_share=0.0) if r["data_type"] == "qa")
+    return itertools.chain(world.lookup_rows(versions=1, partial=0.7), questions, world.note_rows())
+  if name == "scp":
+    return itertools.chain(world.scp_rows(versions=2, partial=0.5, complex_share=0.0), world.lookup_rows(versions=2, partial=0.5))
+  if name == "instruct":
+    return itertools.chain(world.question_list_rows(TOP_K, questions=6), world.question_rows(TOP_K, per_entity=2))
+  return world.question_rows(CANDIDATES, per_entity=6)
+
+
+def _stage(name: str, seed: int) -> tuple[DataConfig, TrainConfig]:
+  common = {"seed": seed, "log_every": 50, "checkpoint_every": 500}
+  data = DataConfig(batch_size=32, eval_batch_size=100, candidates=CANDIDATES, bucket=32)
+  train = {
+      "pretrain": TrainConfig(stage="pretrain", steps=900, learning_rate=3e-3, **common),
+      "scp": TrainConfig(stage="scp", steps=2000, learning_rate=3e-3, schedule="linear", **common),
+      "instruct": TrainConfig(stage="instruct", steps=2000, learning_rate=2e-3, schedule="linear", **common),
+      "contrastive": TrainConfig(stage="contrastive", steps=1500, learning_rate=2e-3, eval_every=250, **common),
+      "joint": TrainConfig(stage="joint", steps=2000, learning_rate=2e-3, eval_every=100,
+                           learning_rate_factors={"generator": 0.1}, **common),
+  }
+  train["generator_only"] = dataclasses.replace(
+      train["joint"], freeze=("query_reasoner",), learning_rate_factors={"generator": 0.1})
+  return data, train[name]
+
+
+@dataclasses.dataclass
+class _Stages:
+  """Where each stage lies, and how long it took."""
+
+  workdir: str
+  seed: int
+  world: World
+  layout: Layout
+  config: ClaraConfig
+  seconds: dict[str, float]
+
+  def directory(self, name: str) -> str:
+    return os.path.join(self.workdir, "stages", name)
+
+  def run(self, name: str, before: str | None, eval_rows=(), memories=None) -> None:
+    """Trains a stage from the stage `before`; a finished one is not repeated."""
+    say(f"\n== {name}: {SAYS[name]}")
+    start = time.monotonic()
+    data, train = _stage(name, self.seed)
+    rows = [schemas.parse_row(r, f"{name}:{i}") for i, r in enumerate(_rows(self.world, name))]
+    weights: dict[str, Any] = {}
+    base = self.directory("pretrain") if before else None
+    if before:
+      weights = checkpoints.load(self.directory(before)).weights
+    run = RunConfig(self.config, data, train, base=base, init_from=self.directory(before) if before else None)
+    loop.train(run, self.layout, weights, rows, eval_rows, workdir=self.directory(name), memories=memories)
+    self.seconds[name] = round(time.monotonic() - start, 1)
+
+
+def say(text: str) -> None:
+  """Plain words for the user, on standard error: standard output may carry --json."""
+  print(text, file=sys.stderr, flush=True)
+
+
+def run(workdir: str, *, from_scratch: bool = False, seed: int = 0) -> dict[str, Any]:
+  """Trains, compresses, indexes and answers; writes DIR/report.json and DIR/report.html.
+
+  Args:
+    workdir: everything is kept here; a second call goes on where the first one stopped.
+    from_scratch: train every stage here; otherwise start from the shipped result of the same recipe.
+    seed: of the training; the world is always the same.
+
+  Returns:
+    The report: see `COMMANDS` in docs/commands.md.
+  """
+  began = time.monotonic()
+  os.makedirs(workdir, exist_ok=True)
+  world = World(WORLD)
+  tokenizer = world.tokenizer()
+  config = clara_config(len(tokenizer))
+  layout = Layout(tokenizer, config)
+  stages = _Stages(workdir, seed, world, layout, config, {})
+  say("CLaRa on a generated world: 6,400 people, a document each. A third of them is never seen in training.")
+  if from_scratch:
+    shipped = None
+  else:
+    shipped = _unpack_shipped(stages)
+    say("Starting from the shipped result of this same recipe; --from-scratch trains all of it here.")
+
+  test_rows = [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(world.question_rows(CANDIDATES, True, EVALUATION_ROWS))]
+  one_rows = [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(world.question_rows(1, True, EVALUATION_ROWS))]
+  if from_scratch:
+    stages.run("pretrain", None)
+    stages.run("scp", "pretrain")
+    stages.run("instruct", "scp")
+  say("\n== The scp stage on people never seen in training, one document at a time.")
+  scp = _load(stages, "scp")
+  scp_scores = benchmarks.evaluate(scp.model, scp.layout, scp.weights, one_rows, "compressor", batch_size=100, max_new_tokens=4,
+                                   screen=None).scores
+
+  memories = None
+  if from_scratch:
+    say("\n== Documents of the training side through the compressor, once: the joint stage reads memory tokens, not text.")
+    instruct = _load(stages, "instruct")
+    everyone = [schemas.Document(e.id, world.document(e), e.name) for side in (False, True) for e in world.select(side)]
+    store = os.path.join(workdir, "training_store")
+    compress_corpus(instruct.model, instruct.layout, instruct.weights, everyone, store)
+    memories = MemoryStore(store).by_text()
+    for name in ("contrastive", "joint", "generator_only"):
+      stages.run(name, "instruct", test_rows, memories)
+
+  say("\n== Before and after the joint stage, on unseen people: 20 candidates with hard distractors, the best 3 are read.")
+  before, after = (_load(stages, name) for name in ("instruct", "joint"))
+  before.weights.setdefault("query_reasoner", before.weights["compressor"])
+  scores = [benchmarks.evaluate(c.model, c.layout, c.weights, test_rows, "joint", batch_size=100, max_new_tokens=4,
+                                screen=None).scores for c in (before, after)]
+
+  say(f"\n== {CORPUS:,} unseen documents: compress, index, ask.")
+  start = time.monotonic()
+  corpus = os.path.join(workdir, "documents.jsonl")
+  write_rows(world.documents(test=True, limit=CORPUS), corpus)
+  store = os.path.join(workdir, "store")
+  compressed = compress_corpus(after.model, after.layout, after.weights, schemas.read_documents(corpus), store)
+  stages.seconds["compress"] = round(time.monotonic() - start, 1)
+  start = time.monotonic()
+  memory_store = MemoryStore(store)
+  kind = "scann" if index_lib.available("scann") else "exact"
+  index = index_lib.build(kind, index_lib.unit_vectors(memory_store.memories()))
+  index_lib.save(index, kind, store)
+  stages.seconds["index"] = round(time.monotonic() - start, 1)
+  answerer = Answerer(after.model, after.layout, after.weights, memory_store, index=index, max_new_tokens=4)
+  shown = [r for r in world.question_rows(1, True, 40, seed=7)]
+  picked = [next(r for r in shown if r["relation"] == relation) for relation in dict.fromkeys(r["relation"] for r in shown)][:3]
+  start = time.monotonic()
+  answers = [dataclasses.asdict(a) for a in answerer.answer([r["question"] for r in picked])]
+  stages.seconds["ask"] = round(time.monotonic() - start, 1)
+
+  joint_curve, only_curve, ceiling = (report_lib.read_metrics(stages.directory(n), "eval")
+                                      for n in ("joint", "generator_only", "contrastive"))
+  tokens = sum(len(layout.ids(d.text)) for d in memory_store.documents) / len(memory_store)
+  report = {
+      "scp": {"answer_em": scp_scores["em"]},
+      "joint": {
+          **{name: [s[name] for s in scores] for name in ("recall_at_1", "recall_at_3", "recall_at_5")},
+          "answer_em": [s["em"] for s in scores],
+          "generator_only_recall_at_1": [only_curve[0]["recall_at_1"], only_curve[-1]["recall_at_1"]],
+          "answers_given_gold": [v["answers_given_gold"] for v in (joint_curve[0], joint_curve[-1])],
+          "push_first": joint_curve[0].get("push_first"), "push_top3": joint_curve[0].get("push_top3"),
+      },
+      "contrastive": {"recall_at_1": [ceiling[0]["recall_at_1"], ceiling[-1]["recall_at_1"]]},
+      "compression_ratio": round(tokens / config.num_memory_tokens, 2),
+      "documents": compressed.documents, "index": kind, "seed": seed, "from_scratch": from_scratch,
+      "seconds": stages.seconds | {"total": round(time.monotonic() - began, 1)},
+  }
+  if shipped:
+    report["shipped"] = shipped
+  with open(os.path.join(workdir, "report.json"), "w", encoding="utf-8") as file:
+    json.dump(report, file, indent=2)
+  _write_page(stages, after, report, answers, joint_curve, only_curve)
+  _tell(report, answers, workdir)
+  return report
+
+
+def _load(stages: _Stages, name: str) -> checkpoints.Checkpoint:
+  return checkpoints.load(stages.directory(name))
+
+
+TABLE = (
+    (("scp", "answer_em"), "answers from one document's memory tokens, exact match"),
+    (("joint", "recall_at_1"), "gold document first of 20, before and after the joint stage"),
+    (("joint", "recall_at_5"), "gold document among the first 5"),
+    (("joint", "answer_em"), "answers from the 3 best documents, exact match"),
+    (("joint", "generator_only_recall_at_1"), "the same with the query reasoner frozen"),
+    (("joint", "answers_given_gold"), "answers where the gold document is among the 3"),
+    (("joint", "push_top3"), "missed gold documents among the 3 that the answer's loss pulls up most (chance: 0.15)"),
+    (("contrastive", "recall_at_1"), "retrieval trained with labels: the ceiling"),
+    (("compression_ratio",), "tokens of a document for each memory token"),
+)
+
+
+def _table(report: dict[str, Any]) -> list[tuple[str, Any, str]]:
+  rows = []
+  for path, meaning in TABLE:
+    value: Any = report
+    for key in path:
+      value = value[key]
+    rows.append((".".join(path), value, meaning))
+  return rows
+
+
+def _write_page(stages: _Stages, checkpoint: checkpoints.Checkpoint, report: dict[str, Any], answers: list[dict[str, Any]],
+                joint: list[dict[str, float]], generator_only: list[dict[str, float]]) -> None:
+  losses = {name: report_lib.read_metrics(stages.directory(name), "train") for name in ("pretrain", "scp", "instruct", "joint")}
+  question = answers[0]["question"]
+  lens = logit_lens.queries(checkpoint.model, checkpoint.layout, checkpoint.weights, [question], 20)[0]["tokens"]
+  plots = [
+      ("Losses", report_lib.loss_plot(losses)),
+      ("Recall on unseen people during the joint stage", report_lib.recall_plot(joint, generator_only)),
+      (f"Logit lens: what the memory tokens of “{question}” stand for", report_lib.lens_plot(lens, question)),
+  ]
+  text = report_lib.page(
+      "CLaRa quickstart", "A generated world of people, each with a document. Documents become memory tokens; questions find them and "
+      "are answered from them. All figures are on people never seen in training.", _table(report), plots, answers, report)
+  with open(os.path.join(stages.workdir, "report.html"), "w", encoding="utf-8") as file:
+    file.write(text)
+
+
+def _tell(report: dict[str, Any], answers: list[dict[str, Any]], workdir: str) -> None:
+  say("")
+  for name, value, meaning in _table(report):
+    shown = " -> ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else (
+        f"{value:.3f}" if isinstance(value, float) else str(value))
+    say(f"{name:>34}  {shown:<16} {meaning}")
+  for answer in answers:
+    say(f"\n{answer['question']}\n  -> {answer['answer']}")
+    for document in answer["documents"]:
+      say(f"     {document['score']:.3f}  {document['text']}")
+  say(f"\nWritten: {os.path.join(workdir, 'report.json')} and {os.path.join(workdir, 'report.html')}, "
+      f"after {report['seconds']['total']:.0f} s.")
+
+
+def _unpack_shipped(stages: _Stages) -> dict[str, Any]:
+  """Copies the shipped stages into the working directory; returns their record (recipe, seed, measured seconds)."""
+  source = importlib.resources.files("clara_jax") / "pretrained"
+  record = json.loads((source / "record.json").read_text())
+  with importlib.resources.as_file(source / "stages") as folder:
+    for name in os.listdir(folder):
+      if not os.path.exists(stages.directory(name)):
+        shutil.copytree(os.path.join(folder, name), stages.directory(name))
+  return record

@@ -1,0 +1,157 @@
+"""Checkpoints of ours: a directory with a readable config.json, a tokenizer, and Orbax steps.
+
+    DIR/config.json           what it is: format, stage, the run's configuration, where its base is
+    DIR/tokenizer/            the tokenizer, CLaRa's special tokens included
+    DIR/checkpoints/STEP/     weights (all groups but a base that is not trained), optimizer, data position
+    DIR/metrics.jsonl         one line a report
+
+A step is written beside and renamed, so that an interrupted save leaves no half checkpoint.
+"""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from clara_jax.config import ConfigError, RunConfig, from_config_dict
+from clara_jax.training.step import TrainState
+
+FORMAT = "clara_jax"
+VERSION = 1
+
+
+class CheckpointError(ValueError):
+  """A directory is not a checkpoint, or not the one that is wanted."""
+
+
+def is_checkpoint(directory: str) -> bool:
+  """Whether a directory is a checkpoint of this format."""
+  file = epath.Path(directory) / "config.json"
+  if not file.exists():
+    return False
+  try:
+    return json.loads(file.read_text()).get("format") == FORMAT
+  except (json.JSONDecodeError, AttributeError):
+    return False
+
+
+def write_config(directory: str, config: RunConfig) -> None:
+  """Writes DIR/config.json. A local base is named relative to DIR, so that both can be moved together.
+
+  Raises:
+    CheckpointError: DIR belongs to another run.
+  """
+  folder = epath.Path(directory)
+  folder.mkdir(parents=True, exist_ok=True)
+  base = config.base
+  if base and "://" not in base:
+    base = os.path.relpath(os.path.abspath(base), os.path.abspath(directory))
+  values = {"format": FORMAT, "version": VERSION, "stage": config.train.stage, "base": base,
+            "run": dataclasses.asdict(config)}
+  file = folder / "config.json"
+  if file.exists():
+    before = json.loads(file.read_text())
+    changed = _differences(before.get("run", {}), json.loads(json.dumps(values["run"])))
+    if changed:
+      raise CheckpointError(f"{directory}: holds a run with another configuration ({', '.join(changed)}); choose another --workdir")
+    return
+  file.write_text(json.dumps(values, indent=2))
+
+
+# A run may go on with these changed.
+_FREE_FIELDS = ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_every", "mesh", "data.prefetch")
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+  if path in _FREE_FIELDS:
+    return []
+  if isinstance(before, dict) and isinstance(now, dict):
+    return [d for key in {**before, **now} for d in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+  return [] if before == now else [f"{path}: {before!r} -> {now!r}"]
+
+
+def read_config(directory: str) -> tuple[RunConfig, str | None]:
+  """(the run's configuration, the base's path or None where this checkpoint is a base).
+
+  Raises:
+    CheckpointError: not a checkpoint of this format.
+  """
+  if not is_checkpoint(directory):
+    raise CheckpointError(f"{directory}: not a checkpoint (no config.json with format={FORMAT!r})")
+  values = json.loads((epath.Path(directory) / "config.json").read_text())
+  if values["version"] > VERSION:
+    raise CheckpointError(f"{directory}: format version {values['version']}, this program reads up to {VERSION}")
+  try:
+    config = from_config_dict(RunConfig, values["run"])
+  except ConfigError as error:
+    raise CheckpointError(f"{directory}/config.json: {error}") from None
+  base = values.get("base")
+  if base and "://" not in base and not os.path.isabs(base):
+    base = os.path.normpath(os.path.join(directory, base))
+  return config, base
+
+
+class Checkpointer:
+  """Saves and restores a run's state below DIR/checkpoints."""
+
+  def __init__(self, directory: str, keep: int = 2, read_only: bool = False):
+    path = epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory) / "checkpoints"
+    if read_only and not path.exists():
+      raise CheckpointError(f"{directory}: has no saved step yet")
+    self._directory = directory
+    self._manager = ocp.CheckpointManager(
+        path, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only))
+
+  def latest_step(self) -> int | None:
+    """The last complete step, or None."""
+    return self._manager.latest_step()
+
+  def save(self, state: TrainState, carried: dict[str, Any], data: grain.DatasetIterator) -> None:
+    """Saves a step; `carried` are the groups that this stage does not train, without the base."""
+    self._manager.save(int(state.step), args=ocp.args.Composite(
+        weights=ocp.args.StandardSave({**carried, **state.trainable}),
+        optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "rng": state.rng, "step": state.step}),
+        data=grain.checkpoint.CheckpointSave(data)))
+
+  def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
+    """The last step, in the shapes and shardings of `state`; `data` is moved to its position."""
+    step = self._manager.latest_step()
+    optimizer = {"opt_state": state.opt_state, "rng": state.rng, "step": state.step}
+    restored = self._manager.restore(step, args=ocp.args.Composite(
+        optimizer=ocp.args.StandardRestore(optimizer), data=grain.checkpoint.CheckpointRestore(data)))
+    weights = self.weights(like=state.trainable)
+    return TrainState(trainable=weights, **restored["optimizer"])
+
+  def weights(self, like: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The weights of the last step.
+
+    Args:
+      like: arrays, or shapes with shardings, for the groups that are wanted; None gives all groups as host arrays.
+    """
+    step = self._manager.latest_step()
+    if step is None:
+      raise CheckpointError(f"{self._directory}: has no saved step yet")
+    if like is None:
+      metadata = self._manager.item_metadata(step)["weights"]
+      if metadata is None:
+        handler = ocp.args.Composite(weights=ocp.args.StandardRestore())
+        return dict(self._manager.restore(step, args=handler)["weights"])
+      like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), dict(metadata.tree if hasattr(metadata, "tree") else metadata))
+    restored = self._manager.restore(step, args=ocp.args.Composite(
+        weights=ocp.args.PyTreeRestore(item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+                                       partial_restore=True)))
+    return dict(restored["weights"])
+
+  def wait(self) -> None:
+    """Waits until what is being saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits and frees the threads."""
+    self.wait()
+    self._manager.close()

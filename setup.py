@@ -1,0 +1,44 @@
+"""Packaging of clara_jax; tool settings are in pyproject.toml."""
+
+import setuptools
+
+QUICKSTART = ["matplotlib>=3.9", "scann>=1.4.2; platform_system == 'Linux'"]
+TEST = ["pytest>=8.3", "chex>=0.1.90", "hypothesis>=6.100", "peft>=0.17"]
+
+setuptools.setup(
+    name="clara_jax",
+    version="0.1.0",
+    description="CLaRa (arXiv 2511.18659) in JAX: retrieval and answers in one space of continuous memory tokens.",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_namespace_packages(include=["clara_jax", "clara_jax.*"]),
+    package_data={"clara_jax": ["pretrained/**/*"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "etils[epath]>=1.12",
+        "flax>=0.12.8,<0.13",
+        "grain>=0.2.18",
+        "jax>=0.10,<0.13",
+        "jinja2>=3.1",
+        "ml-collections>=1.0",
+        "ml-dtypes>=0.5",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12.8",
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "transformers>=4.56",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda12]>=0.10,<0.13"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "quickstart": QUICKSTART,
+        "scann": QUICKSTART[1:],
+        "torch": ["torch>=2.6"],
+        "test": [*TEST, *QUICKSTART, "torch>=2.6"],
+        "lint": ["ruff>=0.9"],
+    },
+    entry_points={"console_scripts": ["clara = clara_jax.cli.main:run"]},
+)

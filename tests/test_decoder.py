@@ -1,0 +1,96 @@
+"""The backbone against transformers' MistralForCausalLM on random weights; cached decoding against the full forward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clara_jax.config import ClaraConfig, LoraConfig, ModelConfig
+from clara_jax.interop import hf
+from clara_jax.inference.generate import empty_cache
+from clara_jax.model import Clara
+from clara_jax.nn.linear import MissingAdapterError
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_equal_transformers(tmp_path, window, tied):
+  torch = pytest.importorskip("torch")
+  import transformers
+  torch.manual_seed(0)
+  config = transformers.MistralConfig(
+      vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+      head_dim=16, sliding_window=window, tie_word_embeddings=tied, initializer_range=0.2, rms_norm_eps=1e-5)
+  reference = transformers.MistralForCausalLM(config).float().eval()
+  reference.save_pretrained(tmp_path)
+  ids = np.random.default_rng(0).integers(0, 97, (2, 12))
+  with torch.no_grad():
+    expected = reference(torch.tensor(ids), attention_mask=torch.ones(2, 12, dtype=torch.long)).logits.numpy()
+
+  model = Clara(ClaraConfig(hf.model_config(str(tmp_path), dtype="float32", param_dtype="float32"), doc_max_length=16,
+                            compression_rate=8))
+  weights = {"base": hf.read_base(model, str(tmp_path), jax.random.key(0)), "memory_embedding": np.zeros((2, 48), np.float32)}
+  hidden, _ = model.hidden(weights, None, model.embed(weights, jnp.asarray(ids)))
+  np.testing.assert_allclose(model.logits(weights, hidden)[..., :97], expected, rtol=0, atol=1e-4)
+
+
+def tiny(**fields):
+  values = {"vocab_size": 50, "width": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 48,
+            "dtype": "float32", "param_dtype": "float32", "initializer_range": 0.2}
+  return Clara(ClaraConfig(ModelConfig(**{**values, **fields}), LoraConfig(4), doc_max_length=16, compression_rate=8))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_cached_decoding_equals_full_forward(window):
+  model = tiny(sliding_window=window)
+  weights = model.init(jax.random.key(0), ("base", "memory_embedding", "generator"))
+  weights["generator"] = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape) * 0.1, weights["generator"])
+  ids = jax.random.randint(jax.random.key(2), (2, 11), 0, 50)
+  full, _ = model.hidden(weights, "generator", model.embed(weights, ids))
+  lengths = jnp.array([4, 7])
+  prompt = jnp.where(jnp.arange(7) < lengths[:, None], ids[:, :7], 0)  # right-padded
+  positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
+  _, cache = model.hidden(weights, "generator", model.embed(weights, prompt), positions=positions,
+                          cache=empty_cache(model.config.model, 2, 16))
+  for step in range(3):
+    at = lengths + step
+    token = jnp.take_along_axis(ids, at[:, None], axis=1)
+    hidden, cache = model.hidden(weights, "generator", model.embed(weights, token), positions=at[:, None], cache=cache)
+    np.testing.assert_allclose(hidden[:, 0], full[jnp.arange(2), at], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_nothing(remat):
+  plain, saved = tiny(), tiny(remat=remat)
+  weights = plain.init(jax.random.key(0), ("base", "memory_embedding"))
+  ids = jax.random.randint(jax.random.key(2), (2, 9), 0, 50)
+
+  def loss(model):
+    return lambda base: jnp.square(model.hidden({**weights, "base": base}, None, model.embed(weights, ids))[0]).sum()
+
+  for a, b in zip(jax.tree.leaves(jax.grad(loss(plain))(weights["base"])), jax.tree.leaves(jax.grad(loss(saved))(weights["base"])),
+                  strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_missing_adapter_names_the_module():
+  model = tiny()
+  weights = model.init(jax.random.key(0), ("base", "memory_embedding"))
+  with pytest.raises(MissingAdapterError, match="layers/attention/q"):
+    model.hidden({**weights, "generator": {}}, "generator", jnp.zeros((1, 3, 32)))
+
+
+def test_bfloat16_stays_close_to_float32():
+  exact, fast = tiny(), tiny(dtype="bfloat16")
+  weights = exact.init(jax.random.key(0), ("base", "memory_embedding"))
+  x = exact.embed(weights, jax.random.randint(jax.random.key(2), (2, 9), 0, 50))
+  a, b = (m.hidden(weights, None, x)[0] for m in (exact, fast))
+  assert b.dtype == jnp.bfloat16
+  assert float(jnp.abs(a - b).max()) < 0.15
+
+
+def test_7b_builds_without_memory():
+  config = ModelConfig(vocab_size=32_000, width=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336)
+  shapes = jax.eval_shape(lambda: Clara(ClaraConfig(config)).init(jax.random.key(0)))
+  assert sum(x.size for x in jax.tree.leaves(shapes["base"])) == 7_241_732_096 + 2 * 11 * 4096
+  assert sum(x.size for x in jax.tree.leaves(shapes["generator"])) == 41_943_040

@@ -1,0 +1,83 @@
+"""Greedy continuations against the reference implementation's."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clara_jax.batch import Tokens
+from clara_jax.data.pipeline import pad_tokens
+from clara_jax.data.tokens import Layout
+from clara_jax.inference.generate import generate
+from tests.test_golden import load
+
+
+@pytest.fixture(scope="module")
+def inputs(golden):
+  return json.loads((golden / "inputs.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def expected(golden):
+  return json.loads((golden / "generation.json").read_text())
+
+
+def continuations(model, weights, layout, prompts, memories, eos_id=None, new=12):
+  tokens = pad_tokens(prompts, layout.pad_id, 1)
+  ids = generate(model, weights, Tokens(jnp.asarray(tokens.ids), jnp.asarray(tokens.lengths)), memories, new,
+                 layout.eos_id if eos_id is None else eos_id, layout.pad_id)
+  return np.asarray(ids).tolist()
+
+
+def compress(model, weights, layout, texts, *shape):
+  tokens = pad_tokens([layout.document(t) for t in texts], layout.pad_id, 1)
+  return model.compress(weights, tokens).reshape(*shape, *model_shape(model))
+
+
+def model_shape(model):
+  return model.config.num_memory_tokens, model.config.model.width
+
+
+def test_given_documents(golden, inputs, expected):
+  model, weights = load(golden, "stage1_2")
+  layout = Layout(str(golden / "tiny_mistral"), model.config)
+  texts = [t for pool in inputs["POOL"] for t in pool[:2]]
+  reference = np.load(golden / "stage1_2.npz")
+  del reference
+  memories = compress(model, weights, layout, texts, 2, 2)
+  prompts = [layout.answer_prompt(q, 2).ids for q in inputs["STAGE2_QUESTIONS"]]
+  assert continuations(model, weights, layout, prompts, memories) == expected["from_text_stage1_2"]["ids"]
+
+
+def test_paraphrase(golden, inputs, expected):
+  model, weights = load(golden, "stage1")
+  layout = Layout(str(golden / "tiny_mistral"), model.config)
+  prompts = json.loads((golden / "prompts.json").read_text())["prompts"]["paraphrase/top_k=1"]
+  memories = compress(model, weights, layout, inputs["DOCS"], 3, 1)
+  wanted = expected["from_paraphrase_stage1"]
+  length, pads = wanted["prompt length"], wanted["pads per row"]
+  lengths = [length - p for p in pads]
+  # The reference drew its instructions at random; their lengths say which.
+  chosen = [[np.array(p["ids"], np.int32) for p in prompts if len(p["ids"]) == n] for n in lengths]
+  for i, options in enumerate(chosen):
+    row = compress(model, weights, layout, [inputs["DOCS"][i]], 1, 1)
+    found = [continuations(model, weights, layout, [ids], row)[0] for ids in options]
+    assert wanted["ids"][i] in found
+  del memories
+
+
+@pytest.mark.parametrize("variant", ["", "_eos_variant"])
+def test_joint(golden, inputs, expected, variant):
+  wanted = expected[f"from_questions_stage2{variant}"]
+  model, weights = load(golden, "stage2")
+  layout = Layout(str(golden / "tiny_mistral"), model.config)
+  memories = compress(model, weights, layout, [t for pool in inputs["POOL"] for t in pool], 2, 4)
+  query = model.encode_query(weights, pad_tokens([layout.query(q) for q in inputs["STAGE2_QUESTIONS"]], layout.pad_id, 1))
+  scores = model.score(query, memories)
+  if "scores" in wanted:
+    np.testing.assert_allclose(scores, wanted["scores"], rtol=0, atol=1e-4)
+  selected, indices = model.select(scores, memories)
+  assert indices.tolist() == wanted["topk_idx"]
+  prompts = [layout.answer_prompt(q, 2).ids for q in inputs["STAGE2_QUESTIONS"]]
+  assert continuations(model, weights, layout, prompts, selected, wanted.get("eos_token_id")) == wanted["ids"]

@@ -1,0 +1,152 @@
+"""Stages, resume, accumulation, and what freezes."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clara_jax.config import ConfigError
+from clara_jax.data.schemas import DataError
+from clara_jax.training import loop, optim, stages
+from clara_jax.training.checkpoint import CheckpointError
+from clara_jax.training.metrics import Mean
+from clara_jax.training.step import init_state, train_step
+from tests import tiny
+
+
+def train(stage, workdir=None, stop_at=None, before=None, config=None, **fields):
+  config = config or tiny.run_config(stage, **fields)
+  return loop.train(config, tiny.layout(), before if before is not None else tiny.weights(), tiny.rows(stage),
+                    tiny.rows(stage)[:10], workdir=workdir, screen=None, stop_at=stop_at)
+
+
+def changed(before, after):
+  return {g for g in before if any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(
+      jax.tree.leaves(before[g]), jax.tree.leaves(after[g]), strict=True))}
+
+
+@pytest.mark.parametrize("stage, trains", [
+    ("pretrain", {"base"}),
+    ("scp", {"compressor", "generator", "memory_embedding"}),
+    ("instruct", {"compressor", "generator"}),
+    ("joint", {"query_reasoner", "generator"}),
+    ("contrastive", {"query_reasoner"}),
+])
+def test_only_the_stage_s_groups_change(stage, trains):
+  before = tiny.weights()
+  result = train(stage, before=before)
+  start = stages.starting_weights(stages.get(stage), tiny.run_config(stage).train, before, lambda g: result.weights[g])
+  assert np.isfinite(result.metrics["loss"])
+  everything = {**before, **start}
+  kept = {g: w for g, w in everything.items() if g in result.weights}
+  assert changed(kept, result.weights) <= trains
+  assert trains <= changed(before, result.weights)
+
+
+def test_every_stage_learns():
+  for stage in ("pretrain", "scp", "instruct", "joint", "contrastive"):
+    result = train(stage, steps=30, eval_every=0)
+    losses = [numbers["loss"] for _, numbers in result.evaluations]
+    assert losses[-1] < losses[0], stage
+
+
+@pytest.mark.parametrize("stage", ["scp", "joint"])
+def test_resume_is_exact(tmp_path, stage):
+  straight = train(stage, steps=6)
+  train(stage, str(tmp_path), stop_at=3, steps=6)
+  resumed = train(stage, str(tmp_path), steps=6)
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(straight.weights), jax.tree.leaves(resumed.weights), strict=True):
+    np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+def test_another_configuration_is_refused(tmp_path):
+  train("contrastive", str(tmp_path), stop_at=1)
+  with pytest.raises(CheckpointError, match="train.learning_rate"):
+    train("contrastive", str(tmp_path), learning_rate=0.5)
+
+
+@pytest.mark.parametrize("stage", ["scp", "joint"])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(stage):
+  config = dataclasses.replace(tiny.config(), lora=dataclasses.replace(tiny.config().lora, dropout=0.0))
+  row = stages.get(stage)
+  optimizer = optim.make_optimizer(tiny.run_config(stage).train, 4, row.trains)
+  weights = tiny.weights()
+  encoder = loop.RowEncoder(tiny.layout(), row.data, tiny.run_config(stage).data, 2)
+  batch = loop.evaluation_batches(tiny.rows(stage)[:8], encoder, 8)[0]
+  states = []
+  for accumulate in (1, 4):
+    state = init_state({g: weights[g] for g in row.trains}, optimizer, jax.random.key(0))
+    state, metrics = jax.jit(train_step, static_argnums=(0, 1, 2, 3))(
+        loop.Clara(config), row, optimizer, accumulate, state, {g: w for g, w in weights.items() if g not in row.trains}, batch)
+    states.append((state.trainable, float(metrics["loss"].value)))
+  (one, loss_one), (four, loss_four) = states
+  assert loss_one == pytest.approx(loss_four, rel=1e-5)
+  # Adam's first step is the gradient's sign: compare where the gradient is not noise.
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
+    assert float((jnp.abs(a - b) > 1e-4).mean()) < 0.01
+
+
+def test_one_trace_for_many_steps(monkeypatch):
+  chex.clear_trace_counter()
+  monkeypatch.setattr(loop, "train_step", chex.assert_max_traces(n=1)(loop.train_step))
+  train("joint", steps=5)
+
+
+def test_a_new_stage_is_one_function_and_one_line():
+  def distance(model, trainable, frozen, batch, rng):
+    memories = model.compress({**frozen, **trainable}, batch.documents, rng)
+    value = Mean.of(jnp.square(memories))
+    return {"size": value}, {"size": value}
+
+  stages.register(stages.Stage("shrink", ("compressor",), {"memory_embedding": ("memory_embedding",),
+                                                            "compressor": ("compressor",)}, "given", distance))
+  try:
+    config = tiny.run_config("shrink", steps=10)
+    result = loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("instruct"), tiny.rows("instruct")[:8], screen=None)
+    assert result.evaluations[-1][1]["size"] < result.evaluations[0][1]["size"]
+  finally:
+    del stages.STAGES["shrink"]
+
+
+def test_the_generator_learns_from_the_joint_stage_without_labels():
+  # The gold positions are a metric only: without them the very same parameters come out.
+  rows = tiny.rows("joint")
+  blind = [dataclasses.replace(r, gold=()) for r in rows]
+  a, b = (loop.train(tiny.run_config("joint"), tiny.layout(), tiny.weights(), r, screen=None).weights for r in (rows, blind))
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("fields, error, message", [
+    ({"stage": "nothing"}, ConfigError, "train.stage='nothing'"),
+    ({"freeze": ("compressor",)}, ConfigError, "train.freeze"),
+    ({"freeze": ("query_reasoner", "generator")}, ConfigError, "leaves nothing to train"),
+    ({"learning_rate_factors": {"base": 0.1}}, ConfigError, "learning_rate_factors"),
+    ({"accumulate": 3}, ConfigError, "multiple of train.accumulate"),
+])
+def test_bad_settings(fields, error, message):
+  with pytest.raises(error, match=message):
+    train("joint", config=tiny.run_config(**{"stage": "joint", **fields}))
+
+
+def test_bad_data():
+  config = tiny.run_config("joint")
+  with pytest.raises(DataError, match="data.candidates=50"):
+    train("joint", config=dataclasses.replace(config, data=dataclasses.replace(config.data, candidates=50)))
+  with pytest.raises(DataError, match="fewer than one batch"):
+    train("joint", config=dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=5000)))
+  weights = tiny.weights()
+  del weights["compressor"], weights["query_reasoner"]
+  with pytest.raises(ConfigError, match="starts its compressor from compressor"):
+    train("joint", before=weights)
+
+
+def test_schedule_warms_up_and_decays():
+  config = tiny.run_config("scp", warmup_fraction=0.1, schedule="cosine").train
+  rate = optim.schedule(config, 100)
+  assert float(rate(0)) == pytest.approx(1e-3)
+  assert max(float(rate(i)) for i in range(100)) == pytest.approx(1e-2)
+  assert float(rate(99)) < 1e-4

@@ -1,0 +1,58 @@
+"""A world, a model and rows so small that a test takes seconds."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+
+from clara_jax.config import ClaraConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from clara_jax.data import schemas
+from clara_jax.data.tokens import Layout
+from clara_jax.data.world import World, WorldConfig
+from clara_jax.model import Clara
+
+WORLD = WorldConfig(level=2, kinds=("person",), people=60, first_names=10, last_names=10, places=6, companies=6, relations=2,
+                    wordings=2)
+
+
+@functools.cache
+def world() -> World:
+  return World(WORLD)
+
+
+@functools.cache
+def config() -> ClaraConfig:
+  model = ModelConfig(
+      vocab_size=len(world().tokenizer()), width=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24,
+      tie_embeddings=True, dtype="float32", param_dtype="float32", initializer_range=0.1)
+  return ClaraConfig(model, LoraConfig(rank=2, alpha=4.0, dropout=0.1), doc_max_length=40, compression_rate=20,
+                     query_max_length=24, decoder_max_length=256, top_k=2)
+
+
+def layout(**fields) -> Layout:
+  return Layout(world().tokenizer(), dataclasses.replace(config(), **fields))
+
+
+def rows(stage: str) -> list[schemas.Row]:
+  made = {
+      "pretrain": lambda: world().lookup_rows(versions=1),
+      "scp": lambda: itertools.islice(world().scp_rows(versions=1), 64),
+      "instruct": lambda: world().question_rows(2),
+      "joint": lambda: world().question_rows(6),
+      "contrastive": lambda: world().question_rows(6),
+  }[stage]()
+  return [schemas.parse_row(r, f"{stage}:{i}") for i, r in enumerate(made)]
+
+
+def run_config(stage: str, **train) -> RunConfig:
+  settings = {"stage": stage, "steps": 4, "learning_rate": 1e-2, "log_every": 2, "checkpoint_every": 100, **train}
+  return RunConfig(config(), DataConfig(batch_size=8, eval_batch_size=8, candidates=6), TrainConfig(**settings))
+
+
+def weights(seed: int = 0) -> dict:
+  """Fresh weights in which the adapters matter."""
+  made = Clara(config()).init(jax.random.key(seed))
+  for i, role in enumerate(("compressor", "query_reasoner", "generator")):
+    made[role] = jax.tree.map(lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), made[role])
+  return made
