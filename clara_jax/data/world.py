@@ -190,6 +190,7 @@ class WorldConfig:
     pages: over how many documents an entity's facts are spread, at level 2 and 3. With more than one, a name alone does not find
       the document: the question's relation matters too.
     wordings: how many ways there are to tell or ask the same, 1 to 3.
+    sentences: in how many sentences, each in other words, a document tells each fact.
     test_fraction: share of the entities of each kind that belongs to the test side.
     seed: of everything.
   """
@@ -205,6 +206,7 @@ class WorldConfig:
   relations: int = 6
   pages: int = 1
   wordings: int = 3
+  sentences: int = 1
   test_fraction: float = 0.2
   seed: int = 0
 
@@ -218,7 +220,7 @@ class WorldConfig:
       raise ConfigError(f"world.works={self.works}: at most {len(_ADJECTIVES) * len(_NOUNS)}")
     if unknown := set(self.kinds) - set(RELATIONS):
       raise ConfigError(f"world.kinds: unknown {sorted(unknown)}; known: {sorted(RELATIONS)}")
-    for name, most in (("relations", len(RELATIONS["person"])), ("wordings", 3), ("pages", 3)):
+    for name, most in (("relations", len(RELATIONS["person"])), ("wordings", 3), ("pages", 6), ("sentences", self.wordings)):
       if not 1 <= getattr(self, name) <= most:
         raise ConfigError(f"world.{name}={getattr(self, name)}: expected 1 … {most}")
 
@@ -271,9 +273,9 @@ class World:
         kind: [self._entity(kind, name) for name in self._pools[kind]] for kind in config.kinds}
     self.by_name = {e.name: e for entities in self.entities.values() for e in entities}
     self.pages: dict[str, tuple[Page, ...]] = {e.name: self._pages(e) for e in self.by_name.values()}
-    self._sharing: dict[tuple[str, str], list[Page]] = {}
+    self._sharing: dict[tuple[str, ...], list[Page]] = {}
     for page in itertools.chain.from_iterable(self.pages.values()):
-      for key in self._keys(page):
+      for key in itertools.chain.from_iterable(self._keys(page, r) for r in page.relations):
         self._sharing.setdefault(key, []).append(page)
 
   def _rng(self, *names: str) -> random.Random:
@@ -298,10 +300,11 @@ class World:
     values = RELATIONS[kind][relation]["values"]
     return self._pools[values] if isinstance(values, str) else values
 
-  def _keys(self, page: Page) -> list[tuple[str, str]]:
+  def _keys(self, page: Page, relation: str) -> list[tuple[str, ...]]:
+    """What a hard distractor shares with a page: a relation and, with it, the value or a part of the name."""
     entity = page.entity
-    names = list(zip(("first", "last"), entity.name.split(), strict=True)) if entity.kind == "person" else []
-    return [*names, *((r, entity.facts[r]) for r in page.relations)]
+    names = zip(("first", "last"), entity.name.split(), strict=True) if entity.kind == "person" else ()
+    return [(relation, "value", entity.facts[relation]), *((relation, *name) for name in names)]
 
   def side(self, test: bool) -> list[Page]:
     """The pages of all entities of one side, in order of `kinds`."""
@@ -318,16 +321,21 @@ class World:
       relations: tell only these facts.
     """
     rng = self._rng("document", page.id, str(version))
-    relations = list(relations or page.relations)
-    rng.shuffle(relations)
     entity = page.entity
+    sentences = [s for r in relations or page.relations
+                 for s in self._wordings(entity, r, rng)]
+    rng.shuffle(sentences)
     pronoun = {"person": "She" if entity.name.split()[0][-1] in "aei" else "He"}.get(entity.kind, "It")
     told = []
-    for index, relation in enumerate(relations):
-      sentence = rng.choice(RELATIONS[entity.kind][relation]["tell"][:self.config.wordings])
+    for index, (sentence, value) in enumerate(sentences):
       subject = entity.name if index == 0 else pronoun if sentence.startswith("{s}") else pronoun.lower()
-      told.append(_capital(sentence.format(s=subject, v=entity.facts[relation])))
+      told.append(_capital(sentence.format(s=subject, v=value)))
     return " ".join(told)
+
+  def _wordings(self, entity: Entity, relation: str, rng: random.Random) -> list[tuple[str, str]]:
+    """(sentence, value) pairs that tell one fact."""
+    wordings = RELATIONS[entity.kind][relation]["tell"][:self.config.wordings]
+    return [(sentence, entity.facts[relation]) for sentence in rng.sample(wordings, self.config.sentences)]
 
   def note(self, page: Page, relations: Sequence[str], rng: random.Random) -> str:
     """Name and facts in a few words, in any order: between a document and its memory tokens."""
@@ -366,15 +374,16 @@ class World:
     return question, f"{entity.facts[first]} and {entity.facts[second]}", [self.pages[entity.name][n] for n in pages]
 
   def distractors(self, page: Page, relation: str, count: int, rng: random.Random, hard: float = 0.6) -> list[Page]:
-    """Other pages: those of the same entity first, then about `hard` of the rest share a first name, a last name or the asked
-    fact, and the others are drawn freely.
+    """Other pages, from hard to easy: the same entity's, up to half of all; then about `hard` of the rest tell of the same relation
+    and share its value or a part of the name; the others are drawn freely.
 
     All come from the page's own side, so that test documents are never seen in training.
     """
     entity = page.entity
-    found = {p.id: p for p in self.pages[entity.name] if p.id != page.id}
+    own = [p for p in self.pages[entity.name] if p.id != page.id]
+    found = {p.id: p for p in rng.sample(own, min(len(own), (count + 1) // 2))}
     wanted = len(found) + round((count - len(found)) * hard)
-    keys = [key for key in self._keys(page) if key[0] in ("first", "last", relation)]
+    keys = self._keys(page, relation)
 
     def take(other: Page) -> None:
       if other.entity.is_test == entity.is_test and other.id != page.id:

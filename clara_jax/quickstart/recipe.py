@@ -30,7 +30,7 @@ CANDIDATES, TOP_K = 20, 3
 CORPUS = 2_000
 EVALUATION_ROWS = 500
 
-WORLD = WorldConfig(level=2, kinds=("person",), people=6_400, relations=3, wordings=2, test_fraction=0.35)
+WORLD = WorldConfig(level=2, kinds=("person",), people=5_200, relations=4, pages=2, wordings=2)
 
 SAYS = {
     "pretrain": "A tiny base learns to find a fact in a text that it has before it.",
@@ -43,12 +43,12 @@ SAYS = {
 
 
 def clara_config(vocab_size: int) -> ClaraConfig:
-  """0.9 M parameters; documents of 40 tokens become 4 memory tokens."""
+  """0.9 M parameters; documents of 30 tokens become 3 memory tokens."""
   model = ModelConfig(
       vocab_size=vocab_size, width=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=384, tie_embeddings=True,
       initializer_range=0.06, dtype="float32", param_dtype="float32", remat="full")
   return ClaraConfig(
-      model, LoraConfig(rank=16, alpha=32.0, dropout=0.0), doc_max_length=40, compression_rate=10, query_max_length=24,
+      model, LoraConfig(rank=16, alpha=32.0, dropout=0.0), doc_max_length=30, compression_rate=10, query_max_length=24,
       decoder_max_length=512, top_k=TOP_K)
 
 
@@ -59,8 +59,8 @@ def _rows(world: World, name: str):
   if name == "scp":
     return itertools.chain(world.scp_rows(versions=2, partial=0.5, complex_share=0.0), world.lookup_rows(versions=2, partial=0.5))
   if name == "instruct":
-    return itertools.chain(world.question_list_rows(TOP_K, questions=6), world.question_rows(TOP_K, per_entity=2))
-  return world.question_rows(CANDIDATES, per_entity=6)
+    return itertools.chain(world.question_list_rows(TOP_K, questions=6), world.question_rows(TOP_K, per_page=2))
+  return world.question_rows(CANDIDATES, per_page=6)
 
 
 def _stage(name: str, seed: int) -> tuple[DataConfig, TrainConfig]:
@@ -131,7 +131,7 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0) -> dict[str,
   config = clara_config(len(tokenizer))
   layout = Layout(tokenizer, config)
   stages = _Stages(workdir, seed, world, layout, config, {})
-  say("CLaRa on a generated world: 6,400 people, a document each. A third of them is never seen in training.")
+  say(f"CLaRa on a generated world: {WORLD.people:,} people with {WORLD.pages} documents each. A fifth of them is never seen in training.")
   if from_scratch:
     shipped = None
   else:
@@ -153,7 +153,7 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0) -> dict[str,
   if from_scratch:
     say("\n== Documents of the training side through the compressor, once: the joint stage reads memory tokens, not text.")
     instruct = _load(stages, "instruct")
-    everyone = [schemas.Document(e.id, world.document(e), e.name) for side in (False, True) for e in world.select(side)]
+    everyone = [schemas.Document(**d) for side in (False, True) for d in world.documents(side)]
     store = os.path.join(workdir, "training_store")
     compress_corpus(instruct.model, instruct.layout, instruct.weights, everyone, store)
     memories = MemoryStore(store).by_text()

@@ -1,0 +1,47 @@
+"""Puts a finished from-scratch run into the package: `python -m clara_jax.quickstart.ship WORKDIR`.
+
+Weights are rounded to bfloat16 and stored as float32, which compresses to half; optimizer states stay behind.
+"""
+
+import json
+import pathlib
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from clara_jax.training.checkpoint import Checkpointer
+
+WITH_WEIGHTS = ("pretrain", "scp", "instruct", "joint")
+METRICS_ONLY = ("contrastive", "generator_only")
+
+
+def ship(workdir: str, package: pathlib.Path) -> int:
+  """Copies the stages' configurations, metrics and weights; returns the bytes shipped."""
+  shutil.rmtree(package, ignore_errors=True)
+  for name in (*WITH_WEIGHTS, *METRICS_ONLY):
+    source, target = pathlib.Path(workdir) / "stages" / name, package / "stages" / name
+    target.mkdir(parents=True)
+    for file in ("config.json", "metrics.jsonl"):
+      shutil.copy(source / file, target / file)
+    if name in METRICS_ONLY:
+      continue
+    shutil.copytree(source / "tokenizer", target / "tokenizer")
+    checkpointer = Checkpointer(str(source), read_only=True)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), checkpointer.weights())
+    step = checkpointer.latest_step()
+    checkpointer.close()
+    with ocp.CheckpointManager(target.absolute() / "checkpoints") as manager:
+      manager.save(step, args=ocp.args.Composite(weights=ocp.args.StandardSave(rounded)))
+      manager.wait_until_finished()
+  report = json.loads((pathlib.Path(workdir) / "report.json").read_text())
+  (package / "record.json").write_text(json.dumps({"recipe": "clara_jax/quickstart/recipe.py", "seed": report["seed"],
+                                                   "seconds": report["seconds"]}, indent=2))
+  return sum(f.stat().st_size for f in package.rglob("*") if f.is_file())
+
+
+if __name__ == "__main__":
+  size = ship(sys.argv[1], pathlib.Path(__file__).resolve().parents[1] / "pretrained")
+  print(f"{size / 2**20:.1f} MiB")

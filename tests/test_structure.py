@@ -1,0 +1,86 @@
+"""The house: imports run downward only, torch and ScaNN stay in their rooms; the mesh refuses what it cannot place."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import clara_jax
+from clara_jax import axes
+from clara_jax.config import ConfigError
+from clara_jax.model import Clara
+from clara_jax.sharding import make_mesh, spec, tree_shardings
+from tests import tiny
+
+ROOT = pathlib.Path(clara_jax.__file__).parent
+FLOORS = [
+    {"axes", "config", "batch"}, {"data"}, {"ops"}, {"nn"}, {"model", "sharding"}, {"training", "inference", "memory", "retrieval"},
+    {"evaluation", "interop"}, {"quickstart"}, {"cli"}, {"__main__", "__init__"},
+]
+# On one floor, rooms may look at each other only where it is said here.
+SAME_FLOOR = {("config", "axes"), ("inference", "memory"), ("inference", "retrieval")}
+
+
+def floor(room):
+  return next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def imports(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom):
+      yield node.module or "", [a.name for a in node.names]
+    elif isinstance(node, ast.Import):
+      for alias in node.names:
+        yield alias.name, []
+
+
+def test_imports_run_downward():
+  for path in ROOT.rglob("*.py"):
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for module, names in imports(path):
+      if module.split(".")[0] != "clara_jax":
+        continue
+      others = [module.split(".")[1]] if "." in module else names
+      for other in others:
+        if other == room or other == "__version__":
+          continue
+        allowed = floor(other) < floor(room) or (room, other) in SAME_FLOOR
+        assert allowed, f"{path.relative_to(ROOT)} imports {other}"
+    if room == "data":
+      assert all(not m.startswith("jax") for m, _ in imports(path)), path
+
+
+@pytest.mark.parametrize("library, room", [("torch", "interop"), ("scann", "retrieval/scann.py")])
+def test_heavy_libraries_stay_in_their_rooms(library, room):
+  for path in ROOT.rglob("*.py"):
+    if any(m.split(".")[0] == library for m, _ in imports(path)):
+      assert str(path.relative_to(ROOT)).startswith(room)
+
+
+def test_the_core_needs_neither_torch_nor_tensorflow():
+  code = ("import sys; sys.modules.update(dict.fromkeys(('torch', 'tensorflow', 'scann', 'matplotlib'))); "
+          "import clara_jax.cli.commands, clara_jax.quickstart")
+  subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_every_parameter_has_a_place():
+  model = Clara(tiny.config())
+  boxed = jax.eval_shape(lambda: model.init_boxed(jax.random.key(0)))
+  shardings = tree_shardings(boxed, make_mesh())
+  assert set(shardings) == {"base", "memory_embedding", "compressor", "query_reasoner", "generator"}
+  assert shardings["base"]["layers"]["mlp"]["up"]["kernel"].spec == (None, "fsdp", "tensor")
+  assert shardings["generator"]["layers"]["mlp"]["up"]["a"].spec == (None, "fsdp", None)
+
+
+def test_unknown_and_colliding_axes():
+  with pytest.raises(ConfigError, match="base/x: unknown logical axis 'wdith'"):
+    spec(("wdith",), "base/x")
+  with pytest.raises(ConfigError, match="base/x: axes 'mlp' and 'heads' are both on mesh axis 'tensor'"):
+    spec((axes.MLP, axes.HEADS), "base/x")
+  with pytest.raises(ConfigError, match="unknown axes"):
+    make_mesh({"model": 2})
+  with pytest.raises(ConfigError, match="places for"):
+    make_mesh({"data": 7})
