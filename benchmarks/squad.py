@@ -26,7 +26,8 @@ from clara_jax.data.world import CHAT_TEMPLATE, write_rows
 CANDIDATES = 20
 
 
-def read(path):
+def read(path: pathlib.Path) -> list[dict]:
+  """All rows of a gzipped JSONL file."""
   with gzip.open(path, "rt", encoding="utf-8") as file:
     return [json.loads(line) for line in file]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from clara_jax.config import ClaraConfig, LoraConfig, ModelConfig
-from clara_jax.interop import hf
 from clara_jax.inference.generate import empty_cache
+from clara_jax.interop import hf
 from clara_jax.model import Clara
 from clara_jax.nn.linear import MissingAdapterError
 

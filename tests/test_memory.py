@@ -30,10 +30,10 @@ def test_interrupted_and_straight_runs_are_equal(tmp_path):
 
   for count in (7, 12):
     with pytest.raises(KeyboardInterrupt):
-      compress(tmp_path / "stopped", stops_after(count), shard_size=3, batch_size=4)
-  report = compress(tmp_path / "stopped", corpus, shard_size=3, batch_size=4)
+      compress(tmp_path / "stopped", stops_after(count), shard_size=3, batch_size=4, bucket=64)
+  report = compress(tmp_path / "stopped", corpus, shard_size=3, batch_size=4, bucket=64)
   assert report.documents == 23 and report.skipped == 12
-  compress(tmp_path / "straight", corpus, shard_size=3, batch_size=4)
+  compress(tmp_path / "straight", corpus, shard_size=3, batch_size=4, bucket=64)
   stopped, straight = (MemoryStore(str(tmp_path / name)) for name in ("stopped", "straight"))
   assert [d.id for d in stopped.documents] == [d.id for d in straight.documents] == [d.id for d in corpus]
   np.testing.assert_allclose(stopped.memories(), straight.memories(), atol=1e-6)

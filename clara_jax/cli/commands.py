@@ -6,7 +6,6 @@ import json
 import time
 from typing import Any
 
-
 from clara_jax.cli import configs
 from clara_jax.config import ConfigError
 from clara_jax.data import schemas

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 EXIT_BAD_INPUT = 2
 

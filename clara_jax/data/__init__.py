@@ -1,0 +1,1 @@
+"""Rows, token layouts, batches, and the generated world."""

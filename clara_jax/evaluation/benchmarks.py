@@ -8,6 +8,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
+from clara_jax.batch import Tokens
 from clara_jax.config import DataConfig
 from clara_jax.data.pipeline import RowEncoder, evaluation_batches, pad_tokens
 from clara_jax.data.schemas import DataError, Row
@@ -62,7 +63,8 @@ def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequen
     batch = [rows[i] for i in chosen]
     texts = [d for row in batch for d in row.documents]
     tokens = pad_tokens([layout.document(t) for t in texts], layout.pad_id, 32)
-    memories = compress(weights, jax.tree.map(lambda x: x.reshape(len(batch), count, *x.shape[1:]), tokens))
+    shaped = Tokens(tokens.ids.reshape(len(batch), count, -1), tokens.lengths.reshape(len(batch), count))
+    memories = compress(weights, shaped)
     ranked: list[Any] = [None] * len(batch)
     scores: list[Any] = ranked
     if setting == "joint":

@@ -126,7 +126,7 @@ class MemoryStore:
     part = self._folder / f"memories-{index:05}.npy.part"
     with part.open("wb") as file:
       np.save(file, bits)
-    part.rename(self._folder / f"memories-{index:05}.npy")
+    part.replace(self._folder / f"memories-{index:05}.npy")
     lines = "".join(json.dumps(dataclasses.asdict(d), ensure_ascii=False) + "\n" for d in documents)
     _write(self._folder / f"documents-{index:05}.jsonl", lines.encode())
     self._open_shard(index)
@@ -176,4 +176,4 @@ class MemoryStore:
 def _write(file: Any, content: bytes) -> None:
   part = file.parent / f"{file.name}.part"
   part.write_bytes(content)
-  part.rename(file)
+  part.replace(file)

@@ -1,0 +1,1 @@
+"""Stages, optimiser, step, loop and checkpoints."""
