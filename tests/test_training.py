@@ -1,6 +1,7 @@
 """Stages, resume, accumulation, and what freezes."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -38,19 +39,19 @@ def changed(before, after):
 def test_only_the_stage_s_groups_change(stage, trains):
   before = tiny.weights()
   result = train(stage, before=before)
-  start = stages.starting_weights(stages.get(stage), tiny.run_config(stage).train, before, lambda g: result.weights[g])
   assert np.isfinite(result.metrics["loss"])
-  everything = {**before, **start}
-  kept = {g: w for g, w in everything.items() if g in result.weights}
-  assert changed(kept, result.weights) <= trains
-  assert trains <= changed(before, result.weights)
+  assert trains <= set(result.weights)
+  if stage in ("pretrain", "scp"):  # these start afresh
+    assert changed({"base": before["base"]}, result.weights) == ({"base"} if stage == "pretrain" else set())
+    return
+  kept = {g: w for g, w in before.items() if g in result.weights}
+  assert changed(kept, result.weights) == trains
 
 
-def test_every_stage_learns():
-  for stage in ("pretrain", "scp", "instruct", "joint", "contrastive"):
-    result = train(stage, steps=30, eval_every=0)
-    losses = [numbers["loss"] for _, numbers in result.evaluations]
-    assert losses[-1] < losses[0], stage
+def test_training_lowers_the_loss():
+  result = train("contrastive", steps=30)
+  losses = [numbers["loss"] for _, numbers in result.evaluations]
+  assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("stage", ["scp", "joint"])
@@ -79,8 +80,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(stage):
   states = []
   for accumulate in (1, 4):
     state = init_state({g: weights[g] for g in row.trains}, optimizer, jax.random.key(0))
-    state, metrics = jax.jit(train_step, static_argnums=(0, 1, 2, 3))(
-        loop.Clara(config), row, optimizer, accumulate, state, {g: w for g, w in weights.items() if g not in row.trains}, batch)
+    step = jax.jit(functools.partial(train_step, loop.Clara(config), row, optimizer, accumulate))
+    state, metrics = step(state, {g: w for g, w in weights.items() if g not in row.trains}, batch)
     states.append((state.trainable, float(metrics["loss"].value)))
   (one, loss_one), (four, loss_four) = states
   assert loss_one == pytest.approx(loss_four, rel=1e-5)

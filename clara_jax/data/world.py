@@ -436,8 +436,12 @@ class World:
                "docs": [self.document(page, version, relations)], "pos_index": [0]}
 
   def question_rows(self, documents: int, test: bool = False, limit: int | None = None, per_page: int = 1,
-                    hard: float = 0.6, complex_share: float = 0.0, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """One question with its gold documents among `documents` candidates (instruct, joint, evaluation)."""
+                    hard: float = 0.6, complex_share: float = 0.0, seed: int = 0, pool: int | None = None
+                    ) -> Iterator[dict[str, Any]]:
+    """One question with its gold documents among `documents` candidates (instruct, joint, evaluation).
+
+    With `pool` the other documents are drawn from that many distractors, as if a retriever had picked them.
+    """
     pages = self.side(test)
     order = self._rng("question rows", str(seed))
     made = 0
@@ -453,7 +457,9 @@ class World:
           question, answer, gold = compound
         gold = gold[:documents]
         needed = {p.id for p in gold}
-        others = [p for p in self.distractors(page, relation, documents, rng, hard) if p.id not in needed]
+        others = [p for p in self.distractors(page, relation, pool or documents, rng, hard) if p.id not in needed]
+        if pool:
+          rng.shuffle(others)
         chosen = gold + others[:documents - len(gold)]
         rng.shuffle(chosen)
         made += 1
@@ -462,7 +468,7 @@ class World:
                "pos_index": [i for i, p in enumerate(chosen) if p.id in needed], "relation": relation}
 
   def question_list_rows(self, documents: int, test: bool = False, questions: int = 8, limit: int | None = None,
-                         hard: float = 0.6, seed: int = 0) -> Iterator[dict[str, Any]]:
+                         hard: float = 0.6, seed: int = 0, pool: int | None = None) -> Iterator[dict[str, Any]]:
     """Several documents and a list of questions over all of them, in the form of SCP rows.
 
     One pass over the documents gives many answers to learn from, each of which needs the right document.
@@ -471,7 +477,8 @@ class World:
     self._rng("question lists", str(seed)).shuffle(pages)
     for page in pages[:limit]:
       rng = self._rng("question list", page.id, str(seed))
-      chosen = [page, *self.distractors(page, rng.choice(page.relations), documents - 1, rng, hard)]
+      others = self.distractors(page, rng.choice(page.relations), (pool or documents) - 1, rng, hard)
+      chosen = [page, *rng.sample(others, documents - 1)]
       rng.shuffle(chosen)
       asked = self._asked([(p, list(p.relations)) for p in chosen], questions, rng)
       yield {"data_type": "qa", "question": [q for q, _ in asked], "answers": [a for _, a in asked],

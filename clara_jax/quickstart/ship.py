@@ -10,7 +10,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from clara_jax.training.checkpoint import Checkpointer
 
@@ -33,9 +32,9 @@ def ship(workdir: str, package: pathlib.Path) -> int:
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), checkpointer.weights())
     step = checkpointer.latest_step()
     checkpointer.close()
-    with ocp.CheckpointManager(target.absolute() / "checkpoints") as manager:
-      manager.save(step, args=ocp.args.Composite(weights=ocp.args.StandardSave(rounded)))
-      manager.wait_until_finished()
+    writer = Checkpointer(str(target))
+    writer.save_weights(step, rounded)
+    writer.close()
   report = json.loads((pathlib.Path(workdir) / "report.json").read_text())
   (package / "record.json").write_text(json.dumps({"recipe": "clara_jax/quickstart/recipe.py", "seed": report["seed"],
                                                    "seconds": report["seconds"]}, indent=2))

@@ -15,6 +15,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -105,7 +106,9 @@ class Checkpointer:
       raise CheckpointError(f"{directory}: has no saved step yet")
     self._directory = directory
     self._manager = ocp.CheckpointManager(
-        path, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only))
+        path, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only),
+        item_handlers={"weights": ocp.PyTreeCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler(),
+                       "data": grain.checkpoint.CheckpointHandler()})
 
   def latest_step(self) -> int | None:
     """The last complete step, or None."""
@@ -114,38 +117,35 @@ class Checkpointer:
   def save(self, state: TrainState, carried: dict[str, Any], data: grain.DatasetIterator) -> None:
     """Saves a step; `carried` are the groups that this stage does not train, without the base."""
     self._manager.save(int(state.step), args=ocp.args.Composite(
-        weights=ocp.args.StandardSave({**carried, **state.trainable}),
-        optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "rng": state.rng, "step": state.step}),
+        weights=ocp.args.PyTreeSave({**carried, **state.trainable}),
+        optimizer=ocp.args.StandardSave(_optimizer(state)),
         data=grain.checkpoint.CheckpointSave(data)))
+
+  def save_weights(self, step: int, weights: dict[str, Any]) -> None:
+    """Saves weights alone: a checkpoint to use, not to go on from."""
+    self._manager.save(step, args=ocp.args.Composite(weights=ocp.args.PyTreeSave(weights)))
 
   def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
     """The last step, in the shapes and shardings of `state`; `data` is moved to its position."""
-    step = self._manager.latest_step()
-    optimizer = {"opt_state": state.opt_state, "rng": state.rng, "step": state.step}
-    restored = self._manager.restore(step, args=ocp.args.Composite(
-        optimizer=ocp.args.StandardRestore(optimizer), data=grain.checkpoint.CheckpointRestore(data)))
-    weights = self.weights(like=state.trainable)
-    return TrainState(trainable=weights, **restored["optimizer"])
+    restored = self._manager.restore(self._manager.latest_step(), args=ocp.args.Composite(
+        weights=_restore_weights(state.trainable, ocp.checkpoint_utils.construct_restore_args(state.trainable)),
+        optimizer=ocp.args.StandardRestore(_optimizer(state)),
+        data=grain.checkpoint.CheckpointRestore(data)))
+    return TrainState(trainable=restored["weights"], **restored["optimizer"])
 
-  def weights(self, like: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The weights of the last step.
+  def weights(self) -> dict[str, Any]:
+    """All groups of the last step, as host arrays.
 
-    Args:
-      like: arrays, or shapes with shardings, for the groups that are wanted; None gives all groups as host arrays.
+    Raises:
+      CheckpointError: no step was saved.
     """
     step = self._manager.latest_step()
     if step is None:
       raise CheckpointError(f"{self._directory}: has no saved step yet")
-    if like is None:
-      metadata = self._manager.item_metadata(step)["weights"]
-      if metadata is None:
-        handler = ocp.args.Composite(weights=ocp.args.StandardRestore())
-        return dict(self._manager.restore(step, args=handler)["weights"])
-      like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), dict(metadata.tree if hasattr(metadata, "tree") else metadata))
-    restored = self._manager.restore(step, args=ocp.args.Composite(
-        weights=ocp.args.PyTreeRestore(item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like),
-                                       partial_restore=True)))
-    return dict(restored["weights"])
+    tree = dict(self._manager.item_metadata(step)["weights"].tree)
+    shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), tree)
+    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    return self._manager.restore(step, args=ocp.args.Composite(weights=_restore_weights(shapes, on_host)))["weights"]
 
   def wait(self) -> None:
     """Waits until what is being saved is on disk."""
@@ -155,3 +155,12 @@ class Checkpointer:
     """Waits and frees the threads."""
     self.wait()
     self._manager.close()
+
+
+def _optimizer(state: TrainState) -> dict[str, Any]:
+  return {"opt_state": state.opt_state, "rng": state.rng, "step": state.step}
+
+
+def _restore_weights(like: Any, arguments: Any) -> Any:
+  # Groups that are carried along but not asked for stay on disk.
+  return ocp.args.PyTreeRestore(item=like, restore_args=arguments, partial_restore=True)
