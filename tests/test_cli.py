@@ -28,11 +28,11 @@ def folder(tmp_path_factory):
   world = tiny.world()
   weights = tiny.weights()
   base = loop.train(tiny.run_config("pretrain", steps=2), tiny.layout(), {}, tiny.rows("pretrain"), workdir=str(path / "base"),
-                    screen=None)
+                    progress=False)
   weights["base"] = base.weights["base"]
   config = tiny.run_config("joint", steps=2)
   config = loop.dataclasses.replace(config, base=str(path / "base"))
-  loop.train(config, tiny.layout(), weights, tiny.rows("joint"), workdir=str(path / "joint"), screen=None)
+  loop.train(config, tiny.layout(), weights, tiny.rows("joint"), workdir=str(path / "joint"), progress=False)
   write_rows(world.question_rows(6, test=True), str(path / "joint.jsonl"))
   write_rows(world.question_rows(2, test=True), str(path / "given.jsonl"))
   write_rows(world.documents(test=True), str(path / "documents.jsonl"))
@@ -203,7 +203,7 @@ def test_a_store_of_another_compressor_is_refused(folder, capsys, tmp_path):
   from clara_jax.interop import checkpoints
   other["base"] = checkpoints.load(str(folder / "joint")).weights["base"]
   other["compressor"] = {**other["generator"]}
-  loop.train(config, tiny.layout(), other, tiny.rows("joint"), workdir=str(tmp_path / "other"), screen=None)
+  loop.train(config, tiny.layout(), other, tiny.rows("joint"), workdir=str(tmp_path / "other"), progress=False)
   store = tmp_path / "store"
   arguments = ("--documents", folder / "documents.jsonl", "--store", store)
   assert run(capsys, "compress", "--checkpoint", folder / "joint", *arguments)[0] == 0

@@ -18,7 +18,7 @@ def documents(count):
 
 
 def compress(directory, corpus, **options):
-  return compress_corpus(Clara(tiny.config()), tiny.layout(), tiny.weights(), corpus, str(directory), screen=None, **options)
+  return compress_corpus(Clara(tiny.config()), tiny.layout(), tiny.weights(), corpus, str(directory), progress=False, **options)
 
 
 def test_interrupted_and_straight_runs_are_equal(tmp_path):

@@ -21,7 +21,7 @@ from tests import tiny
 def train(stage, workdir=None, stop_at=None, before=None, config=None, **fields):
   config = config or tiny.run_config(stage, **fields)
   return loop.train(config, tiny.layout(), before if before is not None else tiny.weights(), tiny.rows(stage),
-                    tiny.rows(stage)[:10], workdir=workdir, screen=None, stop_at=stop_at)
+                    tiny.rows(stage)[:10], workdir=workdir, progress=False, stop_at=stop_at)
 
 
 def changed(before, after):
@@ -106,7 +106,7 @@ def test_a_new_stage_is_one_function_and_one_line():
                                                             "compressor": ("compressor",)}, "given", distance))
   try:
     config = tiny.run_config("shrink", steps=10)
-    result = loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("instruct"), tiny.rows("instruct")[:8], screen=None)
+    result = loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("instruct"), tiny.rows("instruct")[:8], progress=False)
     assert result.evaluations[-1][1]["size"] < result.evaluations[0][1]["size"]
   finally:
     del stages.STAGES["shrink"]
@@ -116,7 +116,7 @@ def test_the_generator_learns_from_the_joint_stage_without_labels():
   # The gold positions are a metric only: without them the very same parameters come out.
   rows = tiny.rows("joint")
   blind = [dataclasses.replace(r, gold=()) for r in rows]
-  a, b = (loop.train(tiny.run_config("joint"), tiny.layout(), tiny.weights(), r, screen=None).weights for r in (rows, blind))
+  a, b = (loop.train(tiny.run_config("joint"), tiny.layout(), tiny.weights(), r, progress=False).weights for r in (rows, blind))
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_array_equal(x, y)
 

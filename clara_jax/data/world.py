@@ -436,11 +436,12 @@ class World:
                "docs": [self.document(page, version, relations)], "pos_index": [0]}
 
   def question_rows(self, documents: int, test: bool = False, limit: int | None = None, per_page: int = 1,
-                    hard: float = 0.6, complex_share: float = 0.0, seed: int = 0, pool: int | None = None
-                    ) -> Iterator[dict[str, Any]]:
+                    hard: float = 0.6, complex_share: float = 0.0, seed: int = 0, pool: int | None = None,
+                    gold_first: float = 0.0) -> Iterator[dict[str, Any]]:
     """One question with its gold documents among `documents` candidates (instruct, joint, evaluation).
 
-    With `pool` the other documents are drawn from that many distractors, as if a retriever had picked them.
+    With `pool` the other documents are drawn from that many distractors, as if a retriever had picked them; with probability
+    `gold_first` the gold documents lead, as a good retriever would rank them.
     """
     pages = self.side(test)
     order = self._rng("question rows", str(seed))
@@ -461,7 +462,8 @@ class World:
         if pool:
           rng.shuffle(others)
         chosen = gold + others[:documents - len(gold)]
-        rng.shuffle(chosen)
+        if rng.random() >= gold_first:
+          rng.shuffle(chosen)
         made += 1
         yield {"id": f"{page.id}/{relation}/{turn}", "question": question, "answer": answer,
                "docs": [self.document(p) for p in chosen], "doc_ids": [p.id for p in chosen],

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ class Evaluation:
 
 
 def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequence[Row], setting: str, *, batch_size: int = 16,
-             max_new_tokens: int = 64, screen: TextIO | None = sys.stderr) -> Evaluation:
+             max_new_tokens: int = 64, progress: bool = True) -> Evaluation:
   """Answers rows from their documents.
 
   Args:
@@ -40,7 +40,7 @@ def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequen
     setting: 'compressor' answers from all documents of the row, 'joint' from the K best by score.
     batch_size: rows a pass; rows with the same number of documents go together.
     max_new_tokens: longest answer.
-    screen: where progress goes.
+    progress: whether lines go to standard error.
 
   Raises:
     DataError: a row is no single question, or has fewer than K documents.
@@ -82,8 +82,8 @@ def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequen
           prediction |= retrieval_scores(places.tolist(), row.gold)
       predictions[i] = prediction
     done += len(chosen)
-    if screen:
-      print(f"evaluate: {done}/{len(rows)} rows", file=screen, flush=True)
+    if progress:
+      print(f"evaluate: {done}/{len(rows)} rows", file=sys.stderr, flush=True)
   named = {name for p in predictions for name, value in p.items() if isinstance(value, float)}
   scores = {name: float(np.mean([p[name] for p in predictions if name in p])) for name in sorted(named)}
   return Evaluation({"n": len(rows), **scores}, predictions)

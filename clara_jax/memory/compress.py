@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ def manifest_of(model: Clara, weights: dict[str, Any]) -> Manifest:
 
 
 def compress_corpus(model: Clara, layout: Layout, weights: dict[str, Any], documents: Iterable[Document], directory: str, *,
-                    batch_size: int = 64, shard_size: int = 4096, bucket: int = 32, screen: TextIO | None = sys.stderr
+                    batch_size: int = 64, shard_size: int = 4096, bucket: int = 32, progress: bool = True
                     ) -> CompressReport:
   """Writes the documents' memory tokens into the store; those that it has are skipped, so that a stopped run goes on.
 
@@ -46,7 +46,7 @@ def compress_corpus(model: Clara, layout: Layout, weights: dict[str, Any], docum
     batch_size: documents a pass; rounded up to a multiple of the devices.
     shard_size: documents a file.
     bucket: lengths are padded to a multiple of it.
-    screen: where progress goes.
+    progress: whether lines go to standard error.
   """
   start = time.monotonic()
   store = MemoryStore(directory, manifest_of(model, weights))
@@ -71,8 +71,8 @@ def compress_corpus(model: Clara, layout: Layout, weights: dict[str, Any], docum
     store.append(waiting, memories)
     made += len(waiting)
     waiting.clear()
-    if screen:
-      print(f"compress: {len(store)} documents in the store, {made / (time.monotonic() - start):.0f} documents/s", file=screen,
+    if progress:
+      print(f"compress: {len(store)} documents in the store, {made / (time.monotonic() - start):.0f} documents/s", file=sys.stderr,
             flush=True)
 
   with jax.set_mesh(mesh), activation_rules():

@@ -147,7 +147,7 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0) -> dict[str,
   say("\n== The scp stage on people never seen in training, one document at a time.")
   scp = _load(stages, "scp")
   scp_scores = benchmarks.evaluate(scp.model, scp.layout, scp.weights, one_rows, "compressor", batch_size=100, max_new_tokens=4,
-                                   screen=None).scores
+                                   progress=False).scores
 
   memories = None
   if from_scratch:
@@ -164,7 +164,7 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0) -> dict[str,
   before, after = (_load(stages, name) for name in ("instruct", "joint"))
   before.weights.setdefault("query_reasoner", before.weights["compressor"])
   scores = [benchmarks.evaluate(c.model, c.layout, c.weights, test_rows, "joint", batch_size=100, max_new_tokens=4,
-                                screen=None).scores for c in (before, after)]
+                                progress=False).scores for c in (before, after)]
 
   say(f"\n== {CORPUS:,} unseen documents: compress, index, ask.")
   start = time.monotonic()

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -54,7 +54,7 @@ def train(
     *,
     workdir: str | None = None,
     memories: MemoryLookup | None = None,
-    screen: TextIO | None = sys.stderr,
+    progress: bool = True,
     stop_at: int | None = None,
     on_evaluation: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Result:
@@ -68,7 +68,7 @@ def train(
     eval_rows: rows whose metrics are reported every `train.eval_every` steps, and at the start and the end.
     workdir: for checkpoints and metrics; None keeps nothing on disk.
     memories: memory tokens of documents by text; None compresses candidates in the step.
-    screen: where progress goes; None for silence.
+    progress: whether lines go to standard error.
     stop_at: stops (and saves) after this step, for tests and for time limits.
     on_evaluation: called with each evaluation.
 
@@ -115,7 +115,7 @@ def train(
       if checkpointer.latest_step() is not None:
         state = checkpointer.restore(state, batches)
     reporter = metrics_lib.Reporter(
-        epath.Path(workdir) / "metrics.jsonl" if workdir else None, settings.stage, steps, screen)
+        epath.Path(workdir) / "metrics.jsonl" if workdir else None, settings.stage, steps, progress)
     carried = {g: w for g, w in frozen.items() if g != "base"}
     history: list[tuple[int, dict[str, float]]] = []
     last: dict[str, float] = {}

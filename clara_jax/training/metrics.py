@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,12 +55,12 @@ class Reporter:
     path: the file; lines are appended. None writes no file.
     stage: name shown in front.
     steps: length of the run, for the time left.
-    screen: a stream, or None for silence.
+    progress: whether lines go to standard error.
   """
 
-  def __init__(self, path: Any, stage: str, steps: int, screen: TextIO | None = sys.stderr):
+  def __init__(self, path: Any, stage: str, steps: int, progress: bool = True):
     self._file = path.open("a") if path is not None else None
-    self._stage, self._steps, self._screen = stage, steps, screen
+    self._stage, self._steps, self._progress = stage, steps, progress
     self._start = time.monotonic()
     self._first_step: int | None = None
 
@@ -71,9 +71,9 @@ class Reporter:
     if self._file:
       self._file.write(json.dumps({"step": step, "kind": kind, **numbers}) + "\n")
       self._file.flush()
-    if self._screen:
+    if self._progress:
       shown = "  ".join(f"{name} {_short(number)}" for name, number in numbers.items())
-      print(f"{self._stage:>11} {step:>6}/{self._steps}  {kind}  {shown}{self._left(step)}", file=self._screen, flush=True)
+      print(f"{self._stage:>11} {step:>6}/{self._steps}  {kind}  {shown}{self._left(step)}", file=sys.stderr, flush=True)
 
   def _left(self, step: int) -> str:
     done = step - (self._first_step or 0)
