@@ -7,9 +7,8 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # a mesh in every test
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-
+import jax
+import pytest
 
 # Many tests compile the same tiny programs.
 jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="clara_jax_tests"))
