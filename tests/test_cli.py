@@ -205,7 +205,7 @@ def test_a_store_of_another_compressor_is_refused(folder, capsys, tmp_path):
   other["compressor"] = {**other["generator"]}
   loop.train(config, tiny.layout(), other, tiny.rows("joint"), workdir=str(tmp_path / "other"), progress=False)
   store = tmp_path / "store"
-  arguments = ("--documents", folder / "documents.jsonl", "--store", store)
+  arguments = ("--documents", folder / "documents.jsonl", "--store", store, "--json")
   assert run(capsys, "compress", "--checkpoint", folder / "joint", *arguments)[0] == 0
   status, _, err = run(capsys, "compress", "--checkpoint", tmp_path / "other", *arguments)
   assert status == 2 and "compressor=" in err

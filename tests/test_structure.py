@@ -7,6 +7,7 @@ import sys
 
 import jax
 import pytest
+from jax.sharding import PartitionSpec
 
 import clara_jax
 from clara_jax import axes
@@ -71,8 +72,8 @@ def test_every_parameter_has_a_place():
   boxed = jax.eval_shape(lambda: model.init_boxed(jax.random.key(0)))
   shardings = tree_shardings(boxed, make_mesh())
   assert set(shardings) == {"base", "memory_embedding", "compressor", "query_reasoner", "generator"}
-  assert shardings["base"]["layers"]["mlp"]["up"]["kernel"].spec == (None, "fsdp", "tensor")
-  assert shardings["generator"]["layers"]["mlp"]["up"]["a"].spec == (None, "fsdp", None)
+  assert shardings["base"]["layers"]["mlp"]["up"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
+  assert shardings["generator"]["layers"]["mlp"]["up"]["a"].spec == PartitionSpec(None, "fsdp", None)
 
 
 def test_unknown_and_colliding_axes():

@@ -1,6 +1,7 @@
 """`--config FILE.py[:NAME]` with `--config.a.b=value` overrides, as a checked `RunConfig`."""
 
 import os
+import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -23,11 +24,15 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
       raise ConfigError(f"unrecognized argument {override}; overrides look like --config.train.steps=100")
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+  arguments = ["clara", f"--config={path}", *overrides]
+  outer, sys.argv = sys.argv, arguments  # config_flags looks for overrides there, whatever it is called with
   try:
-    values(["clara", f"--config={path}", *overrides])
+    values(arguments)
     config = values.config
   except flags.Error as error:
     raise ConfigError(f"--config: {error}") from None
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise ConfigError(f"{path}: {error}") from None
+  finally:
+    sys.argv = outer
   return from_config_dict(RunConfig, config.to_dict())

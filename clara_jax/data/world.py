@@ -10,7 +10,7 @@ Levels of difficulty:
   2  several facts a document (profiles);
   3  profiles, and questions that need the documents of two entities.
 
-Everything is a function of the configuration and its seed; an entity's text does not depend on how many others there are.
+Everything is a function of the configuration and its seed; a person's text does not depend on how many people there are.
 """
 
 import dataclasses

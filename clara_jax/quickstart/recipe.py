@@ -30,7 +30,8 @@ CANDIDATES, TOP_K = 20, 3
 CORPUS = 2_000
 EVALUATION_ROWS = 500
 
-WORLD = WorldConfig(level=2, kinds=("person",), people=5_200, relations=4, pages=2, wordings=2)
+WORLD = WorldConfig(level=2, kinds=("person",), people=2_000, first_names=60, last_names=60, relations=6, pages=6, wordings=2,
+                    sentences=2)
 
 SAYS = {
     "pretrain": "A tiny base learns to find a fact in a text that it has before it.",
@@ -54,28 +55,28 @@ def clara_config(vocab_size: int) -> ClaraConfig:
 
 def _rows(world: World, name: str):
   if name == "pretrain":
-    questions = (r for r in world.scp_rows(versions=1, partial=0.7, complex_share=0.0) if r["data_type"] == "qa")
-    return itertools.chain(world.lookup_rows(versions=1, partial=0.7), questions, world.note_rows())
+    questions = (r for r in world.scp_rows(versions=1, complex_share=0.0) if r["data_type"] == "qa")
+    return itertools.chain(world.lookup_rows(versions=1), questions, world.note_rows(most=4))
   if name == "scp":
-    return itertools.chain(world.scp_rows(versions=2, partial=0.5, complex_share=0.0), world.lookup_rows(versions=2, partial=0.5))
+    return itertools.chain(world.scp_rows(versions=1, complex_share=0.0), world.lookup_rows(versions=1))
   if name == "instruct":
-    return itertools.chain(world.question_list_rows(TOP_K, questions=6), world.question_rows(TOP_K, per_page=2))
-  return world.question_rows(CANDIDATES, per_page=6)
+    return itertools.chain(world.question_list_rows(TOP_K, questions=5, seed=1), world.question_rows(TOP_K))
+  return world.question_rows(CANDIDATES)
 
 
 def _stage(name: str, seed: int) -> tuple[DataConfig, TrainConfig]:
   common = {"seed": seed, "log_every": 50, "checkpoint_every": 500}
   data = DataConfig(batch_size=32, eval_batch_size=100, candidates=CANDIDATES, bucket=32)
   train = {
-      "pretrain": TrainConfig(stage="pretrain", steps=900, learning_rate=3e-3, **common),
-      "scp": TrainConfig(stage="scp", steps=2000, learning_rate=3e-3, schedule="linear", **common),
-      "instruct": TrainConfig(stage="instruct", steps=2000, learning_rate=2e-3, schedule="linear", **common),
-      "contrastive": TrainConfig(stage="contrastive", steps=1500, learning_rate=2e-3, eval_every=250, **common),
-      "joint": TrainConfig(stage="joint", steps=2000, learning_rate=2e-3, eval_every=100,
-                           learning_rate_factors={"generator": 0.1}, **common),
+      "pretrain": TrainConfig(stage="pretrain", steps=900, learning_rate=3e-3, schedule="linear",
+                              final_learning_rate_fraction=0.2, **common),
+      "scp": TrainConfig(stage="scp", steps=500, learning_rate=3e-3, schedule="linear", **common),
+      "instruct": TrainConfig(stage="instruct", steps=500, learning_rate=2e-3, schedule="linear", **common),
+      "contrastive": TrainConfig(stage="contrastive", steps=200, learning_rate=2e-3, eval_every=50, **common),
+      "joint": TrainConfig(stage="joint", steps=500, learning_rate=2e-3, eval_every=100, learning_rate_factors={"generator": 0.1},
+                           **common),
   }
-  train["generator_only"] = dataclasses.replace(
-      train["joint"], freeze=("query_reasoner",), learning_rate_factors={"generator": 0.1})
+  train["generator_only"] = dataclasses.replace(train["joint"], freeze=("query_reasoner",))
   return data, train[name]
 
 
@@ -131,12 +132,14 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0) -> dict[str,
   config = clara_config(len(tokenizer))
   layout = Layout(tokenizer, config)
   stages = _Stages(workdir, seed, world, layout, config, {})
-  say(f"CLaRa on a generated world: {WORLD.people:,} people with {WORLD.pages} documents each. A fifth of them is never seen in training.")
-  if from_scratch:
-    shipped = None
-  else:
-    shipped = _unpack_shipped(stages)
+  say(f"CLaRa on a generated world: {WORLD.people:,} people with {WORLD.pages} documents each. "
+      "A fifth of the people is never seen in training.")
+  shipped = None if from_scratch else _unpack_shipped(stages)
+  if shipped:
     say("Starting from the shipped result of this same recipe; --from-scratch trains all of it here.")
+  elif not from_scratch:
+    say("This installation ships no trained result: training everything here.")
+    from_scratch = True
 
   test_rows = [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(world.question_rows(CANDIDATES, True, EVALUATION_ROWS))]
   one_rows = [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(world.question_rows(1, True, EVALUATION_ROWS))]
@@ -270,9 +273,11 @@ def _tell(report: dict[str, Any], answers: list[dict[str, Any]], workdir: str) -
       f"after {report['seconds']['total']:.0f} s.")
 
 
-def _unpack_shipped(stages: _Stages) -> dict[str, Any]:
-  """Copies the shipped stages into the working directory; returns their record (recipe, seed, measured seconds)."""
+def _unpack_shipped(stages: _Stages) -> dict[str, Any] | None:
+  """Copies the shipped stages into the working directory; returns their record (recipe, seed, measured seconds), if there are any."""
   source = importlib.resources.files("clara_jax") / "pretrained"
+  if not (source / "record.json").is_file():
+    return None
   record = json.loads((source / "record.json").read_text())
   with importlib.resources.as_file(source / "stages") as folder:
     for name in os.listdir(folder):
