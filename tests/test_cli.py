@@ -184,7 +184,8 @@ def test_train_through_the_command(folder, capsys, tmp_path):
   shape = tiny.config()
   for field in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
     arguments.append(f"--config.clara.model.{field}={getattr(shape.model, field)}")
-  arguments += ["--config.clara.lora.rank=2", "--config.clara.compression_rate=20"]
+  arguments += ["--config.clara.lora.rank=2", "--config.clara.lora.alpha=4.0",
+                "--config.clara.compression_rate=20"]
   status, report, err = run(capsys, *arguments)
   assert status == 0, err
   assert report["step"] == 3 and np.isfinite(report["loss"])

@@ -85,11 +85,15 @@ def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
   return loop.train(config, layout, before, rows, eval_rows, workdir=options.workdir, memories=memories).metrics
 
 
+# Fields in which a stage may differ from the one before it.
+_FREE_FIELDS = ("dtype", "param_dtype", "attention", "remat", "dropout", "initializer_range", "max_positions")
+
+
 def _same_architecture(have: Clara, want: Clara, where: str) -> None:
   for name in ("model", "lora"):
     a, b = (dataclasses.asdict(getattr(m.config, name)) for m in (have, want))
     for field in a:
-      if field not in ("dtype", "param_dtype", "attention", "remat", "dropout", "initializer_range", "max_positions") and a[field] != b[field]:
+      if field not in _FREE_FIELDS and a[field] != b[field]:
         raise ConfigError(f"clara.{name}.{field}={b[field]!r}, but {where} was made with {a[field]!r}")
   if have.config.num_memory_tokens != want.config.num_memory_tokens:
     raise ConfigError(f"{want.config.num_memory_tokens} memory tokens, but {where} was made with {have.config.num_memory_tokens}")
