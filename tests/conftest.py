@@ -2,18 +2,11 @@
 
 import os
 import pathlib
-import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # a mesh in every test
 
-import jax
 import pytest
-
-# Many tests compile the same tiny programs.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="clara_jax_tests"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 SHARED = pathlib.Path(os.environ.get("CLARA_SHARED", pathlib.Path(__file__).resolve().parents[2] / "shared"))
 

@@ -51,8 +51,13 @@ def run_config(stage: str, **train) -> RunConfig:
 
 
 def weights(seed: int = 0) -> dict:
-  """Fresh weights in which the adapters matter."""
-  made = Clara(config()).init(jax.random.key(seed))
+  """Fresh weights in which the adapters matter; the dict may be changed, its arrays are shared."""
+  return dict(_weights(seed))
+
+
+@functools.cache
+def _weights(seed: int) -> dict:
+  made = jax.jit(Clara(config()).init)(jax.random.key(seed))
   for i, role in enumerate(("compressor", "query_reasoner", "generator")):
     made[role] = jax.tree.map(lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), made[role])
   return made
