@@ -123,7 +123,7 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0) -> dict[str,
     seed: of the training; the world is always the same.
 
   Returns:
-    The report: see `COMMANDS` in docs/commands.md.
+    The report, as in report.json.
   """
   began = time.monotonic()
   os.makedirs(workdir, exist_ok=True)
