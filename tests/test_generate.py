@@ -43,8 +43,6 @@ def test_given_documents(golden, inputs, expected):
   model, weights = load(golden, "stage1_2")
   layout = Layout(str(golden / "tiny_mistral"), model.config)
   texts = [t for pool in inputs["POOL"] for t in pool[:2]]
-  reference = np.load(golden / "stage1_2.npz")
-  del reference
   memories = compress(model, weights, layout, texts, 2, 2)
   prompts = [layout.answer_prompt(q, 2).ids for q in inputs["STAGE2_QUESTIONS"]]
   assert continuations(model, weights, layout, prompts, memories) == expected["from_text_stage1_2"]["ids"]
@@ -54,7 +52,6 @@ def test_paraphrase(golden, inputs, expected):
   model, weights = load(golden, "stage1")
   layout = Layout(str(golden / "tiny_mistral"), model.config)
   prompts = json.loads((golden / "prompts.json").read_text())["prompts"]["paraphrase/top_k=1"]
-  memories = compress(model, weights, layout, inputs["DOCS"], 3, 1)
   wanted = expected["from_paraphrase_stage1"]
   length, pads = wanted["prompt length"], wanted["pads per row"]
   lengths = [length - p for p in pads]
@@ -64,7 +61,6 @@ def test_paraphrase(golden, inputs, expected):
     row = compress(model, weights, layout, [inputs["DOCS"][i]], 1, 1)
     found = [continuations(model, weights, layout, [ids], row)[0] for ids in options]
     assert wanted["ids"][i] in found
-  del memories
 
 
 @pytest.mark.parametrize("variant", ["", "_eos_variant"])

@@ -57,7 +57,7 @@ def quickstart(options: argparse.Namespace) -> dict[str, Any]:
 def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
   """`clara train`: one stage."""
   config = configs.load(options.config, overrides)
-  stage = stages.get(config.train.stage)
+  stages.get(config.train.stage)  # an unknown stage costs no reading
   if not config.data.rows:
     raise ConfigError("data.rows: no training rows are named")
   rows = schemas.read_rows(config.data.rows)
@@ -77,8 +77,6 @@ def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     layout = Layout(checkpoints.tokenizer_directory(tokenizer), config.clara)
     if config.base:
       before = {"base": checkpoints.load_base(model, config.base, "config.base", config.train.seed)}
-  if "base" in stage.trains and config.init_from is None and config.base is None:
-    before.pop("base", None)
   memories = None
   if config.data.store:
     memories = MemoryStore(config.data.store).by_text()

@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from clara_jax.batch import Batch, Prompt, Tokens
-from clara_jax.config import ROLES, DataConfig
+from clara_jax.config import DataConfig
 from clara_jax.data.schemas import DataError, Row
 from clara_jax.data.tokens import Layout, PromptTokens
 
@@ -151,4 +151,4 @@ def evaluation_batches(rows: Sequence[Row], encoder: RowEncoder, batch_size: int
   return batches
 
 
-__all__ = ["ROLES", "MemoryLookup", "RowEncoder", "evaluation_batches", "pad_prompts", "pad_tokens", "training_batches"]
+__all__ = ["MemoryLookup", "RowEncoder", "evaluation_batches", "pad_prompts", "pad_tokens", "training_batches"]
