@@ -83,7 +83,8 @@ class ClaraConfig:
   """The method's own numbers (paper §3; upstream's config.json).
 
   `center_scores` subtracts the mean memory of a row's candidates from its candidates before the cosine. It is not in the paper
-  and stays off for released checkpoints.
+  and stays off for released checkpoints. `nested_dropout` (joint stage; `training/stages.py`) is not in the paper either: the
+  share of training rows for which the generator reads only the first of the K documents.
   """
 
   model: ModelConfig
@@ -97,6 +98,7 @@ class ClaraConfig:
   masking: Literal["algorithm1", "equation33"] = "algorithm1"
   mse_weight: float = 0.1
   center_scores: bool = False
+  nested_dropout: float = 0.0
 
   def __post_init__(self):
     if self.doc_max_length % self.compression_rate:
@@ -106,6 +108,8 @@ class ClaraConfig:
       raise ConfigError(f"temperature={self.temperature} must be positive")
     if self.top_k < 1:
       raise ConfigError(f"top_k={self.top_k} must be at least 1")
+    if not 0 <= self.nested_dropout <= 1:
+      raise ConfigError(f"nested_dropout={self.nested_dropout} must be in [0, 1]")
 
   @property
   def num_memory_tokens(self) -> int:

@@ -40,7 +40,11 @@ SAYS = {
     "contrastive": "For comparison: retrieval learned WITH relevance labels, the ceiling for the next stage.",
     "joint": "The query reasoner learns to retrieve from the answers' loss alone, without a single relevance label.",
     "generator_only": "For comparison: the same run with the query reasoner frozen.",
+    "without_nested_dropout": "For comparison: the same run where the generator always reads all K documents.",
 }
+BEFORE = {"pretrain": None, "scp": "pretrain", "instruct": "scp", "contrastive": "instruct", "joint": "instruct",
+          "generator_only": "instruct", "without_nested_dropout": "instruct"}
+RETRIEVAL = ("contrastive", "joint", "generator_only", "without_nested_dropout")
 
 
 def clara_config(vocab_size: int) -> ClaraConfig:
@@ -50,7 +54,7 @@ def clara_config(vocab_size: int) -> ClaraConfig:
       initializer_range=0.06, dtype="float32", param_dtype="float32", remat="full")
   return ClaraConfig(
       model, LoraConfig(rank=16, alpha=32.0, dropout=0.0), doc_max_length=30, compression_rate=10, query_max_length=24,
-      decoder_max_length=512, top_k=TOP_K)
+      decoder_max_length=512, top_k=TOP_K, nested_dropout=0.7)
 
 
 def _rows(world: World, name: str):
@@ -71,11 +75,12 @@ def _stage(name: str, seed: int) -> tuple[DataConfig, TrainConfig]:
       "pretrain": TrainConfig(stage="pretrain", steps=900, learning_rate=3e-3, schedule="linear",
                               final_learning_rate_fraction=0.2, **common),
       "scp": TrainConfig(stage="scp", steps=500, learning_rate=3e-3, schedule="linear", **common),
-      "instruct": TrainConfig(stage="instruct", steps=500, learning_rate=2e-3, schedule="linear", **common),
-      "contrastive": TrainConfig(stage="contrastive", steps=200, learning_rate=2e-3, eval_every=50, **common),
-      "joint": TrainConfig(stage="joint", steps=500, learning_rate=2e-3, eval_every=100, learning_rate_factors={"generator": 0.1},
+      "instruct": TrainConfig(stage="instruct", steps=120, learning_rate=2e-3, schedule="linear", **common),
+      "contrastive": TrainConfig(stage="contrastive", steps=100, learning_rate=2e-3, eval_every=50, **common),
+      "joint": TrainConfig(stage="joint", steps=200, learning_rate=2e-3, eval_every=50, learning_rate_factors={"generator": 0.1},
                            **common),
   }
+  train["without_nested_dropout"] = train["joint"]
   train["generator_only"] = dataclasses.replace(train["joint"], freeze=("query_reasoner",))
   return data, train[name]
 
@@ -94,17 +99,19 @@ class _Stages:
   def directory(self, name: str) -> str:
     return os.path.join(self.workdir, "stages", name)
 
-  def run(self, name: str, before: str | None, eval_rows=(), memories=None) -> None:
-    """Trains a stage from the stage `before`; a finished one is not repeated."""
+  def run(self, name: str, eval_rows=(), memories=None) -> None:
+    """Trains a stage from the stage before it; a finished one is not repeated."""
     say(f"\n== {name}: {SAYS[name]}")
     start = time.monotonic()
+    before = BEFORE[name]
     data, train = _stage(name, self.seed)
     rows = [schemas.parse_row(r, f"{name}:{i}") for i, r in enumerate(_rows(self.world, name))]
     weights: dict[str, Any] = {}
     base = self.directory("pretrain") if before else None
     if before:
       weights = checkpoints.load(self.directory(before)).weights
-    run = RunConfig(self.config, data, train, base=base, init_from=self.directory(before) if before else None)
+    config = dataclasses.replace(self.config, nested_dropout=0.0) if name == "without_nested_dropout" else self.config
+    run = RunConfig(config, data, train, base=base, init_from=self.directory(before) if before else None)
     loop.train(run, self.layout, weights, rows, eval_rows, workdir=self.directory(name), memories=memories)
     self.seconds[name] = round(time.monotonic() - start, 1)
 
@@ -143,25 +150,26 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0) -> dict[str,
 
   test_rows = [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(world.question_rows(CANDIDATES, True, EVALUATION_ROWS))]
   one_rows = [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(world.question_rows(1, True, EVALUATION_ROWS))]
-  if from_scratch:
-    stages.run("pretrain", None)
-    stages.run("scp", "pretrain")
-    stages.run("instruct", "scp")
+  there = shipped["stages"] if shipped else ()
+  for name in ("pretrain", "scp", "instruct"):
+    if name not in there:
+      stages.run(name)
   say("\n== The scp stage on people never seen in training, one document at a time.")
   scp = _load(stages, "scp")
   scp_scores = benchmarks.evaluate(scp.model, scp.layout, scp.weights, one_rows, "compressor", batch_size=100, max_new_tokens=4,
                                    progress=False).scores
 
-  memories = None
-  if from_scratch:
-    say("\n== Documents of the training side through the compressor, once: the joint stage reads memory tokens, not text.")
-    instruct = _load(stages, "instruct")
-    everyone = [schemas.Document(**d) for side in (False, True) for d in world.documents(side)]
-    store = os.path.join(workdir, "training_store")
-    compress_corpus(instruct.model, instruct.layout, instruct.weights, everyone, store)
-    memories = MemoryStore(store).by_text()
-    for name in ("contrastive", "joint", "generator_only"):
-      stages.run(name, "instruct", test_rows, memories)
+  say("\n== All documents through the compressor, once: the joint stage reads memory tokens, not text.")
+  start = time.monotonic()
+  instruct = _load(stages, "instruct")
+  everyone = [schemas.Document(**d) for side in (False, True) for d in world.documents(side)]
+  store = os.path.join(workdir, "training_store")
+  compress_corpus(instruct.model, instruct.layout, instruct.weights, everyone, store)
+  memories = MemoryStore(store).by_text()
+  stages.seconds["compress for training"] = round(time.monotonic() - start, 1)
+  for name in RETRIEVAL:
+    if name not in there:
+      stages.run(name, test_rows, memories)
 
   say("\n== Before and after the joint stage, on unseen people: 20 candidates with hard distractors, the best 3 are read.")
   before, after = (_load(stages, name) for name in ("instruct", "joint"))
@@ -189,19 +197,19 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0) -> dict[str,
   answers = [dataclasses.asdict(a) for a in answerer.answer([r["question"] for r in picked])]
   stages.seconds["ask"] = round(time.monotonic() - start, 1)
 
-  joint_curve, only_curve, ceiling = (report_lib.read_metrics(stages.directory(n), "eval")
-                                      for n in ("joint", "generator_only", "contrastive"))
+  curves = {name: report_lib.read_metrics(stages.directory(name), "eval") for name in RETRIEVAL}
   tokens = sum(len(layout.ids(d.text)) for d in memory_store.documents) / len(memory_store)
   report = {
       "scp": {"answer_em": scp_scores["em"]},
       "joint": {
           **{name: [s[name] for s in scores] for name in ("recall_at_1", "recall_at_3", "recall_at_5")},
           "answer_em": [s["em"] for s in scores],
-          "generator_only_recall_at_1": [only_curve[0]["recall_at_1"], only_curve[-1]["recall_at_1"]],
-          "answers_given_gold": [v["answers_given_gold"] for v in (joint_curve[0], joint_curve[-1])],
-          "push_first": joint_curve[0].get("push_first"), "push_top3": joint_curve[0].get("push_top3"),
+          "generator_only_recall_at_1": _ends(curves["generator_only"], "recall_at_1"),
+          "without_nested_dropout_recall_at_1": _ends(curves["without_nested_dropout"], "recall_at_1"),
+          "answers_given_gold": _ends(curves["joint"], "answers_given_gold"),
+          "push_first": curves["joint"][0]["push_first"], "push_top3": curves["joint"][0]["push_top3"],
       },
-      "contrastive": {"recall_at_1": [ceiling[0]["recall_at_1"], ceiling[-1]["recall_at_1"]]},
+      "contrastive": {"recall_at_1": _ends(curves["contrastive"], "recall_at_1")},
       "compression_ratio": round(tokens / config.num_memory_tokens, 2),
       "documents": compressed.documents, "index": kind, "seed": seed, "from_scratch": from_scratch,
       "seconds": stages.seconds | {"total": round(time.monotonic() - began, 1)},
@@ -210,9 +218,13 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0) -> dict[str,
     report["shipped"] = shipped
   with open(os.path.join(workdir, "report.json"), "w", encoding="utf-8") as file:
     json.dump(report, file, indent=2)
-  _write_page(stages, after, report, answers, joint_curve, only_curve)
+  _write_page(stages, after, report, answers, curves)
   _tell(report, answers, workdir)
   return report
+
+
+def _ends(curve: list[dict[str, float]], metric: str) -> list[float]:
+  return [curve[0][metric], curve[-1][metric]]
 
 
 def _load(stages: _Stages, name: str) -> checkpoints.Checkpoint:
@@ -225,6 +237,7 @@ TABLE = (
     (("joint", "recall_at_5"), "gold document among the first 5"),
     (("joint", "answer_em"), "answers from the 3 best documents, exact match"),
     (("joint", "generator_only_recall_at_1"), "the same with the query reasoner frozen"),
+    (("joint", "without_nested_dropout_recall_at_1"), "the same where the generator always reads all 3"),
     (("joint", "answers_given_gold"), "answers where the gold document is among the 3"),
     (("joint", "push_top3"), "missed gold documents among the 3 that the answer's loss pulls up most (chance: 0.15)"),
     (("contrastive", "recall_at_1"), "retrieval trained with labels: the ceiling"),
@@ -243,13 +256,13 @@ def _table(report: dict[str, Any]) -> list[tuple[str, Any, str]]:
 
 
 def _write_page(stages: _Stages, checkpoint: checkpoints.Checkpoint, report: dict[str, Any], answers: list[dict[str, Any]],
-                joint: list[dict[str, float]], generator_only: list[dict[str, float]]) -> None:
+                curves: dict[str, list[dict[str, float]]]) -> None:
   losses = {name: report_lib.read_metrics(stages.directory(name), "train") for name in ("pretrain", "scp", "instruct", "joint")}
   question = answers[0]["question"]
   lens = logit_lens.queries(checkpoint.model, checkpoint.layout, checkpoint.weights, [question], 20)[0]["tokens"]
   plots = [
       ("Losses", report_lib.loss_plot(losses)),
-      ("Recall on unseen people during the joint stage", report_lib.recall_plot(joint, generator_only)),
+      ("Recall on unseen people during the joint stage", report_lib.recall_plot({n: curves[n] for n in ("joint", "generator_only", "without_nested_dropout")})),
       (f"Logit lens: what the memory tokens of “{question}” stand for", report_lib.lens_plot(lens, question)),
   ]
   text = report_lib.page(

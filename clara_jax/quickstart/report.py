@@ -50,15 +50,15 @@ def loss_plot(runs: dict[str, list[dict[str, float]]]) -> str:
   return _figure(draw)
 
 
-def recall_plot(joint: list[dict[str, float]], generator_only: list[dict[str, float]]) -> str:
-  """Recall on unseen people during the joint stage, with the query reasoner training and frozen."""
+def recall_plot(curves: dict[str, list[dict[str, float]]]) -> str:
+  """Recall on unseen people during the joint stage and its comparisons: evaluations by the name of the run."""
   def draw(axes):
-    for name, lines, style in (("joint", joint, "-"), ("generator only", generator_only, "--")):
+    for (name, lines), style in zip(curves.items(), ("-", "--", "-.", ":"), strict=False):
       for k, colour in ((1, "C0"), (5, "C1")):
         axes.plot([v["step"] for v in lines], [v[f"recall_at_{k}"] for v in lines], style, color=colour,
-                  label=f"recall@{k}, {name}")
+                  label=f"recall@{k}, {name.replace('_', ' ')}")
     axes.set(xlabel="step", ylabel="recall", ylim=(0, 1.02))
-    axes.legend(frameon=False, ncols=2)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
   return _figure(draw)
 
 

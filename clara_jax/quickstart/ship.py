@@ -1,5 +1,6 @@
 """Puts a finished from-scratch run into the package: `python -m clara_jax.quickstart.ship WORKDIR`.
 
+The joint stage and its comparison without the query reasoner are not shipped: the default run trains them before one's eyes.
 Weights are rounded to bfloat16 and stored as float32, which compresses to half; optimizer states stay behind.
 """
 
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 
 from clara_jax.training.checkpoint import Checkpointer
 
-WITH_WEIGHTS = ("pretrain", "scp", "instruct", "joint")
-METRICS_ONLY = ("contrastive", "generator_only")
+WITH_WEIGHTS = ("pretrain", "scp", "instruct")
+METRICS_ONLY = ("contrastive", "without_nested_dropout")
 
 
 def ship(workdir: str, package: pathlib.Path) -> int:
@@ -37,7 +38,8 @@ def ship(workdir: str, package: pathlib.Path) -> int:
     writer.close()
   report = json.loads((pathlib.Path(workdir) / "report.json").read_text())
   (package / "record.json").write_text(json.dumps({"recipe": "clara_jax/quickstart/recipe.py", "seed": report["seed"],
-                                                   "seconds": report["seconds"]}, indent=2))
+                                                   "stages": [*WITH_WEIGHTS, *METRICS_ONLY], "seconds": report["seconds"]},
+                                                  indent=2))
   return sum(f.stat().st_size for f in package.rglob("*") if f.is_file())
 
 

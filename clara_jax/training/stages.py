@@ -141,10 +141,12 @@ def joint_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batch, 
                ) -> tuple[Metrics, Metrics]:
   """CE of the answer from the K best of N candidates; the straight-through top-k teaches the query reasoner (paper §3.2)."""
   weights = {**frozen, **trainable}
-  query_key, answer_key = (None, None) if rng is None else jax.random.split(rng)
+  query_key, answer_key, nested_key = (None, None, None) if rng is None else jax.random.split(rng, 3)
   memories = candidate_memories(model, weights, batch)
   scores = model.score(model.encode_query(weights, batch.question, query_key), memories)
   selected, indices = model.select(scores, memories)
+  if nested_key is not None and model.config.nested_dropout:
+    selected = nested_dropout(selected, model.config.nested_dropout, nested_key)
   logits = model.answer_logits(weights, batch.prompt, selected, dropout=answer_key)
   ce, right = answer_terms(logits, batch.prompt)
   metrics = {"ce": ce, "answers": Mean.of(right, _valid(batch))}
@@ -152,6 +154,28 @@ def joint_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batch, 
     metrics |= recall(scores, batch.is_gold, _valid(batch))
     metrics["answers_given_gold"] = Mean.of(right, _valid(batch) * gold_selected(indices, batch.is_gold))
   return {"ce": ce}, metrics
+
+
+def nested_dropout(selected: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
+  """With probability `rate` a row keeps only its first k documents, k uniform in 1 … K-1; the others become zeros.
+
+  Once the gold document is among the K, the answer's loss is indifferent to its place. Cutting the list off at random makes the
+  order matter (nested dropout, Rippel et al., arXiv 1402.0915) and still needs no label.
+
+  Args:
+    selected: [B, K, M, D], in order of score.
+    rate: probability.
+    rng: key.
+
+  Returns:
+    [B, K, M, D].
+  """
+  b, k = selected.shape[:2]
+  if k == 1:
+    return selected
+  cut_key, kept_key = jax.random.split(rng)
+  kept = jnp.where(jax.random.bernoulli(cut_key, rate, (b,)), jax.random.randint(kept_key, (b,), 1, k), k)
+  return jnp.where((jnp.arange(k) < kept[:, None])[..., None, None], selected, 0)
 
 
 def gold_selected(indices: jax.Array, is_gold: jax.Array) -> jax.Array:
