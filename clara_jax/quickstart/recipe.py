@@ -260,9 +260,10 @@ def _write_page(stages: _Stages, checkpoint: checkpoints.Checkpoint, report: dic
   losses = {name: report_lib.read_metrics(stages.directory(name), "train") for name in ("pretrain", "scp", "instruct", "joint")}
   question = answers[0]["question"]
   lens = logit_lens.queries(checkpoint.model, checkpoint.layout, checkpoint.weights, [question], 20)[0]["tokens"]
+  recall = {name: curves[name] for name in ("joint", "generator_only", "without_nested_dropout")}
   plots = [
       ("Losses", report_lib.loss_plot(losses)),
-      ("Recall on unseen people during the joint stage", report_lib.recall_plot({n: curves[n] for n in ("joint", "generator_only", "without_nested_dropout")})),
+      ("Recall on unseen people during the joint stage", report_lib.recall_plot(recall)),
       (f"Logit lens: what the memory tokens of “{question}” stand for", report_lib.lens_plot(lens, question)),
   ]
   text = report_lib.page(
