@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clara_jax.config import ConfigError
+from clara_jax.config import ConfigError, TrainConfig
+from clara_jax.data.pipeline import RowEncoder, evaluation_batches
 from clara_jax.data.schemas import DataError
+from clara_jax.model import Clara
 from clara_jax.training import loop, optim, stages
 from clara_jax.training.checkpoint import CheckpointError
 from clara_jax.training.metrics import Mean
@@ -75,12 +77,12 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(stage):
   row = stages.get(stage)
   optimizer = optim.make_optimizer(tiny.run_config(stage).train, 4, row.trains)
   weights = tiny.weights()
-  encoder = loop.RowEncoder(tiny.layout(), row.data, tiny.run_config(stage).data, 2)
-  batch = loop.evaluation_batches(tiny.rows(stage)[:8], encoder, 8)[0]
+  encoder = RowEncoder(tiny.layout(), row.data, tiny.run_config(stage).data, 2)
+  batch = evaluation_batches(tiny.rows(stage)[:8], encoder, 8)[0]
   states = []
   for accumulate in (1, 4):
     state = init_state({g: weights[g] for g in row.trains}, optimizer, jax.random.key(0))
-    step = jax.jit(functools.partial(train_step, loop.Clara(config), row, optimizer, accumulate))
+    step = jax.jit(functools.partial(train_step, Clara(config), row, optimizer, accumulate))
     state, metrics = step(state, {g: w for g, w in weights.items() if g not in row.trains}, batch)
     states.append((state.trainable, float(metrics["loss"].value)))
   (one, loss_one), (four, loss_four) = states
@@ -119,6 +121,36 @@ def test_the_generator_learns_from_the_joint_stage_without_labels():
   a, b = (loop.train(tiny.run_config("joint"), tiny.layout(), tiny.weights(), r, progress=False).weights for r in (rows, blind))
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_array_equal(x, y)
+
+
+def test_nested_dropout_keeps_a_first_part():
+  selected = jnp.ones((400, 4, 2, 3))
+  kept = np.asarray(stages.nested_dropout(selected, 0.5, jax.random.key(0)))[..., 0, 0]
+  assert (np.diff(kept, axis=1) <= 0).all() and (kept[:, 0] == 1).all()  # never a gap, never nothing
+  counts = np.bincount(kept.sum(1).astype(int), minlength=5) / 400
+  np.testing.assert_allclose(counts, [0, 1 / 6, 1 / 6, 1 / 6, 1 / 2], atol=0.07)
+  one = jnp.ones((8, 1, 2, 3))
+  np.testing.assert_array_equal(stages.nested_dropout(one, 1.0, jax.random.key(0)), one)
+
+
+def test_nested_dropout_is_for_training_only():
+  model = Clara(dataclasses.replace(tiny.config(), nested_dropout=1.0))
+  row = stages.get("joint")
+  encoder = RowEncoder(tiny.layout(), row.data, tiny.run_config("joint").data, 2)
+  batch = evaluation_batches(tiny.rows("joint")[:8], encoder, 8)[0]
+  weights = tiny.weights()
+  losses = [float(row.loss(m, weights, {}, batch, rng)[0]["ce"].value)
+            for m in (model, Clara(tiny.config())) for rng in (None, jax.random.key(0))]
+  assert losses[0] == losses[2] and losses[1] != losses[3]
+
+
+@pytest.mark.parametrize("group", ["generator", "query_reasoner"])
+def test_a_role_may_start_afresh(group):
+  before = tiny.weights()
+  made = stages.starting_weights(stages.get("joint"), TrainConfig(stage="joint", **{f"fresh_{group}": True}), before,
+                                 lambda name: f"fresh {name}")
+  assert made.pop(group) == f"fresh {group}"
+  assert all(weights is before[name] for name, weights in made.items())
 
 
 @pytest.mark.parametrize("fields, error, message", [

@@ -53,10 +53,19 @@ def test_distractors_are_hard_and_of_the_same_side(world):
     assert len({p.id for p in others} | {page.id}) == 11
     assert all(p.entity.is_test for p in others)
     assert all(p in others for p in world.pages[page.entity.name] if p != page)
-    if page.entity.kind == "person":
-      names, value = set(page.entity.name.split()), page.entity.facts[relation]
-      sharing = [p for p in others if names & set(p.entity.name.split()) or p.entity.facts.get(relation) == value]
-      assert sharing  # a small side does not have many
+
+
+@pytest.mark.parametrize("hard, least, most", [(0.0, 0.0, 0.35), (1.0, 0.99, 1.0)])
+def test_hardness_is_the_share_of_distractors_that_share_something(hard, least, most):
+  world = World(WorldConfig(level=2, people=600, first_names=40, last_names=40, kinds=("person",)))
+  shared = total = 0
+  for page in world.side(False)[:40]:
+    relation = page.relations[0]
+    names, value = set(page.entity.name.split()), page.entity.facts[relation]
+    for other in world.distractors(page, relation, 10, world._rng("test", page.id), hard):
+      shared += bool(names & set(other.entity.name.split()) or other.entity.facts[relation] == value)
+      total += 1
+  assert least <= shared / total <= most
 
 
 def test_levels():

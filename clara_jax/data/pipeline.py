@@ -149,6 +149,3 @@ def evaluation_batches(rows: Sequence[Row], encoder: RowEncoder, batch_size: int
       filler["is_gold"] = np.zeros_like(filler["is_gold"])
     batches.append(encoder.collate(encoded + [filler] * (batch_size - len(encoded)), train=False))
   return batches
-
-
-__all__ = ["MemoryLookup", "RowEncoder", "evaluation_batches", "pad_prompts", "pad_tokens", "training_batches"]

@@ -27,11 +27,25 @@ from clara_jax.retrieval import index as index_lib
 from clara_jax.training import loop
 
 CANDIDATES, TOP_K = 20, 3
-CORPUS = 2_000
-EVALUATION_ROWS = 500
 
-WORLD = WorldConfig(level=2, kinds=("person",), people=2_000, first_names=60, last_names=60, relations=6, pages=6, wordings=2,
-                    sentences=2)
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """What makes the recipe long: the world, how many test rows and unseen documents, and the steps of each stage.
+
+  Six documents a person, one fact each: a name alone does not find the document, the question's relation matters too.
+  """
+
+  world: WorldConfig = WorldConfig(level=2, kinds=("person",), people=2_000, first_names=60, last_names=60, relations=6, pages=6,
+                                   wordings=2, sentences=2)
+  evaluation_rows: int = 500
+  corpus: int = 2_000
+  pretrain: int = 900
+  scp: int = 500
+  instruct: int = 120
+  contrastive: int = 100
+  joint: int = 200
+
 
 SAYS = {
     "pretrain": "A tiny base learns to find a fact in a text that it has before it.",
@@ -68,17 +82,18 @@ def _rows(world: World, name: str):
   return world.question_rows(CANDIDATES)
 
 
-def _stage(name: str, seed: int) -> tuple[DataConfig, TrainConfig]:
+def _stage(name: str, sizes: Sizes, seed: int) -> tuple[DataConfig, TrainConfig]:
   common = {"seed": seed, "log_every": 50, "checkpoint_every": 500}
   data = DataConfig(batch_size=32, eval_batch_size=100, candidates=CANDIDATES, bucket=32)
   train = {
-      "pretrain": TrainConfig(stage="pretrain", steps=900, learning_rate=3e-3, schedule="linear",
+      "pretrain": TrainConfig(stage="pretrain", steps=sizes.pretrain, learning_rate=3e-3, schedule="linear",
                               final_learning_rate_fraction=0.2, **common),
-      "scp": TrainConfig(stage="scp", steps=500, learning_rate=3e-3, schedule="linear", **common),
-      "instruct": TrainConfig(stage="instruct", steps=120, learning_rate=2e-3, schedule="linear", **common),
-      "contrastive": TrainConfig(stage="contrastive", steps=100, learning_rate=2e-3, eval_every=50, **common),
-      "joint": TrainConfig(stage="joint", steps=200, learning_rate=2e-3, eval_every=50, learning_rate_factors={"generator": 0.1},
-                           **common),
+      "scp": TrainConfig(stage="scp", steps=sizes.scp, learning_rate=3e-3, schedule="linear", **common),
+      # Short: it also aligns questions with documents, and the joint stage is to show that it can do that by itself.
+      "instruct": TrainConfig(stage="instruct", steps=sizes.instruct, learning_rate=2e-3, schedule="linear", **common),
+      "contrastive": TrainConfig(stage="contrastive", steps=sizes.contrastive, learning_rate=2e-3, eval_every=50, **common),
+      "joint": TrainConfig(stage="joint", steps=sizes.joint, learning_rate=2e-3, eval_every=50,
+                           learning_rate_factors={"generator": 0.1}, **common),
   }
   train["without_nested_dropout"] = train["joint"]
   train["generator_only"] = dataclasses.replace(train["joint"], freeze=("query_reasoner",))
@@ -90,6 +105,7 @@ class _Stages:
   """Where each stage lies, and how long it took."""
 
   workdir: str
+  sizes: Sizes
   seed: int
   world: World
   layout: Layout
@@ -104,7 +120,7 @@ class _Stages:
     say(f"\n== {name}: {SAYS[name]}")
     start = time.monotonic()
     before = BEFORE[name]
-    data, train = _stage(name, self.seed)
+    data, train = _stage(name, self.sizes, self.seed)
     rows = [schemas.parse_row(r, f"{name}:{i}") for i, r in enumerate(_rows(self.world, name))]
     weights: dict[str, Any] = {}
     base = self.directory("pretrain") if before else None
@@ -121,35 +137,36 @@ def say(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
-def run(workdir: str, *, from_scratch: bool = False, seed: int = 0) -> dict[str, Any]:
+def run(workdir: str, *, from_scratch: bool = False, seed: int = 0, sizes: Sizes = Sizes()) -> dict[str, Any]:
   """Trains, compresses, indexes and answers; writes DIR/report.json and DIR/report.html.
 
   Args:
     workdir: everything is kept here; a second call goes on where the first one stopped.
     from_scratch: train every stage here; otherwise start from the shipped result of the same recipe.
     seed: of the training; the world is always the same.
+    sizes: other ones are for tests; they exclude the shipped result.
 
   Returns:
     The report, as in report.json.
   """
   began = time.monotonic()
   os.makedirs(workdir, exist_ok=True)
-  world = World(WORLD)
+  world = World(sizes.world)
   tokenizer = world.tokenizer()
   config = clara_config(len(tokenizer))
   layout = Layout(tokenizer, config)
-  stages = _Stages(workdir, seed, world, layout, config, {})
-  say(f"CLaRa on a generated world: {WORLD.people:,} people with {WORLD.pages} documents each. "
+  stages = _Stages(workdir, sizes, seed, world, layout, config, {})
+  say(f"CLaRa on a generated world: {sizes.world.people:,} people with {sizes.world.pages} documents each. "
       "A fifth of the people is never seen in training.")
-  shipped = None if from_scratch else _unpack_shipped(stages)
+  shipped = None if from_scratch or sizes != Sizes() else _unpack_shipped(stages)
   if shipped:
     say("Starting from the shipped result of this same recipe; --from-scratch trains all of it here.")
   elif not from_scratch:
     say("This installation ships no trained result: training everything here.")
     from_scratch = True
 
-  test_rows = [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(world.question_rows(CANDIDATES, True, EVALUATION_ROWS))]
-  one_rows = [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(world.question_rows(1, True, EVALUATION_ROWS))]
+  test_rows = [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(world.question_rows(CANDIDATES, True, sizes.evaluation_rows))]
+  one_rows = [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(world.question_rows(1, True, sizes.evaluation_rows))]
   there = shipped["stages"] if shipped else ()
   for name in ("pretrain", "scp", "instruct"):
     if name not in there:
@@ -177,10 +194,10 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0) -> dict[str,
   scores = [benchmarks.evaluate(c.model, c.layout, c.weights, test_rows, "joint", batch_size=100, max_new_tokens=4,
                                 progress=False).scores for c in (before, after)]
 
-  say(f"\n== {CORPUS:,} unseen documents: compress, index, ask.")
+  say(f"\n== {sizes.corpus:,} unseen documents: compress, index, ask.")
   start = time.monotonic()
   corpus = os.path.join(workdir, "documents.jsonl")
-  write_rows(world.documents(test=True, limit=CORPUS), corpus)
+  write_rows(world.documents(test=True, limit=sizes.corpus), corpus)
   store = os.path.join(workdir, "store")
   compressed = compress_corpus(after.model, after.layout, after.weights, schemas.read_documents(corpus), store)
   stages.seconds["compress"] = round(time.monotonic() - start, 1)

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from clara_jax.batch import Batch
 from clara_jax.config import ConfigError, RunConfig
 from clara_jax.data.pipeline import MemoryLookup, RowEncoder, evaluation_batches, training_batches
 from clara_jax.data.schemas import Row
@@ -23,7 +22,7 @@ from clara_jax.sharding import activation_rules, batch_sharding, make_mesh, tree
 from clara_jax.training import metrics as metrics_lib
 from clara_jax.training import optim, stages
 from clara_jax.training.checkpoint import Checkpointer, write_config
-from clara_jax.training.step import TrainState, evaluation_step, init_state, train_step
+from clara_jax.training.step import evaluation_step, init_state, train_step
 
 
 class NonFiniteLossError(RuntimeError):
@@ -215,6 +214,3 @@ def check_tree(tree: Any, expected: Any, name: str) -> None:
   for path in {**want, **have}:
     if have.get(path) != want.get(path):
       raise ConfigError(f"weights {name}{path}: expected shape {want.get(path, 'none')}, got {have.get(path, 'none')}")
-
-
-__all__ = ["Batch", "NonFiniteLossError", "Result", "TrainState", "check_tree", "number_of_steps", "train"]

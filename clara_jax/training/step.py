@@ -13,7 +13,7 @@ from flax import struct
 
 from clara_jax.batch import Batch
 from clara_jax.model import Clara, Weights
-from clara_jax.training.metrics import Mean, Metrics, add
+from clara_jax.training.metrics import Mean, Metrics
 from clara_jax.training.stages import Stage
 
 
@@ -92,6 +92,3 @@ def evaluation_step(model: Clara, stage: Stage, trainable: Weights, frozen: Weig
     metrics = metrics | stage.diagnostics(model, {**frozen, **trainable}, batch)
   loss = sum(t.value for t in terms.values())
   return {"loss": Mean(loss, jnp.ones(())), **metrics}
-
-
-__all__ = ["TrainState", "add", "evaluation_step", "init_state", "train_step"]

@@ -1,0 +1,39 @@
+"""The quickstart from end to end, two steps a stage: what it writes, not what it learns (that is the quickstart's own report)."""
+
+import json
+
+import numpy as np
+
+from clara_jax.data.world import WorldConfig
+from clara_jax.interop import checkpoints
+from clara_jax.quickstart import recipe, ship
+
+SIZES = recipe.Sizes(
+    world=WorldConfig(level=2, kinds=("person",), people=60, first_names=10, last_names=10, relations=6, pages=6, wordings=2,
+                      sentences=2),
+    evaluation_rows=20, corpus=40, pretrain=2, scp=2, instruct=2, contrastive=2, joint=2)
+
+
+def test_quickstart_and_what_is_shipped(tmp_path, capsys):
+  report = recipe.run(str(tmp_path / "run"), from_scratch=True, sizes=SIZES)
+  assert report == json.loads((tmp_path / "run" / "report.json").read_text())
+  assert report["documents"] == SIZES.corpus and report["compression_ratio"] >= 8
+  for name in ("recall_at_1", "recall_at_5", "answer_em"):
+    before, after = report["joint"][name]
+    assert 0 <= before <= 1 and 0 <= after <= 1
+  only = report["joint"]["generator_only_recall_at_1"]
+  assert only[0] == only[1]  # the query reasoner is frozen
+  page = (tmp_path / "run" / "report.html").read_text()
+  assert page.count("<svg") == 3 and "recall@5, generator only" in page and "<script" not in page
+  assert "joint.recall_at_1" in capsys.readouterr().err
+
+  size = ship.ship(str(tmp_path / "run"), tmp_path / "package")
+  assert 0 < size < 8 * 2**20
+  shipped, trained = (checkpoints.load(str(folder / "stages" / "instruct")) for folder in (tmp_path / "package", tmp_path / "run"))
+  for role in ("compressor", "generator"):
+    a, b = (np.concatenate([np.ravel(x) for x in _leaves(c.weights[role])]) for c in (shipped, trained))
+    np.testing.assert_allclose(a, b, rtol=2**-8)
+
+
+def _leaves(tree):
+  return [leaf for value in tree.values() for leaf in (_leaves(value) if hasattr(value, "values") else [value])]
