@@ -37,7 +37,7 @@ class Sizes:
   """
 
   world: WorldConfig = WorldConfig(level=2, kinds=("person",), people=2_000, first_names=60, last_names=60, relations=6, pages=6,
-                                   wordings=2, sentences=2)
+                                   wordings=3, sentences=2)
   evaluation_rows: int = 500
   corpus: int = 2_000
   pretrain: int = 900

@@ -42,22 +42,22 @@ def is_checkpoint(directory: str) -> bool:
 
 
 def write_config(directory: str, config: RunConfig) -> None:
-  """Writes DIR/config.json. A local base is named relative to DIR, so that both can be moved together.
+  """Writes DIR/config.json. Local paths are named relative to DIR, so that all can be moved together.
 
   Raises:
     CheckpointError: DIR belongs to another run.
   """
   folder = epath.Path(directory)
   folder.mkdir(parents=True, exist_ok=True)
-  base = config.base
-  if base and "://" not in base:
-    base = os.path.relpath(os.path.abspath(base), os.path.abspath(directory))
-  values = {"format": FORMAT, "version": VERSION, "stage": config.train.stage, "base": base,
-            "run": dataclasses.asdict(config)}
+  run = dataclasses.asdict(config)
+  for name in ("base", "init_from", "tokenizer"):
+    if run[name] and "://" not in run[name]:
+      run[name] = os.path.relpath(os.path.abspath(run[name]), os.path.abspath(directory))
+  values = {"format": FORMAT, "version": VERSION, "stage": config.train.stage, "base": run["base"], "run": run}
   file = folder / "config.json"
   if file.exists():
     before = json.loads(file.read_text())
-    changed = _differences(before.get("run", {}), json.loads(json.dumps(values["run"])))
+    changed = _differences(before.get("run", {}), json.loads(json.dumps(run)))
     if changed:
       raise CheckpointError(f"{directory}: holds a run with another configuration ({', '.join(changed)}); choose another --workdir")
     return
