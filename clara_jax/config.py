@@ -14,7 +14,8 @@ from typing import Any, Literal
 Role = Literal["compressor", "query_reasoner", "generator"]
 ROLES: tuple[Role, ...] = ("compressor", "query_reasoner", "generator")
 
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+# Linear layers that carry LoRA; 'qkv' and 'gate_up' are those of models with fused projections.
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "qkv", "gate_up")
 
 
 class ConfigError(ValueError):
@@ -22,11 +23,37 @@ class ConfigError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are stretched, in Hugging Face's terms (`rope_parameters`).
+
+  Attributes:
+    kind: 'linear' (arXiv 2306.15595), 'llama3' (arXiv 2407.21783) or 'longrope' (arXiv 2402.13753).
+    factor: of the context's length.
+    original_max_positions: the context's length before.
+    low_freq_factor, high_freq_factor: llama3: wavelengths above original / low are divided by `factor`, those below
+      original / high are kept.
+    short_factor, long_factor: longrope: divisors of each frequency for sequences up to and beyond the original length.
+    attention_factor: longrope: scale of cosines and sines; None for sqrt(1 + ln(factor) / ln(original_max_positions)).
+  """
+
+  kind: Literal["linear", "llama3", "longrope"]
+  factor: float = 1.0
+  original_max_positions: int = 0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  short_factor: tuple[float, ...] = ()
+  long_factor: tuple[float, ...] = ()
+  attention_factor: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder-only transformer of the Mistral family.
+  """A decoder-only transformer: Mistral, Llama, Qwen2, Qwen3 or Phi-3 / Phi-4-mini, by its fields.
 
   `vocab_size` is that of the base checkpoint. CLaRa appends its special tokens after it (SPEC: `<MEM0>` … `<MEM{M-1}>`, `<AE>`,
-  `<ENC>`, `<SEP>`); `ClaraConfig.vocab_size` counts them.
+  `<ENC>`, `<SEP>`); `ClaraConfig.vocab_size` counts them. `qkv_bias`: biases on q, k and v (Qwen2). `qk_norm`: RMSNorm over each
+  head of q and k (Qwen3). `fused_projections`: one matrix for q, k, v and one for gate and up (Phi). `rotary_fraction`: share of
+  each head that is rotated.
   """
 
   vocab_size: int
@@ -37,6 +64,11 @@ class ModelConfig:
   head_dim: int
   mlp_dim: int
   rope_theta: float = 10_000.0
+  rope_scaling: RopeScaling | None = None
+  rotary_fraction: float = 1.0
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  fused_projections: bool = False
   norm_eps: float = 1e-5
   sliding_window: int | None = None
   tie_embeddings: bool = False
@@ -50,10 +82,21 @@ class ModelConfig:
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
       raise ConfigError(f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}")
-    if self.head_dim % 2:
-      raise ConfigError(f"model.head_dim={self.head_dim} must be even for rotary embeddings")
+    if self.rotary_dim % 2:
+      raise ConfigError(f"model.head_dim={self.head_dim}, rotary_fraction={self.rotary_fraction}: {self.rotary_dim} rotated "
+                        "dimensions, must be even")
+    scaling = self.rope_scaling
+    if scaling and scaling.kind == "longrope":
+      for name in ("short_factor", "long_factor"):
+        if len(getattr(scaling, name)) != self.rotary_dim // 2:
+          raise ConfigError(f"model.rope_scaling.{name}: {len(getattr(scaling, name))} values, expected {self.rotary_dim // 2}")
     if self.sliding_window is not None and self.sliding_window < 1:
       raise ConfigError(f"model.sliding_window={self.sliding_window} must be at least 1 or None")
+
+  @property
+  def rotary_dim(self) -> int:
+    """Dimensions of each head that are rotated."""
+    return int(self.head_dim * self.rotary_fraction)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clara_jax import axes
@@ -85,6 +87,18 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
       return NamedSharding(mesh, spec(value.names, where))
     return NamedSharding(mesh, PartitionSpec())
   return jax.tree_util.tree_map_with_path(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def place(leaf: Any, sharding: jax.sharding.Sharding, dtype: Any = None) -> jax.Array:
+  """An array on devices. What is not a `jax.Array` is read by the index of each shard (numpy, or a leaf of `interop/lazy.py`), so
+  that no host reads what none of its devices holds."""
+  if isinstance(leaf, jax.Array):
+    return jax.device_put(jnp.array(leaf, dtype, copy=True), sharding)  # a copy: the caller may donate it
+
+  def shard(index):
+    return np.ascontiguousarray(leaf[index]).astype(dtype or leaf.dtype, copy=False)
+
+  return jax.make_array_from_callback(tuple(leaf.shape), sharding, shard)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -7,7 +7,7 @@ import pytest
 
 from clara_jax.config import ClaraConfig, LoraConfig, ModelConfig
 from clara_jax.inference.generate import empty_cache
-from clara_jax.interop import hf
+from clara_jax.interop import checkpoints
 from clara_jax.model import Clara
 from clara_jax.nn.linear import MissingAdapterError
 
@@ -27,9 +27,9 @@ def test_logits_equal_transformers(tmp_path, window, tied):
   with torch.no_grad():
     expected = reference(torch.tensor(ids), attention_mask=torch.ones(2, 12, dtype=torch.long)).logits.numpy()
 
-  model = Clara(ClaraConfig(hf.model_config(str(tmp_path), dtype="float32", param_dtype="float32"), doc_max_length=16,
-                            compression_rate=8))
-  weights = {"base": hf.read_base(model, str(tmp_path), jax.random.key(0)), "memory_embedding": np.zeros((2, 48), np.float32)}
+  opened = checkpoints.open_checkpoint(str(tmp_path))
+  model, weights = Clara(opened.config), checkpoints.on_device(opened)
+  weights["memory_embedding"] = jnp.zeros((opened.config.num_memory_tokens, 48))
   hidden, _ = model.hidden(weights, None, model.embed(weights, jnp.asarray(ids)))
   np.testing.assert_allclose(model.logits(weights, hidden)[..., :97], expected, rtol=0, atol=1e-4)
 

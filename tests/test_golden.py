@@ -1,14 +1,14 @@
 """The stages against the reference implementation's numbers (float32): tokens, memories, scores, losses, gradients."""
 
+import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from clara_jax.batch import Batch, Prompt, Tokens
-from clara_jax.interop import upstream
+from clara_jax.interop import checkpoints, upstream
 from clara_jax.interop.keymap import lora_place
 from clara_jax.model import Clara
 from clara_jax.training import stages
@@ -18,11 +18,8 @@ VALUES = {"rtol": 0, "atol": 1e-4}
 
 
 def load(golden, name, **overrides):
-  directory = str(golden / f"ckpt_{name}")
-  config, base = upstream.read_config(directory, str(golden / "tiny_mistral"), dtype="float32")
-  import dataclasses
-  model = Clara(dataclasses.replace(config, **overrides))
-  return model, jax.tree.map(jnp.asarray, upstream.read_weights(model, directory, base))
+  opened = checkpoints.open_checkpoint(str(golden / f"ckpt_{name}"), str(golden / "tiny_mistral"), "float32")
+  return Clara(dataclasses.replace(opened.config, **overrides)), checkpoints.on_device(opened)
 
 
 def right_pad(ids, mask):

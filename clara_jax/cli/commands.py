@@ -12,7 +12,8 @@ from clara_jax.data import schemas
 from clara_jax.data.tokens import Layout
 from clara_jax.evaluation import benchmarks, logit_lens
 from clara_jax.inference.answer import Answerer
-from clara_jax.interop import checkpoints
+from clara_jax.interop import checkpoints, hf
+from clara_jax.interop import convert as convert_lib
 from clara_jax.interop.keymap import KeyMapError
 from clara_jax.memory.compress import compress_corpus
 from clara_jax.memory.store import MemoryStore, StoreError
@@ -66,21 +67,24 @@ def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
   before: dict[str, Any] = {}
   tokenizer = config.tokenizer or config.base
   if config.init_from:
-    checkpoint = checkpoints.load(config.init_from, config.base)
-    _same_architecture(checkpoint.model, model, config.init_from)
-    before = dict(checkpoint.weights)
-    config = dataclasses.replace(config, base=config.base or checkpoint.base)
-    layout = checkpoint.layout
+    opened = checkpoints.open_checkpoint(config.init_from, config.base)
+    _same_architecture(Clara(opened.config), model, config.init_from)
+    config = dataclasses.replace(config, base=config.base or opened.base)
+    before, layout, base_sha256 = opened.weights, opened.layout(), opened.check_base()
   else:
     if tokenizer is None:
       raise ConfigError("tokenizer: no tokenizer is named, and neither base nor init_from brings one")
     layout = Layout(checkpoints.tokenizer_directory(tokenizer), config.clara)
+    base_sha256 = None
     if config.base:
-      before = {"base": checkpoints.load_base(model, config.base, "config.base", config.train.seed)}
+      plain, special = checkpoints.open_base(model, config.base, "config.base")
+      before = {"base": hf.with_special_tokens(plain, special or hf.special_tokens(config.clara), config.clara)}
+      base_sha256 = hf.base_hash(plain)
   memories = None
   if config.data.store:
     memories = MemoryStore(config.data.store).by_text()
-  return loop.train(config, layout, before, rows, eval_rows, workdir=options.workdir, memories=memories).metrics
+  return loop.train(config, layout, before, rows, eval_rows, workdir=options.workdir, memories=memories,
+                    base_sha256=base_sha256).metrics
 
 
 # Fields in which a stage may differ from the one before it.
@@ -142,6 +146,12 @@ def loss(options: argparse.Namespace) -> dict[str, Any]:
   checkpoint = _checkpoint(options, *roles[options.stage])
   return benchmarks.stage_loss(checkpoint.model, checkpoint.layout, checkpoint.weights, options.stage,
                                schemas.read_rows([options.rows]), options.batch_size)
+
+
+def convert(options: argparse.Namespace) -> Any:
+  """`clara convert`."""
+  return convert_lib.convert(options.source, options.destination, options.to, role=options.role, base=options.base,
+                             verify=options.verify)
 
 
 def lens(options: argparse.Namespace) -> dict[str, Any]:

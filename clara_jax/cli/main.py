@@ -112,6 +112,14 @@ def _parser() -> argparse.ArgumentParser:
   loss.add_argument("--rows", required=True, metavar="F")
   loss.add_argument("--batch-size", type=int, default=16)
 
+  convert = command("convert", "Any checkpoint to any format, tensor by tensor.")
+  convert.add_argument("source", metavar="SRC", help="a checkpoint of ours, of the released code, of PEFT, or a Hugging Face model")
+  convert.add_argument("destination", metavar="DST", help="a directory that is not there yet")
+  convert.add_argument("--to", required=True, choices=("clara", "upstream", "peft", "hf"))
+  convert.add_argument("--role", help="for peft: only this role; for hf: the role that is merged into the model")
+  convert.add_argument("--base", metavar="DIR", help="the source's base, where its own record does not lead to it")
+  convert.add_argument("--verify", action="store_true", help="reload what was written and compare; writes DST/parity.json")
+
   lens = command("lens", "The words that a question's memory tokens stand for (logit lens).")
   checkpoint(lens)
   lens.add_argument("--top", type=int, default=20, help="words a memory token")

@@ -28,6 +28,7 @@ from clara_jax.config import ConfigError
 from clara_jax.data import prompts
 
 # A relation of a kind of entity: what holds its values, how documents tell it ({s} subject, {v} value), how questions ask for it.
+# A person's first question repeats words of the documents, the second does not: retrieval has to learn what it means.
 RELATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "person": {
         "born": {
@@ -35,7 +36,7 @@ RELATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "tell": ("{s} was born many years ago in the quiet town of {v}.",
                      "{s} spent the early years of childhood in the town of {v}.",
                      "The town in which {s} first saw the light of day is {v}."),
-            "ask": ("In which town was {s} born?", "In which town did {s} spend childhood?", "Where did {s} first see the light?"),
+            "ask": ("In which town was {s} born?", "Which place is {s} a native of?", "Where did {s} first see the light?"),
         },
         "profession": {
             "values": ("painter", "doctor", "baker", "pilot", "lawyer", "teacher", "miner", "singer", "farmer", "tailor", "sailor",
@@ -44,14 +45,14 @@ RELATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "tell": ("{s} has made a good living for many years as a {v}.",
                      "{s} went to school for a long time to become a {v}.",
                      "{s} is known to all of the neighbours as a skilful {v}."),
-            "ask": ("How does {s} make a living?", "What did {s} go to school to become?", "What is {s} known as?"),
+            "ask": ("How does {s} make a living?", "What is the profession of {s}?", "What is {s} known as?"),
         },
         "employer": {
             "values": "company",
             "tell": ("{s} goes to the office every morning to work for {v}.",
                      "{s} has had the same job for ten years at {v}.",
                      "The money that {s} takes home every month comes from {v}."),
-            "ask": ("Who does {s} work for?", "Where does {s} have a job?", "Who pays {s} every month?"),
+            "ask": ("Who does {s} work for?", "Which firm is {s} employed by?", "Who pays {s} every month?"),
         },
         "instrument": {
             "values": ("violin", "cello", "flute", "piano", "drums", "harp", "guitar", "trumpet", "organ", "oboe", "clarinet",
@@ -60,7 +61,8 @@ RELATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "tell": ("{s} likes to sit down in the evening and play the {v}.",
                      "{s} took lessons for a long time to master the {v}.",
                      "{s} is often asked by friends to bring along the {v}."),
-            "ask": ("What does {s} play in the evening?", "What did {s} take lessons to master?", "What do friends ask {s} to bring?"),
+            "ask": ("What does {s} play in the evening?", "Which musical instrument does {s} practise?",
+                    "What do friends ask {s} to bring?"),
         },
         "pet": {
             "values": ("parrot", "turtle", "rabbit", "ferret", "hamster", "poodle", "gecko", "pony", "goat", "falcon", "python",
@@ -69,7 +71,7 @@ RELATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "tell": ("{s} shares the house and the garden with a much loved {v}.",
                      "{s} gets up early every day to feed a rather old {v}.",
                      "{s} is seen in the park at noon with a {v}."),
-            "ask": ("What does {s} share the house with?", "What does {s} get up early to feed?", "What is {s} seen with in the park?"),
+            "ask": ("What does {s} share the house with?", "Which animal does {s} keep?", "What is {s} seen with in the park?"),
         },
         "dish": {
             "values": ("soup", "goulash", "pancake", "risotto", "omelette", "stew", "dumpling", "pudding", "noodles", "salad",
@@ -78,7 +80,7 @@ RELATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "tell": ("{s} is always happy to come home to a plate of {v}.",
                      "{s} will go a long way on foot for good {v}.",
                      "On Sundays {s} cooks for the whole street a pot of {v}."),
-            "ask": ("What is {s} happy to come home to?", "What will {s} go a long way for?", "What does {s} cook on Sundays?"),
+            "ask": ("What is {s} happy to come home to?", "What is the favourite dish of {s}?", "What does {s} cook on Sundays?"),
         },
     },
     "place": {

@@ -1,18 +1,78 @@
-"""Any checkpoint that a user names -- ours, upstream's, a Hugging Face base -- as a model with its weights."""
+"""Any checkpoint that a user names -- ours, upstream's, a PEFT adapter, a Hugging Face model -- as a model with its weights."""
 
 import dataclasses
 import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
-from clara_jax.config import ROLES, ClaraConfig
+from clara_jax.config import ROLES, ClaraConfig, ConfigError
 from clara_jax.data.tokens import Layout
-from clara_jax.interop import hf, upstream
+from clara_jax.interop import families, hf, lazy, native, peft, upstream
+from clara_jax.interop.keymap import KeyMapError
 from clara_jax.model import Clara
-from clara_jax.training.checkpoint import Checkpointer, CheckpointError, is_checkpoint, read_config
+from clara_jax.sharding import place
+from clara_jax.training.checkpoint import CheckpointError, is_checkpoint, read_config, read_record
+
+SPECIAL = "special_tokens"
+
+
+@dataclasses.dataclass
+class Opened:
+  """A checkpoint whose tensors are read when they are indexed (`lazy.py`).
+
+  Attributes:
+    directory: where it is.
+    kind: 'clara', 'upstream', 'peft' or 'hf'.
+    config: the method's configuration; for 'hf' only `config.model` means something.
+    stage: what it was trained in; 'base' for a model without roles.
+    groups: the roles, 'memory_embedding' and 'special_tokens' that it brings.
+    plain_base: the base without special tokens, None where it is not to be found.
+    base: the base's path; None where the checkpoint holds it.
+    base_sha256: what the checkpoint says of its base's content, if it does.
+    tokenizer: a directory, or None.
+  """
+
+  directory: str
+  kind: str
+  config: ClaraConfig
+  stage: str
+  groups: dict[str, Any]
+  plain_base: dict[str, Any] | None
+  base: str | None
+  base_sha256: str | None
+  tokenizer: str | None
+
+  @property
+  def weights(self) -> dict[str, Any]:
+    """The model's groups, the base with its special tokens included; leaves."""
+    weights = {name: tree for name, tree in self.groups.items() if name != SPECIAL}
+    if self.plain_base is not None:
+      special = self.groups.get(SPECIAL) or hf.special_tokens(self.config)
+      weights["base"] = hf.with_special_tokens(self.plain_base, special, self.config)
+    return weights
+
+  def layout(self) -> Layout:
+    """Its tokenizer with the token layouts."""
+    if self.tokenizer is None:
+      raise CheckpointError(f"{self.directory}: brings no tokenizer")
+    return Layout(self.tokenizer, self.config)
+
+  def check_base(self) -> str | None:
+    """The hash of the base's content, after comparing it with the record.
+
+    Raises:
+      CheckpointError: the base is another one.
+    """
+    if self.plain_base is None:
+      return None
+    found = hf.base_hash(self.plain_base)
+    if self.base_sha256 and found != self.base_sha256:
+      raise CheckpointError(f"{self.directory}: was made for a base with sha256 {self.base_sha256[:16]}…, but "
+                            f"{self.base or self.directory} has {found[:16]}…: a wrong base")
+    return found
 
 
 @dataclasses.dataclass
@@ -25,6 +85,7 @@ class Checkpoint:
     weights: all groups, the base included.
     layout: tokenizer and token layouts.
     base: the base's path, None where the checkpoint is one.
+    base_sha256: hash of the base's tensors.
   """
 
   directory: str
@@ -32,6 +93,7 @@ class Checkpoint:
   weights: dict[str, Any]
   layout: Layout
   base: str | None
+  base_sha256: str | None
 
   def require(self, *groups: str) -> None:
     """Refuses a checkpoint that lacks a role.
@@ -39,14 +101,23 @@ class Checkpoint:
     Raises:
       CheckpointError: naming the role and what there is.
     """
-    for group in groups:
-      if group not in self.weights:
-        raise CheckpointError(f"{self.directory}: has no {group.replace('_', ' ')}; its roles are "
-                              f"{[r for r in ROLES if r in self.weights] or 'none'}")
+    require(self.directory, self.weights, *groups)
 
 
-def load(directory: str, base: str | None = None, dtype: str | None = None) -> Checkpoint:
-  """Reads a checkpoint of ours or of the released code.
+def require(directory: str, weights: dict[str, Any], *groups: str) -> None:
+  """Refuses weights that lack a role.
+
+  Raises:
+    CheckpointError: naming the role and what there is.
+  """
+  for group in groups:
+    if group not in weights:
+      raise CheckpointError(f"{directory}: has no {group.replace('_', ' ')}; its roles are "
+                            f"{[r for r in ROLES if r in weights] or 'none'}")
+
+
+def open_checkpoint(directory: str, base: str | None = None, dtype: str | None = None) -> Opened:
+  """Opens a checkpoint of any kind; reads configurations and headers only.
 
   Args:
     directory: the checkpoint.
@@ -56,51 +127,155 @@ def load(directory: str, base: str | None = None, dtype: str | None = None) -> C
   Raises:
     CheckpointError, ConfigError, KeyMapError: naming the file, field or tensor.
   """
-  if not epath.Path(directory).exists():
+  folder = epath.Path(directory)
+  if not folder.exists():
     raise CheckpointError(f"{directory}: no such checkpoint")
+  if is_checkpoint(directory):
+    return _open_clara(directory, base, dtype)
   if upstream.is_upstream(directory):
     config, base = upstream.read_config(directory, base, dtype)
     model = Clara(config)
-    weights = upstream.read_weights(model, directory, base)
-    tokenizer = directory if (epath.Path(directory) / "tokenizer.json").exists() else base
-    return Checkpoint(directory, model, _on_device(weights), Layout(str(tokenizer), config), base)
-  if not is_checkpoint(directory):
-    raise CheckpointError(f"{directory}: neither a clara_jax checkpoint (config.json with format='clara_jax') nor an upstream one "
-                          f"({upstream.ADAPTER_FILE})")
+    tokenizer = directory if (folder / "tokenizer.json").exists() else base
+    return Opened(directory, "upstream", config, upstream.stage_of(directory), upstream.read_weights(model, directory),
+                  open_base(model, base, directory)[0], base, None, tokenizer)
+  if peft.is_adapter(directory) or any(peft.is_adapter(str(folder / role)) for role in ROLES):
+    return _open_peft(directory, base, dtype)
+  if (folder / "config.json").exists():
+    model = Clara(ClaraConfig(families.model_config(directory, **families.with_dtype(dtype))))
+    return Opened(directory, "hf", model.config, "base", {}, hf.read_base(model, directory), None, None, directory)
+  raise CheckpointError(f"{directory}: neither a clara_jax checkpoint (config.json with format='clara_jax'), nor an upstream one "
+                        f"({upstream.ADAPTER_FILE}), nor a PEFT adapter, nor a Hugging Face model")
+
+
+def _open_clara(directory: str, base: str | None, dtype: str | None) -> Opened:
   run, recorded = read_config(directory)
-  config = _with_dtype(run.clara, dtype)
+  record = read_record(directory)
+  config = with_dtype(run.clara, dtype)
   model = Clara(config)
-  checkpointer = Checkpointer(directory, read_only=True)
-  weights = checkpointer.weights()
-  checkpointer.close()
-  base = base or recorded
-  if "base" not in weights:
-    weights["base"] = load_base(model, base, directory)
-  if dtype:
-    weights["base"] = jax.tree.map(lambda x: x.astype(dtype), weights["base"])
-  layout = Layout(tokenizer_directory(directory), config)
-  return Checkpoint(directory, model, _on_device(weights), layout, base)
+  groups = native.open_weights(directory)
+  own = groups.pop("base", None)
+  if own is None:
+    base = base or recorded
+    plain, special = open_base(model, base, directory)
+  else:
+    plain, special = split_base(own, config)
+    base = None
+  if special and SPECIAL not in groups:
+    groups[SPECIAL] = special
+  tokenizer = os.path.join(directory, "tokenizer")
+  return Opened(directory, "clara", config, record["stage"], groups, plain, base, record.get("base_sha256"),
+                tokenizer if epath.Path(tokenizer).exists() else None)
 
 
-def load_base(model: Clara, base: str | None, where: str, seed: int = 0) -> Any:
-  """The group 'base' from a Hugging Face directory or a `pretrain` run.
+def _open_peft(directory: str, base: str | None, dtype: str | None) -> Opened:
+  folder = epath.Path(directory)
+  single = peft.is_adapter(directory)
+  found = {None: directory} if single else {r: str(folder / r) for r in ROLES if peft.is_adapter(str(folder / r))}
+  groups: dict[str, Any] = {}
+  config = None
+  for role, where in found.items():
+    lora, named = peft.read_lora(where)
+    recorded, clara, special = peft.read_clara(where)
+    role = role or recorded or "generator"
+    if base is None and named:
+      base = next((p for p in (named, os.path.normpath(os.path.join(where, named))) if epath.Path(p).exists()), None)
+    if base is None:
+      raise CheckpointError(f"{where}: its base {named!r} is not a directory here; name one with --base")
+    if config is None:
+      model_config = open_model_config(base, **families.with_dtype(dtype))
+      config = dataclasses.replace(clara, model=model_config, lora=lora) if clara else ClaraConfig(model_config, lora)
+    if lora != config.lora:
+      raise ConfigError(f"{where}/{peft.CONFIG_FILE}: {lora}, but another role has {config.lora}")
+    groups[role] = peft.read_role(Clara(config), where, role)
+    for name, value in (special or {}).items():
+      if name == "memory_embedding":
+        groups[name] = value
+      else:
+        groups.setdefault(SPECIAL, {})[name] = value
+  plain, fresh = open_base(Clara(config), base, directory)
+  if SPECIAL not in groups:
+    groups[SPECIAL] = fresh or hf.special_tokens(config)
+    groups["memory_embedding"] = groups[SPECIAL]["embedding"][:config.num_memory_tokens]
+  return Opened(directory, "peft", config, "joint", groups, plain, base, None, tokenizer_directory(base))
+
+
+def open_model_config(base: str, **overrides: Any) -> Any:
+  """The `ModelConfig` of a base: a Hugging Face directory, or a checkpoint of ours."""
+  if is_checkpoint(base):
+    return dataclasses.replace(read_config(base)[0].clara.model, **overrides)
+  return families.model_config(base, **overrides)
+
+
+def open_base(model: Clara, base: str | None, where: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+  """A base from a Hugging Face directory or a checkpoint of ours that holds one: (leaves without special tokens, these if it has them).
 
   Raises:
     CheckpointError: it is neither.
+    ConfigError: its vocabulary is smaller than the configuration's.
   """
   if base is None:
     raise CheckpointError(f"{where}: names no base; give one with --base (or config.base)")
   if is_checkpoint(base):
-    checkpointer = Checkpointer(base, read_only=True)
-    weights = checkpointer.weights()
-    checkpointer.close()
+    weights = native.open_weights(base)
     if "base" not in weights:
       raise CheckpointError(f"{base}: this checkpoint is no base; name the directory of a pretrain run or a Hugging Face model")
-    return weights["base"]
+    return split_base(weights["base"], read_config(base)[0].clara)
   if not (epath.Path(base) / "config.json").exists():
     raise CheckpointError(f"{where}: its base {base} is not there; name one with --base")
-  hf.check_vocabulary(model.config, base)
-  return hf.read_base(model, base, jax.random.key(seed))
+  on_disk = families.model_config(base, **families.with_dtype(model.config.model.param_dtype)).vocab_size
+  if on_disk < model.config.model.vocab_size:
+    raise ConfigError(f"{base}: vocab_size={on_disk}, but the checkpoint was made for {model.config.model.vocab_size}")
+  return hf.read_base(model, base), None
+
+
+def merged_base(opened: Opened, role: str | None) -> dict[str, Any]:
+  """The plain base, or the base with special tokens, MEM rows and a role folded in."""
+  if role is None:
+    return opened.plain_base
+  base = hf.merged(opened.weights["base"], opened.groups[role], opened.config.lora)
+  embedding = base["embedding"]
+  first, count = opened.config.model.vocab_size, opened.config.num_memory_tokens
+  tail = embedding[(slice(first, embedding.shape[0]), slice(None))].copy()
+  tail[:count] = lazy.read(opened.groups["memory_embedding"]).astype(tail.dtype)
+  return {**base, "embedding": lazy.Rows(embedding, first, tail, 0)}
+
+
+def load(directory: str, base: str | None = None, dtype: str | None = None) -> Checkpoint:
+  """Reads a checkpoint of ours, of the released code or of PEFT onto the first device.
+
+  Args:
+    directory: the checkpoint.
+    base: its base, where the checkpoint's own record does not lead to one.
+    dtype: 'float32' or 'bfloat16' for computation and storage; by default the checkpoint's.
+
+  Raises:
+    CheckpointError, ConfigError, KeyMapError: naming the file, field or tensor.
+  """
+  opened = open_checkpoint(directory, base, dtype)
+  found = opened.check_base()
+  return Checkpoint(directory, Clara(opened.config), on_device(opened), opened.layout(), opened.base, found)
+
+
+def on_device(opened: Opened) -> dict[str, Any]:
+  """The weights of an opened checkpoint on the first device, in the types that the model wants.
+
+  Raises:
+    KeyMapError: a leaf has another shape than the model's.
+  """
+  model = Clara(opened.config)
+  weights = opened.weights
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tuple(weights)))
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  made: dict[str, Any] = {}
+  for group, tree in weights.items():
+    want = dict(lazy.leaves({group: shapes[group]}))
+    have = dict(lazy.leaves({group: tree}))
+    for path in {**want, **have}:
+      a, b = (tuple(x[path].shape) if path in x else "none" for x in (want, have))
+      if a != b:
+        raise KeyMapError(f"{opened.directory}: {'/'.join(path)}: expected the shape {a}, got {b}")
+    made |= lazy.nest({path: place(have[path], sharding, want[path].dtype) for path in want})
+  return made
 
 
 def tokenizer_directory(directory: str) -> str:
@@ -109,11 +284,23 @@ def tokenizer_directory(directory: str) -> str:
   return own if is_checkpoint(directory) else directory
 
 
-def _with_dtype(config: ClaraConfig, dtype: str | None) -> ClaraConfig:
+def split_base(base: dict[str, Any], config: ClaraConfig) -> tuple[dict[str, Any], dict[str, Any] | None]:
+  """(a base of ours without special tokens, these). One that was trained here has them with it, a converted one has none."""
+  first = config.model.vocab_size
+  if base["embedding"].shape[0] == first:
+    return base, None
+  plain, special = dict(base), {}
+  for name, axis in (("embedding", 0), ("head", 1)):
+    if name in base:
+      leaf = base[name]
+      full = slice(None)
+      special[name] = np.asarray(leaf[(slice(first, leaf.shape[0]), full) if axis == 0 else (full, slice(first, leaf.shape[1]))])
+      plain[name] = lazy.Rows(leaf, first, special[name][:0] if axis == 0 else special[name][:, :0], axis)
+  return plain, special
+
+
+def with_dtype(config: ClaraConfig, dtype: str | None) -> ClaraConfig:
+  """The configuration with that type of computation and storage, if there is one."""
   if dtype is None:
     return config
   return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype))
-
-
-def _on_device(weights: dict[str, Any]) -> dict[str, Any]:
-  return jax.tree.map(jnp.asarray, weights)

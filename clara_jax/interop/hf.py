@@ -1,160 +1,136 @@
-"""Hugging Face base models (safetensors) as the group 'base'."""
+"""Hugging Face models: a base read from safetensors, and a role merged into a plain model that transformers loads."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError, safe_open
 
-from clara_jax.config import ClaraConfig, ConfigError, ModelConfig
-from clara_jax.interop.keymap import KeyMapError, Place, base_place, check_coverage
+from clara_jax.config import ClaraConfig, ConfigError, LoraConfig, ModelConfig
+from clara_jax.interop import families, lazy
+from clara_jax.interop.keymap import EMBEDDING, HEAD, KeyMapError, Path, base_name, base_place
+from clara_jax.interop.tensors import TensorFiles, tensor_hash, tree_hash, write_tensors
 from clara_jax.model import Clara
 
-# Fields of config.json that change what is computed: a value other than these cannot be honoured.
-_SUPPORTED = {
-    "model_type": ("mistral",),
-    "hidden_act": ("silu",),
-    "rope_scaling": (None,),
-    "attention_bias": (None, False),
-    "mlp_bias": (None, False),
-}
+
+def leaf_shapes(model: Clara, group: str) -> dict[Path, tuple[int, ...]]:
+  """Shape of every leaf of a group."""
+  tree = jax.eval_shape(lambda: model.init(jax.random.key(0), (group,)))[group]
+  return {path: tuple(leaf.shape) for path, leaf in lazy.leaves(tree)}
 
 
-def model_config(directory: str, **overrides: Any) -> ModelConfig:
-  """The `ModelConfig` of a Hugging Face directory's config.json.
+def read_base(model: Clara, directory: str) -> dict[str, Any]:
+  """The group 'base' of a Hugging Face directory without CLaRa's special tokens, as leaves that are read when they are indexed.
+
+  Raises:
+    KeyMapError: a tensor that is missing, unknown, doubled or of the wrong shape; a damaged file; by name.
+  """
+  config = model.config.model
+  files = TensorFiles(directory)
+  expected = leaf_shapes(model, "base")
+  expected[("embedding",)] = (None, config.width)
+  if not config.tie_embeddings:
+    expected[("head",)] = (config.width, None)
+  tensors = {name: files[name] for name in files if not (config.tie_embeddings and name == HEAD)}
+  return lazy.stack(tensors, base_place, expected, directory)
+
+
+def special_tokens(config: ClaraConfig) -> dict[str, np.ndarray]:
+  """Fresh rows of CLaRa's special tokens: {'embedding': [M+3, D], 'head': [D, M+3]} (no head where it is tied)."""
+  model, count = config.model, config.vocab_size - config.model.vocab_size
+  rows = np.asarray(jax.random.normal(jax.random.key(0), (count, model.width))) * model.initializer_range
+  made = {"embedding": rows.astype(_numpy_type(model.param_dtype))}
+  if not model.tie_embeddings:
+    made["head"] = np.zeros((model.width, count), _numpy_type(model.param_dtype))
+  return made
+
+
+def with_special_tokens(base: Mapping[str, Any], special: Mapping[str, Any], config: ClaraConfig) -> dict[str, Any]:
+  """A base whose embedding and head end with the given rows and columns.
 
   Args:
-    directory: holds config.json.
-    **overrides: fields to set otherwise, such as dtype.
+    base: leaves; more words than the vocabulary are left out (some models pad theirs).
+    special: as from `special_tokens`, or with the whole vocabulary where it is not the base's.
+    config: the method's configuration.
 
   Raises:
-    ConfigError: no config.json, or a field whose value is not supported, by name.
+    ConfigError: the base has fewer words than the configuration's vocabulary.
   """
-  file = epath.Path(directory) / "config.json"
-  if not file.exists():
-    raise ConfigError(f"{file}: no such file; expected a Hugging Face model directory")
-  values = json.loads(file.read_text())
-  for field, allowed in _SUPPORTED.items():
-    if values.get(field) not in allowed:
-      raise ConfigError(f"{file}: {field}={values.get(field)!r} is not supported; expected {' or '.join(map(repr, allowed))}")
-  rope = values.get("rope_parameters") or {}
-  if rope.get("rope_type", "default") != "default":
-    raise ConfigError(f"{file}: rope_parameters.rope_type={rope['rope_type']!r} is not supported; expected 'default'")
-  try:
-    heads, width = values["num_attention_heads"], values["hidden_size"]
-    fields = {
-        "vocab_size": values["vocab_size"],
-        "width": width,
-        "num_layers": values["num_hidden_layers"],
-        "num_heads": heads,
-        "num_kv_heads": values.get("num_key_value_heads") or heads,
-        "head_dim": values.get("head_dim") or width // heads,
-        "mlp_dim": values["intermediate_size"],
-        "rope_theta": float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
-        "norm_eps": values.get("rms_norm_eps", 1e-6),
-        "sliding_window": values.get("sliding_window"),
-        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
-        "max_positions": values.get("max_position_embeddings", 4096 * 32),
-        "initializer_range": values.get("initializer_range", 0.02),
-    }
-  except KeyError as error:
-    raise ConfigError(f"{file}: the field {error} is missing") from None
-  return ModelConfig(**{**fields, **overrides})
-
-
-def stack(model: Clara, group: str, tensors: Iterable[tuple[str, Any]], place_of: Callable[[str], Place], where: str
-          ) -> dict[str, Any]:
-  """Puts named tensors into the tree of a group, in the tree's types; shapes and coverage are checked.
-
-  Args:
-    model: says which tree.
-    group: 'base' or a role.
-    tensors: (name, numpy array) pairs.
-    place_of: a function of `keymap.py`.
-    where: for messages.
-
-  Returns:
-    The group's tree of numpy arrays. Rows of the embedding and columns of the head beyond those on disk are zero.
-
-  Raises:
-    KeyMapError: a name or a shape that does not fit, by name.
-  """
-  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), (group,)))[group]
-  flat, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-  shape_of = {tuple(k.key for k in path): leaf for path, leaf in flat}
-  leaves = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in shape_of.items()}
-  places = []
-  for name, tensor in tensors:
-    place = place_of(name)
-    places.append(place)
-    if place.path not in leaves:
-      raise KeyMapError(f"{where}: {name}: this model has no {'/'.join(place.path)}")
-    target = leaves[place.path] if place.layer is None else leaves[place.path][place.layer:place.layer + 1][0:1]
-    value = np.asarray(tensor)
-    value = value.T if place.transpose else value
-    if place.layer is not None:
-      if place.layer >= leaves[place.path].shape[0]:
-        raise KeyMapError(f"{where}: {name}: the model has only {leaves[place.path].shape[0]} layers")
-      target = leaves[place.path][place.layer]
-    if place.path == ("embedding",):
-      target = target[:value.shape[0]]
-    elif place.path == ("head",):
-      target = target[:, :value.shape[1]]
-    if target.shape != value.shape:
-      raise KeyMapError(f"{where}: {name}: expected shape {target.shape} (as stored here), got {value.shape}")
-    target[...] = value
-  expected = [(path, i) for path, leaf in shape_of.items() for i in (range(leaf.shape[0]) if path[0] == "layers" else (None,))]
-  check_coverage(places, expected, where)
-  return jax.tree_util.tree_unflatten(treedef, [leaves[tuple(k.key for k in path)] for path, _ in flat])
-
-
-def read_safetensors(directory: str) -> Iterable[tuple[str, np.ndarray]]:
-  """(name, array) of every tensor in a directory's safetensors files, memory-mapped, one at a time.
-
-  Raises:
-    KeyMapError: no such files, or one that is damaged, by name.
-  """
-  folder = epath.Path(directory)
-  index = folder / "model.safetensors.index.json"
-  if index.exists():
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-  else:
-    files = sorted(f.name for f in folder.glob("*.safetensors"))
-  if not files:
-    raise KeyMapError(f"{directory}: no *.safetensors files")
-  for file in files:
-    path = folder / file
-    if not path.exists():
-      raise KeyMapError(f"{path}: named by {index.name} but not there")
-    try:
-      with safe_open(path, framework="np") as tensors:
-        for name in tensors.keys():
-          yield name, tensors.get_tensor(name)
-    except SafetensorError as error:
-      raise KeyMapError(f"{path}: not a whole safetensors file: {error}") from None
-
-
-def read_base(model: Clara, directory: str, rng: jax.Array) -> dict[str, Any]:
-  """The group 'base' from a Hugging Face directory; the rows of CLaRa's special tokens are drawn from `rng`."""
-  tied = model.config.model.tie_embeddings
-  tensors = ((n, t) for n, t in read_safetensors(directory) if not (tied and n == "lm_head.weight"))
-  base = stack(model, "base", tensors, base_place, directory)
-  config = model.config
-  new = np.asarray(jax.random.normal(rng, (config.vocab_size - config.model.vocab_size, config.model.width)))
-  base["embedding"][config.model.vocab_size:] = new * config.model.initializer_range
+  base = dict(base)
+  for name, axis in (("embedding", 0), ("head", 1)):
+    if name not in special:
+      continue
+    more = special[name]
+    count = config.vocab_size - more.shape[axis]
+    have = base[name].shape[axis]
+    if have < count:
+      raise ConfigError(f"the base has {have} words, but the checkpoint was made for {count}")
+    base[name] = lazy.Rows(base[name], count, lazy.read(more), axis)
   return base
 
 
-def check_vocabulary(config: ClaraConfig, directory: str) -> None:
-  """Refuses a base whose vocabulary is not the configuration's."""
-  on_disk = model_config(directory).vocab_size
-  if on_disk != config.model.vocab_size:
-    raise ConfigError(f"{directory}: vocab_size={on_disk}, but the checkpoint was made for {config.model.vocab_size}")
+def base_tensors(base: Mapping[str, Any]) -> list[lazy.Named]:
+  """A base's tensors under their Hugging Face names."""
+  return lazy.named_tensors(base, base_name, base_place)
 
 
-def with_dtype(values: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-  """Overrides of `model_config` for a type of computation and storage."""
-  return {**values, **({"dtype": dtype, "param_dtype": dtype} if dtype else {})}
+def base_hash(base: Mapping[str, Any]) -> str:
+  """The content of a base without special tokens: names, types, shapes and bytes, however it is stored."""
+  return tree_hash({tensor.name: tensor_hash(tensor.read()) for tensor in base_tensors(base)})
+
+
+def merged(base: Mapping[str, Any], role: Mapping[str, Any], lora: LoraConfig) -> dict[str, Any]:
+  """The base with a role folded in, W + (alpha / rank) · A B in float32 and rounded to W's type; lazy."""
+  deltas: dict[Path, dict[str, Any]] = {}
+  for path, leaf in lazy.leaves(role):
+    deltas.setdefault(path[:-1], {})[path[-1]] = leaf
+  flat = dict(lazy.leaves(base))
+  for path, ab in deltas.items():
+    kernel = (*path, "kernel")
+    if kernel not in flat:
+      raise KeyMapError(f"{'/'.join(path)}: the role adapts a layer that the base does not have")
+    flat[kernel] = _Merged(flat[kernel], ab["a"], ab["b"], lora.scale)
+  return lazy.nest(flat)
+
+
+class _Merged:
+  def __init__(self, kernel, a, b, scale):
+    self._kernel, self._a, self._b, self._scale = kernel, a, b, scale
+    self.shape, self.dtype = kernel.shape, np.dtype(kernel.dtype)
+
+  def __getitem__(self, index):
+    layers, rows, columns = index
+    full = slice(None)
+    a = np.asarray(self._a[layers, rows, full], np.float32)
+    b = np.asarray(self._b[layers, full, columns], np.float32)
+    return (np.asarray(self._kernel[index], np.float32) + self._scale * (a @ b)).astype(self.dtype)
+
+
+def write_model(directory: str, base: Mapping[str, Any], config: ModelConfig, tokenizer: Any, metadata: Mapping[str, str]
+                ) -> dict[str, str]:
+  """Writes a model that `AutoModelForCausalLM.from_pretrained` loads; returns the hash of each tensor.
+
+  Args:
+    directory: where; it must exist.
+    base: leaves, special tokens included.
+    config: its shape.
+    tokenizer: a Hugging Face tokenizer, or None.
+    metadata: for the safetensors' headers.
+  """
+  tensors = {t.name: t for t in base_tensors(base)}
+  special = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+  values = families.config_json(config, tensors[EMBEDDING].shape[0], special)
+  hashes = write_tensors(directory, [(t.name, t.shape, t.dtype) for t in tensors.values()], lambda name: tensors[name].read(),
+                         metadata=metadata)
+  folder = epath.Path(directory)
+  (folder / "config.json").write_text(json.dumps(values, indent=2))
+  (folder / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **special}, indent=2))
+  if tokenizer is not None:
+    tokenizer.save_pretrained(directory)
+  return hashes
+
+
+def _numpy_type(name: str) -> np.dtype:
+  return np.dtype(jax.numpy.dtype(name))

@@ -1,4 +1,4 @@
-"""A Mistral decoder: grouped-query attention, rotary positions, RMSNorm, SwiGLU; layers are scanned.
+"""The decoder of Mistral and its relatives: grouped-query attention, rotary positions, RMSNorm, SwiGLU; layers are scanned.
 
 Every linear layer may carry LoRA (`linear.py`). The module reads token embeddings and gives last hidden states, *after* the final
 norm; embedding tokens and reading logits are methods of their own, because CLaRa splices memory tokens in between.
@@ -34,20 +34,22 @@ class RMSNorm(nn.Module):
 
   epsilon: float
   param_dtype: jnp.dtype
+  axis: str | None = axes.WIDTH
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (axes.WIDTH,)), x.shape[-1:],
+    scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), x.shape[-1:],
                        self.param_dtype)
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
     return scale.astype(x.dtype) * normed.astype(x.dtype)
 
 
-def _linear(config: ModelConfig, lora: LoraConfig | None, name: str, features: int, kernel_axes: tuple[str, str]) -> Linear:
+def _linear(config: ModelConfig, lora: LoraConfig | None, name: str, features: int, kernel_axes: tuple[str, str],
+            use_bias: bool = False) -> Linear:
   return Linear(
       features, kernel_axes, lora=lora if lora and name in lora.targets else None, dtype=jnp.dtype(config.dtype),
-      param_dtype=jnp.dtype(config.param_dtype), initializer_range=config.initializer_range, name=name)
+      param_dtype=jnp.dtype(config.param_dtype), initializer_range=config.initializer_range, use_bias=use_bias, name=name)
 
 
 class Attention(nn.Module):
@@ -61,13 +63,20 @@ class Attention(nn.Module):
     config = self.config
     batch, length, width = x.shape
 
-    def heads(name, count, axis):
-      y = _linear(config, self.lora, name, count * config.head_dim, (axes.WIDTH, axis))(x, deterministic)
-      return y.reshape(batch, length, count, config.head_dim)
+    def project(name, count, axis):
+      return _linear(config, self.lora, name, count * config.head_dim, (axes.WIDTH, axis), config.qkv_bias)(x, deterministic)
 
-    q = rotate(heads("q", config.num_heads, axes.HEADS), cos, sin)
-    k = rotate(heads("k", config.num_kv_heads, axes.KV_HEADS), cos, sin)
-    v = heads("v", config.num_kv_heads, axes.KV_HEADS)
+    num_q, num_kv = config.num_heads, config.num_kv_heads
+    if config.fused_projections:
+      fused = project("qkv", num_q + 2 * num_kv, axes.HEADS)
+      q, k, v = jnp.split(fused, [num_q * config.head_dim, (num_q + num_kv) * config.head_dim], axis=-1)
+    else:
+      q, k, v = project("q", num_q, axes.HEADS), project("k", num_kv, axes.KV_HEADS), project("v", num_kv, axes.KV_HEADS)
+    q, k, v = (z.reshape(batch, length, -1, config.head_dim) for z in (q, k, v))
+    if config.qk_norm:
+      q, k = (RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), axis=None, name=name)(z)
+              for name, z in (("q_norm", q), ("k_norm", k)))
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     q = nn.with_logical_constraint(q, (axes.BATCH, axes.LENGTH, axes.HEADS, None))
     k, v = (nn.with_logical_constraint(z, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, None)) for z in (k, v))
     if cache is not None:
@@ -90,8 +99,14 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x, deterministic):
     config = self.config
-    gate = _linear(config, self.lora, "gate", config.mlp_dim, (axes.WIDTH, axes.MLP))(x, deterministic)
-    up = _linear(config, self.lora, "up", config.mlp_dim, (axes.WIDTH, axes.MLP))(x, deterministic)
+
+    def project(name, features):
+      return _linear(config, self.lora, name, features, (axes.WIDTH, axes.MLP))(x, deterministic)
+
+    if config.fused_projections:
+      gate, up = jnp.split(project("gate_up", 2 * config.mlp_dim), 2, axis=-1)
+    else:
+      gate, up = project("gate", config.mlp_dim), project("up", config.mlp_dim)
     hidden = nn.with_logical_constraint(nn.silu(gate) * up, (axes.BATCH, axes.LENGTH, axes.MLP))
     return _linear(config, self.lora, "down", x.shape[-1], (axes.MLP, axes.WIDTH))(hidden, deterministic)
 
@@ -167,7 +182,7 @@ class Decoder(nn.Module):
     config = self.config
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta)
+    cos, sin = rotary_angles(positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
     layer = Layer
     if config.remat != "none":
       layer = nn.remat(Layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)

@@ -33,6 +33,7 @@ class Linear(nn.Module):
     lora: adapter shape, or None for the plain layer.
     dtype: type of the computation.
     param_dtype: type of the base kernel; adapters are float32.
+    use_bias: whether the base adds a bias [features].
     initializer_range: standard deviation of a fresh kernel.
 
   Raises:
@@ -45,6 +46,7 @@ class Linear(nn.Module):
   dtype: jnp.dtype = jnp.bfloat16
   param_dtype: jnp.dtype = jnp.bfloat16
   initializer_range: float = 0.02
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
@@ -54,6 +56,10 @@ class Linear(nn.Module):
         nn.with_logical_partitioning(nn.initializers.normal(self.initializer_range), self.kernel_axes),
         (width, self.features), self.param_dtype)
     y = x @ kernel.astype(self.dtype)
+    if self.use_bias:
+      bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.kernel_axes[1:]), (self.features,),
+                        self.param_dtype)
+      y = y + bias.astype(self.dtype)
     if self.lora is None:
       return y
     if not self.is_initializing() and not self.has_variable("lora", "a"):

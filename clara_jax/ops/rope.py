@@ -1,26 +1,60 @@
 """Rotary position embeddings (arXiv 2104.09864), in the half-split layout of Hugging Face checkpoints."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from clara_jax.config import RopeScaling
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(positions: jax.Array, rotary_dim: int, theta: float, scaling: RopeScaling | None = None
+                  ) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of the rotation angles.
 
   Args:
     positions: [B, T] int32.
-    head_dim: P, even.
+    rotary_dim: rotated dimensions of a head, even.
     theta: base of the geometric progression of wavelengths.
+    scaling: how the frequencies are stretched; None for plain RoPE.
 
   Returns:
-    (cos, sin), each [B, T, 1, P/2] float32, ready to broadcast over heads.
+    (cos, sin), each [B, T, 1, rotary_dim/2] float32, ready to broadcast over heads.
   """
-  frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  plain = (theta ** (-np.arange(0, rotary_dim, 2, dtype=np.float32) / rotary_dim)).astype(np.float32)
+  frequencies, amplitude = plain, 1.0
+  if scaling is None:
+    pass
+  elif scaling.kind == "linear":
+    frequencies = plain / np.float32(scaling.factor)
+  elif scaling.kind == "llama3":
+    frequencies = _llama3(plain, scaling)
+  else:
+    # As in transformers, the longest sequence of the call decides for all of it.
+    short, long = (plain / np.asarray(f, np.float32) for f in (scaling.short_factor, scaling.long_factor))
+    frequencies = jnp.where(positions.max() < scaling.original_max_positions, short, long)
+    amplitude = scaling.attention_factor
+    if amplitude is None:
+      amplitude = math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_max_positions)) if scaling.factor > 1 else 1.0
   angles = positions[..., None, None].astype(jnp.float32) * frequencies
-  return jnp.cos(angles), jnp.sin(angles)
+  return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
+
+
+def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+  """Long wavelengths are stretched, short ones kept, those between interpolated."""
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  turns = scaling.original_max_positions * frequencies / (2 * math.pi)  # of a frequency within the original context
+  kept = np.clip((turns - low) / (high - low), 0, 1)
+  return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates the two halves of each head; x: [B, T, H, P], any float type; computed in float32, returned in x's type."""
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+  """Rotates the two halves of each head's first rotary_dim dimensions; the rest stays.
+
+  x: [B, T, H, P], any float type; computed in float32, returned in x's type.
+  """
+  turned, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+  a, b = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+  return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

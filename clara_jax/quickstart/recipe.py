@@ -37,7 +37,7 @@ class Sizes:
   """
 
   world: WorldConfig = WorldConfig(level=2, kinds=("person",), people=2_000, first_names=60, last_names=60, relations=6, pages=6,
-                                   wordings=3, sentences=2)
+                                   wordings=2, sentences=2)
   evaluation_rows: int = 500
   corpus: int = 2_000
   pretrain: int = 900
@@ -68,7 +68,7 @@ def clara_config(vocab_size: int) -> ClaraConfig:
       initializer_range=0.06, dtype="float32", param_dtype="float32", remat="full")
   return ClaraConfig(
       model, LoraConfig(rank=16, alpha=32.0, dropout=0.0), doc_max_length=30, compression_rate=10, query_max_length=24,
-      decoder_max_length=512, top_k=TOP_K, nested_dropout=0.7)
+      decoder_max_length=512, top_k=TOP_K, nested_dropout=0.9)
 
 
 def _rows(world: World, name: str):
@@ -123,12 +123,15 @@ class _Stages:
     data, train = _stage(name, self.sizes, self.seed)
     rows = [schemas.parse_row(r, f"{name}:{i}") for i, r in enumerate(_rows(self.world, name))]
     weights: dict[str, Any] = {}
+    base_sha256 = None
     base = self.directory("pretrain") if before else None
     if before:
-      weights = checkpoints.load(self.directory(before)).weights
+      checkpoint = checkpoints.load(self.directory(before))
+      weights, base_sha256 = checkpoint.weights, checkpoint.base_sha256
     config = dataclasses.replace(self.config, nested_dropout=0.0) if name == "without_nested_dropout" else self.config
     run = RunConfig(config, data, train, base=base, init_from=self.directory(before) if before else None)
-    loop.train(run, self.layout, weights, rows, eval_rows, workdir=self.directory(name), memories=memories)
+    loop.train(run, self.layout, weights, rows, eval_rows, workdir=self.directory(name), memories=memories,
+               base_sha256=base_sha256)
     self.seconds[name] = round(time.monotonic() - start, 1)
 
 

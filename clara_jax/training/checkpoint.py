@@ -1,6 +1,6 @@
 """Checkpoints of ours: a directory with a readable config.json, a tokenizer, and Orbax steps.
 
-    DIR/config.json           what it is: format, stage, the run's configuration, where its base is
+    DIR/config.json           what it is: format, stage, the run's configuration, where its base is and its hash, the origin
     DIR/tokenizer/            the tokenizer, CLaRa's special tokens included
     DIR/checkpoints/STEP/     weights (all groups but a base that is not trained), optimizer, data position
     DIR/metrics.jsonl         one line a report
@@ -11,6 +11,7 @@ A step is written beside and renamed, so that an interrupted save leaves no half
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import grain
@@ -19,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from clara_jax.config import ConfigError, RunConfig, from_config_dict
+from clara_jax.config import ConfigError, RunConfig, from_config_dict, to_json
 from clara_jax.training.step import TrainState
 
 FORMAT = "clara_jax"
@@ -41,8 +42,17 @@ def is_checkpoint(directory: str) -> bool:
     return False
 
 
-def write_config(directory: str, config: RunConfig) -> None:
+def write_config(directory: str, config: RunConfig, base_sha256: str | None = None, source: Mapping[str, Any] | None = None,
+                 stage: str | None = None, relative_to: str | None = None) -> None:
   """Writes DIR/config.json. Local paths are named relative to DIR, so that all can be moved together.
+
+  Args:
+    directory: DIR.
+    config: the run.
+    base_sha256: hash of the base's tensors (`interop/hf.py`), so that another base is refused later.
+    source: where a converted checkpoint came from.
+    stage: what it is, where that is no stage of training ('base').
+    relative_to: where DIR will be, if it is to be renamed.
 
   Raises:
     CheckpointError: DIR belongs to another run.
@@ -52,12 +62,13 @@ def write_config(directory: str, config: RunConfig) -> None:
   run = dataclasses.asdict(config)
   for name in ("base", "init_from", "tokenizer"):
     if run[name] and "://" not in run[name]:
-      run[name] = os.path.relpath(os.path.abspath(run[name]), os.path.abspath(directory))
-  values = {"format": FORMAT, "version": VERSION, "stage": config.train.stage, "base": run["base"], "run": run}
+      run[name] = os.path.relpath(os.path.abspath(run[name]), os.path.abspath(relative_to or directory))
+  values = {"format": FORMAT, "version": VERSION, "stage": stage or config.train.stage, "base": run["base"],
+            "base_sha256": base_sha256, "source": dict(source) if source else None, "run": run}
   file = folder / "config.json"
   if file.exists():
-    before = json.loads(file.read_text())
-    changed = _differences(before.get("run", {}), json.loads(json.dumps(run)))
+    before = json.loads(to_json(read_config(directory)[0]))  # through the dataclass: fields that are new here have their defaults
+    changed = _differences(before, json.loads(json.dumps(run)))
     if changed:
       raise CheckpointError(f"{directory}: holds a run with another configuration ({', '.join(changed)}); choose another --workdir")
     return
@@ -84,7 +95,7 @@ def read_config(directory: str) -> tuple[RunConfig, str | None]:
   """
   if not is_checkpoint(directory):
     raise CheckpointError(f"{directory}: not a checkpoint (no config.json with format={FORMAT!r})")
-  values = json.loads((epath.Path(directory) / "config.json").read_text())
+  values = read_record(directory)
   if values["version"] > VERSION:
     raise CheckpointError(f"{directory}: format version {values['version']}, this program reads up to {VERSION}")
   try:
@@ -95,6 +106,11 @@ def read_config(directory: str) -> tuple[RunConfig, str | None]:
   if base and "://" not in base and not os.path.isabs(base):
     base = os.path.normpath(os.path.join(directory, base))
   return config, base
+
+
+def read_record(directory: str) -> dict[str, Any]:
+  """All of config.json: format, version, stage, base, base_sha256, source, run."""
+  return json.loads((epath.Path(directory) / "config.json").read_text())
 
 
 class Checkpointer:

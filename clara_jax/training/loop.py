@@ -13,12 +13,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from clara_jax.config import ConfigError, RunConfig
+from clara_jax.config import ClaraConfig, ConfigError, RunConfig
 from clara_jax.data.pipeline import MemoryLookup, RowEncoder, evaluation_batches, training_batches
 from clara_jax.data.schemas import Row
 from clara_jax.data.tokens import Layout
 from clara_jax.model import Clara, Weights
-from clara_jax.sharding import activation_rules, batch_sharding, make_mesh, tree_shardings
+from clara_jax.sharding import activation_rules, batch_sharding, make_mesh, place, tree_shardings
 from clara_jax.training import metrics as metrics_lib
 from clara_jax.training import optim, stages
 from clara_jax.training.checkpoint import Checkpointer, write_config
@@ -54,6 +54,7 @@ def train(
     workdir: str | None = None,
     memories: MemoryLookup | None = None,
     progress: bool = True,
+    base_sha256: str | None = None,
     stop_at: int | None = None,
     on_evaluation: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Result:
@@ -68,6 +69,7 @@ def train(
     workdir: for checkpoints and metrics; None keeps nothing on disk.
     memories: memory tokens of documents by text; None compresses candidates in the step.
     progress: whether lines go to standard error.
+    base_sha256: hash of the base's tensors, for the checkpoint's record.
     stop_at: stops (and saves) after this step, for tests and for time limits.
     on_evaluation: called with each evaluation.
 
@@ -108,7 +110,7 @@ def train(
 
     checkpointer = None
     if workdir is not None:
-      write_config(workdir, config)
+      write_config(workdir, config, base_sha256)
       layout.tokenizer.save_pretrained(str(epath.Path(workdir) / "tokenizer"))
       checkpointer = Checkpointer(workdir, settings.keep_checkpoints)
       if checkpointer.latest_step() is not None:
@@ -116,6 +118,8 @@ def train(
     reporter = metrics_lib.Reporter(
         epath.Path(workdir) / "metrics.jsonl" if workdir else None, settings.stage, steps, progress)
     carried = {g: w for g, w in frozen.items() if g != "base"}
+    if "base" in frozen:
+      carried["special_tokens"] = special_tokens(frozen["base"], config.clara)
     history: list[tuple[int, dict[str, float]]] = []
     last: dict[str, float] = {}
     step, end = int(state.step), min(steps, stop_at or steps)
@@ -171,6 +175,12 @@ def train(
                   time.monotonic() - start)
 
 
+def special_tokens(base: Weights, config: ClaraConfig) -> dict[str, jax.Array]:
+  """The rows of CLaRa's own tokens, which the base on disk does not have: embedding [M+3, D] and, if it is not tied, head [D, M+3]."""
+  first = config.model.vocab_size
+  return {"embedding": base["embedding"][first:], **({"head": base["head"][:, first:]} if "head" in base else {})}
+
+
 def _boxed(model: Clara, group: str) -> Any:
   return model.init_boxed(jax.random.key(0), (group,))[group]
 
@@ -198,8 +208,7 @@ def _placed_weights(model: Clara, stage: stages.Stage, config: RunConfig, before
   for group, tree in groups.items():
     check_tree(tree, shapes[group], group)
   # A copy, because training donates its state and the caller keeps what it gave.
-  return {g: jax.tree.map(lambda x, s: jax.device_put(np.asarray(x) if not isinstance(x, jax.Array) else x.copy(), s), tree,
-                          shardings(g)) for g, tree in groups.items()}
+  return {g: jax.tree.map(lambda x, to, like: place(x, to, like.dtype), tree, shardings(g), shapes[g]) for g, tree in groups.items()}
 
 
 def check_tree(tree: Any, expected: Any, name: str) -> None:

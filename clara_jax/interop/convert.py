@@ -1,0 +1,152 @@
+"""`clara convert`: any checkpoint to any format, tensor by tensor.
+
+The destination is written beside its name and renamed at the end: a conversion that fails leaves nothing there.
+"""
+
+import dataclasses
+import os
+import resource
+import shutil
+import time
+from typing import Any
+
+import jax
+from etils import epath
+from transformers import AutoTokenizer
+
+from clara_jax.config import ROLES, RunConfig, TrainConfig
+from clara_jax.interop import checkpoints, hf, lazy, native, peft, upstream
+from clara_jax.interop import verify as verify_lib
+from clara_jax.interop.checkpoints import SPECIAL, Opened, merged_base
+from clara_jax.training.checkpoint import CheckpointError, write_config
+
+FORMATS = ("clara", "upstream", "peft", "hf")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertReport:
+  """parameters: written; peak_rss_bytes: of this process; verify: see `verify.py`, None where it was not asked for."""
+
+  source: str
+  to: str
+  parameters: int
+  seconds: float
+  peak_rss_bytes: int
+  verify: dict[str, Any] | None = None
+
+
+def convert(source: str, destination: str, to: str, *, role: str | None = None, base: str | None = None, verify: bool = False
+            ) -> ConvertReport:
+  """Converts a checkpoint.
+
+  Args:
+    source: a checkpoint of any kind (`checkpoints.open_checkpoint`).
+    destination: a directory that does not exist or is empty.
+    to: 'clara'; 'upstream' (the released code's); 'peft' (one role, or a folder for each); 'hf' (a plain model: the base, with a
+      role merged into it if one is named).
+    role: for 'peft' and 'hf'.
+    base: the source's base, where its own record does not lead to one.
+    verify: compare what was written with what was read, and write parity.json beside it.
+
+  Raises:
+    CheckpointError, ConfigError, KeyMapError: naming the file, field or tensor. The destination is then as it was.
+  """
+  start = time.monotonic()
+  if to not in FORMATS:
+    raise CheckpointError(f"--to {to!r}: expected one of {list(FORMATS)}")
+  target = epath.Path(destination)
+  if target.exists() and any(target.iterdir()):
+    raise CheckpointError(f"{destination}: is there already; choose another destination")
+  opened = checkpoints.open_checkpoint(source, base)
+  if role is not None:
+    if role not in ROLES:
+      raise CheckpointError(f"--role {role!r}: expected one of {list(ROLES)}")
+    checkpoints.require(source, opened.groups, role)
+  if to in ("upstream", "peft"):
+    checkpoints.require(source, opened.groups, *([role] if role else [] if set(ROLES) & set(opened.groups) else ["compressor"]))
+  unfinished = epath.Path(f"{os.path.normpath(destination)}.unfinished")
+  if unfinished.exists():
+    shutil.rmtree(unfinished)
+  unfinished.mkdir(parents=True)
+  try:
+    parameters = _WRITERS[to](opened, str(unfinished), os.path.abspath(destination), role)
+    report = None
+    if verify:
+      report = verify_lib.verify(opened, str(unfinished), to, role)
+    if target.exists():
+      target.rmdir()
+    os.rename(unfinished, target)
+  except BaseException:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    raise
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return ConvertReport(opened.kind, to, parameters, round(time.monotonic() - start, 2), peak, report)
+
+
+def _count(tree: Any) -> int:
+  return sum(_size(leaf.shape) for _, leaf in lazy.leaves(tree))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+  size = 1
+  for n in shape:
+    size *= n
+  return size
+
+
+def _tokenizer(opened: Opened, with_special: bool) -> Any:
+  if opened.tokenizer is None or not (epath.Path(opened.tokenizer) / "tokenizer.json").exists():
+    return None
+  return opened.layout().tokenizer if with_special else AutoTokenizer.from_pretrained(opened.tokenizer, local_files_only=True)
+
+
+def _to_clara(opened: Opened, directory: str, final: str, role: str | None) -> int:
+  del role
+  groups = dict(opened.groups)
+  # A source with roles keeps naming its base; a model on its own becomes a base of ours.
+  base_sha256 = opened.check_base() if groups and opened.base is not None else None
+  if base_sha256 is None:
+    groups["base"] = opened.plain_base
+    base_sha256 = native.write_weights(directory, groups, hashed="base")
+  else:
+    native.write_weights(directory, groups)
+  config = RunConfig(opened.config, train=TrainConfig(stage="pretrain" if opened.stage == "base" else opened.stage),
+                     base=os.path.abspath(opened.base) if opened.base else None)
+  source = {"format": opened.kind, "name": os.path.basename(os.path.normpath(opened.directory)), "jax": jax.__version__}
+  write_config(directory, config, base_sha256, source, opened.stage, relative_to=final)
+  tokenizer = _tokenizer(opened, bool(opened.groups))
+  if tokenizer is not None:
+    tokenizer.save_pretrained(os.path.join(directory, "tokenizer"))
+  return _count(groups)
+
+
+def _to_upstream(opened: Opened, directory: str, final: str, role: str | None) -> int:
+  del role
+  base = opened.weights["base"]
+  named = os.path.relpath(os.path.abspath(opened.base or opened.directory), os.path.dirname(final))
+  upstream.write(directory, opened.config, opened.groups, base, named, opened.stage, _tokenizer(opened, True))
+  return _count({r: opened.groups[r] for r in ROLES if r in opened.groups}) + _count(
+      {name: base[name] for name in ("embedding", "head") if name in base})
+
+
+def _to_peft(opened: Opened, directory: str, final: str, role: str | None) -> int:
+  special = {**(opened.groups.get(SPECIAL) or hf.special_tokens(opened.config)),
+             "memory_embedding": opened.groups["memory_embedding"]}
+  roles = [role] if role else [r for r in ROLES if r in opened.groups]
+  for name in roles:
+    where = directory if role else os.path.join(directory, name)
+    os.makedirs(where, exist_ok=True)
+    base = os.path.relpath(os.path.abspath(opened.base or opened.directory), final if role else os.path.join(final, name))
+    peft.write(where, name, opened.config, opened.groups[name], special, base)
+  return _count({name: opened.groups[name] for name in roles})
+
+
+def _to_hf(opened: Opened, directory: str, final: str, role: str | None) -> int:
+  del final
+  base = merged_base(opened, role)
+  metadata = {"clara_role": role} if role else {}
+  hf.write_model(directory, base, opened.config.model, _tokenizer(opened, role is not None), metadata)
+  return _count(base)
+
+
+_WRITERS = {"clara": _to_clara, "upstream": _to_upstream, "peft": _to_peft, "hf": _to_hf}

@@ -1,0 +1,113 @@
+"""Our own checkpoints, leaf by leaf: opened without being read, and a base written without being held.
+
+Orbax keeps each leaf as a Zarr array. Opening one through TensorStore gives any part of it; and a base larger than the host is
+written by letting Orbax save a skeleton, whose arrays are then replaced one layer at a time.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from clara_jax.interop import lazy
+from clara_jax.interop.keymap import Path, base_name, base_place
+from clara_jax.interop.tensors import tensor_hash, tree_hash
+from clara_jax.training.checkpoint import Checkpointer, CheckpointError
+
+_CHUNK = 2048
+_IN_FLIGHT = 3
+
+
+class StoredArray:
+  """A leaf on disk; see `lazy.py`."""
+
+  def __init__(self, store: ts.TensorStore):
+    self._store = store
+    self.shape, self.dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
+
+  def __getitem__(self, index: lazy.Index) -> np.ndarray:
+    return self._store[index].read(order="F" if len(self.shape) == 3 else "C").result()
+
+
+def open_weights(directory: str) -> dict[str, Any]:
+  """All groups of a checkpoint's last step, as trees of leaves that are read when they are indexed.
+
+  Raises:
+    CheckpointError: there is no step, or a leaf is damaged.
+  """
+  checkpointer = Checkpointer(directory, read_only=True)
+  step = checkpointer.latest_step()
+  checkpointer.close()
+  if step is None:
+    raise CheckpointError(f"{directory}: has no saved step yet")
+  folder = _absolute(directory) / "checkpoints" / str(step) / "weights"
+  try:
+    keys = json.loads((folder / "_METADATA").read_text())["tree_metadata"].values()
+    paths = [tuple(part["key"] for part in key["key_metadata"]) for key in keys]
+    return lazy.nest({path: StoredArray(ts.open({
+        "driver": "zarr", "kvstore": _kvstore(folder, path), "open": True}).result()) for path in paths})
+  except (OSError, KeyError, ValueError) as error:
+    raise CheckpointError(f"{folder}: not a whole checkpoint: {str(error).splitlines()[0]}") from None
+
+
+def write_weights(directory: str, weights: Mapping[str, Any], step: int = 0, hashed: str | None = None) -> str | None:
+  """Writes groups as a checkpoint to use, holding a few layers of a leaf at a time.
+
+  Args:
+    directory: of the checkpoint; its config.json is written elsewhere.
+    weights: groups of leaves.
+    step: its number.
+    hashed: a group whose hash (`hf.base_hash`) is made on the way.
+
+  Returns:
+    That hash.
+  """
+  flat = dict(lazy.leaves(weights))
+  folder = _absolute(directory) / "checkpoints"
+  skeleton = lazy.nest({path: np.zeros((1,) * len(leaf.shape), leaf.dtype) for path, leaf in flat.items()})
+  manager = ocp.CheckpointManager(folder, item_handlers={"weights": ocp.PyTreeCheckpointHandler(use_ocdbt=False)})
+  manager.save(step, args=ocp.args.Composite(weights=ocp.args.PyTreeSave(skeleton)))
+  manager.close()
+  waiting: list[ts.Future] = []
+  hashes: dict[str, str] = {}
+  for path, leaf in flat.items():
+    stacked = len(leaf.shape) == 3
+    # Column-major chunks: a linear weight comes transposed from Hugging Face's order and goes to disk without being turned.
+    store = ts.open({
+        "driver": "zarr", "kvstore": _kvstore(folder / str(step) / "weights", path), "create": True, "delete_existing": True,
+        "metadata": {"shape": list(leaf.shape), "chunks": [1 if stacked and i == 0 else min(max(n, 1), _CHUNK)
+                                                           for i, n in enumerate(leaf.shape)],
+                     "dtype": leaf.dtype.name if leaf.dtype.name == "bfloat16" else leaf.dtype.str, "compressor": None,
+                     "order": "F" if stacked else "C"}}).result()
+    layered = path[1:2] == ("layers",)
+    for layer in range(leaf.shape[0]) if layered else (None,):
+      whole = (slice(None),) * len(leaf.shape)
+      index = (slice(layer, layer + 1), *whole[1:]) if layered else whole
+      value = leaf[index]
+      if path[0] == hashed:
+        name = base_name(path[1:], layer)
+        tensor = value[0] if layered else value
+        hashes[name] = tensor_hash(tensor.T if base_place(name).transpose else tensor)
+      if len(waiting) >= _IN_FLIGHT:
+        waiting.pop(0).result()
+      waiting.append(store[index].write(value))
+  for future in waiting:
+    future.result()
+  return tree_hash(hashes) if hashed else None
+
+
+def _absolute(directory: str) -> epath.Path:
+  return epath.Path(directory if "://" in str(directory) else os.path.abspath(directory))
+
+
+def _kvstore(folder: epath.Path, path: Path) -> Any:
+  url = str(folder) if "://" in str(folder) else f"file://{folder}"
+  name = ".".join(path)
+  if (folder / "manifest.ocdbt").exists():
+    return {"driver": "ocdbt", "base": f"{url}/", "path": f"{name}/"}
+  return f"{url}/{name}/"
