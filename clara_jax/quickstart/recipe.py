@@ -13,6 +13,8 @@ import sys
 import time
 from typing import Any
 
+import jax
+
 from clara_jax.config import ClaraConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from clara_jax.data import schemas
 from clara_jax.data.tokens import Layout
@@ -55,10 +57,10 @@ SAYS = {
     "joint": "The query reasoner learns to retrieve from the answers' loss alone, without a single relevance label.",
     "generator_only": "For comparison: the same run with the query reasoner frozen.",
     "without_nested_dropout": "For comparison: the same run where the generator always reads all K documents.",
+    "from_compressor": "For comparison: the same run with a query reasoner that starts as a copy of the compressor.",
 }
-BEFORE = {"pretrain": None, "scp": "pretrain", "instruct": "scp", "contrastive": "instruct", "joint": "instruct",
-          "generator_only": "instruct", "without_nested_dropout": "instruct"}
-RETRIEVAL = ("contrastive", "joint", "generator_only", "without_nested_dropout")
+RETRIEVAL = ("contrastive", "joint", "generator_only", "without_nested_dropout", "from_compressor")
+BEFORE = {"pretrain": None, "scp": "pretrain", "instruct": "scp", **dict.fromkeys(RETRIEVAL, "instruct")}
 
 
 def clara_config(vocab_size: int) -> ClaraConfig:
@@ -89,13 +91,15 @@ def _stage(name: str, sizes: Sizes, seed: int) -> tuple[DataConfig, TrainConfig]
       "pretrain": TrainConfig(stage="pretrain", steps=sizes.pretrain, learning_rate=3e-3, schedule="linear",
                               final_learning_rate_fraction=0.2, **common),
       "scp": TrainConfig(stage="scp", steps=sizes.scp, learning_rate=3e-3, schedule="linear", **common),
-      # Short: it also aligns questions with documents, and the joint stage is to show that it can do that by itself.
       "instruct": TrainConfig(stage="instruct", steps=sizes.instruct, learning_rate=2e-3, schedule="linear", **common),
       "contrastive": TrainConfig(stage="contrastive", steps=sizes.contrastive, learning_rate=2e-3, eval_every=50, **common),
-      "joint": TrainConfig(stage="joint", steps=sizes.joint, learning_rate=2e-3, eval_every=50,
+      # A new query reasoner: a copy of the compressor, as the paper starts it, finds every second document before it has learned
+      # anything here (compare `from_compressor`).
+      "joint": TrainConfig(stage="joint", steps=sizes.joint, learning_rate=2e-3, eval_every=50, fresh_query_reasoner=True,
                            learning_rate_factors={"generator": 0.1}, **common),
   }
   train["without_nested_dropout"] = train["joint"]
+  train["from_compressor"] = dataclasses.replace(train["joint"], fresh_query_reasoner=False)
   train["generator_only"] = dataclasses.replace(train["joint"], freeze=("query_reasoner",))
   return data, train[name]
 
@@ -193,7 +197,7 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0, sizes: Sizes
 
   say("\n== Before and after the joint stage, on unseen people: 20 candidates with hard distractors, the best 3 are read.")
   before, after = (_load(stages, name) for name in ("instruct", "joint"))
-  before.weights.setdefault("query_reasoner", before.weights["compressor"])
+  before.weights |= before.model.init(jax.random.key(0), ("query_reasoner",))
   scores = [benchmarks.evaluate(c.model, c.layout, c.weights, test_rows, "joint", batch_size=100, max_new_tokens=4,
                                 progress=False).scores for c in (before, after)]
 
@@ -226,6 +230,7 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0, sizes: Sizes
           "answer_em": [s["em"] for s in scores],
           "generator_only_recall_at_1": _ends(curves["generator_only"], "recall_at_1"),
           "without_nested_dropout_recall_at_1": _ends(curves["without_nested_dropout"], "recall_at_1"),
+          "from_compressor_recall_at_1": _ends(curves["from_compressor"], "recall_at_1"),
           "answers_given_gold": _ends(curves["joint"], "answers_given_gold"),
           "push_first": curves["joint"][0]["push_first"], "push_top3": curves["joint"][0]["push_top3"],
       },
@@ -258,6 +263,7 @@ TABLE = (
     (("joint", "answer_em"), "answers from the 3 best documents, exact match"),
     (("joint", "generator_only_recall_at_1"), "the same with the query reasoner frozen"),
     (("joint", "without_nested_dropout_recall_at_1"), "the same where the generator always reads all 3"),
+    (("joint", "from_compressor_recall_at_1"), "the same with a query reasoner that starts as a copy of the compressor"),
     (("joint", "answers_given_gold"), "answers where the gold document is among the 3"),
     (("joint", "push_top3"), "missed gold documents among the 3 that the answer's loss pulls up most (chance: 0.15)"),
     (("contrastive", "recall_at_1"), "retrieval trained with labels: the ceiling"),

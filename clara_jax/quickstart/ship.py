@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from clara_jax.training.checkpoint import Checkpointer
 
 WITH_WEIGHTS = ("pretrain", "scp", "instruct")
-METRICS_ONLY = ("contrastive", "without_nested_dropout")
+METRICS_ONLY = ("contrastive", "without_nested_dropout", "from_compressor")
 
 
 def ship(workdir: str, package: pathlib.Path) -> int:
