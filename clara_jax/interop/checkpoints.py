@@ -176,13 +176,15 @@ def _open_peft(directory: str, base: str | None, dtype: str | None) -> Opened:
   for role, where in found.items():
     lora, named = peft.read_lora(where)
     recorded, clara, special = peft.read_clara(where)
+    if role and recorded and role != recorded:
+      raise CheckpointError(f"{where}: is the role {recorded!r}, not {role!r}: swapped adapters")
     role = role or recorded or "generator"
     if base is None and named:
       base = next((p for p in (named, os.path.normpath(os.path.join(where, named))) if epath.Path(p).exists()), None)
     if base is None:
       raise CheckpointError(f"{where}: its base {named!r} is not a directory here; name one with --base")
     if config is None:
-      model_config = open_model_config(base, **families.with_dtype(dtype))
+      model_config = native.base_config(base, dtype)
       config = dataclasses.replace(clara, model=model_config, lora=lora) if clara else ClaraConfig(model_config, lora)
     if lora != config.lora:
       raise ConfigError(f"{where}/{peft.CONFIG_FILE}: {lora}, but another role has {config.lora}")
@@ -197,13 +199,6 @@ def _open_peft(directory: str, base: str | None, dtype: str | None) -> Opened:
     groups[SPECIAL] = fresh or hf.special_tokens(config)
     groups["memory_embedding"] = groups[SPECIAL]["embedding"][:config.num_memory_tokens]
   return Opened(directory, "peft", config, "joint", groups, plain, base, None, tokenizer_directory(base))
-
-
-def open_model_config(base: str, **overrides: Any) -> Any:
-  """The `ModelConfig` of a base: a Hugging Face directory, or a checkpoint of ours."""
-  if is_checkpoint(base):
-    return dataclasses.replace(read_config(base)[0].clara.model, **overrides)
-  return families.model_config(base, **overrides)
 
 
 def open_base(model: Clara, base: str | None, where: str) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -64,11 +64,13 @@ def convert(source: str, destination: str, to: str, *, role: str | None = None, 
     checkpoints.require(source, opened.groups, role)
   if to in ("upstream", "peft"):
     checkpoints.require(source, opened.groups, *([role] if role else [] if set(ROLES) & set(opened.groups) else ["compressor"]))
+  base_sha256 = opened.check_base() if opened.base is not None and (to == "clara" or opened.base_sha256) else None
   unfinished = epath.Path(f"{os.path.normpath(destination)}.unfinished")
   if unfinished.exists():
     shutil.rmtree(unfinished)
   unfinished.mkdir(parents=True)
   try:
+    opened.base_sha256 = base_sha256
     parameters = _WRITERS[to](opened, str(unfinished), os.path.abspath(destination), role)
     report = None
     if verify:
@@ -103,9 +105,8 @@ def _tokenizer(opened: Opened, with_special: bool) -> Any:
 def _to_clara(opened: Opened, directory: str, final: str, role: str | None) -> int:
   del role
   groups = dict(opened.groups)
-  # A source with roles keeps naming its base; a model on its own becomes a base of ours.
-  base_sha256 = opened.check_base() if groups and opened.base is not None else None
-  if base_sha256 is None:
+  base_sha256 = opened.base_sha256
+  if opened.base is None:  # a model on its own becomes a base of ours; a source with a base goes on naming it
     groups["base"] = opened.plain_base
     base_sha256 = native.write_weights(directory, groups, hashed="base")
   else:

@@ -61,13 +61,13 @@ class Rows:
 
   def __getitem__(self, index: Index) -> np.ndarray:
     start, stop, _ = index[self._axis].indices(self.shape[self._axis])
-
-    def part(source, first, last):
-      return source[tuple(slice(first, max(first, last)) if a == self._axis else i for a, i in enumerate(index))]
-
-    old = part(self._leaf, min(start, self._count), min(stop, self._count))
-    new = part(self._more, max(start - self._count, 0), max(stop - self._count, 0))
-    return np.concatenate([old, new.astype(self.dtype)], axis=self._axis)
+    parts = []
+    for source, first, last in ((self._leaf, start, min(stop, self._count)),
+                                (self._more, max(start - self._count, 0), stop - self._count)):
+      if first < last:
+        part = source[tuple(slice(first, last) if axis == self._axis else i for axis, i in enumerate(index))]
+        parts.append(part.astype(self.dtype, copy=False))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=self._axis)
 
 
 def read(leaf: Any) -> np.ndarray:

@@ -4,6 +4,7 @@ Orbax keeps each leaf as a Zarr array. Opening one through TensorStore gives any
 written by letting Orbax save a skeleton, whose arrays are then replaced one layer at a time.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -14,10 +15,11 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from clara_jax.interop import lazy
+from clara_jax.config import ModelConfig
+from clara_jax.interop import families, lazy
 from clara_jax.interop.keymap import Path, base_name, base_place
 from clara_jax.interop.tensors import tensor_hash, tree_hash
-from clara_jax.training.checkpoint import Checkpointer, CheckpointError
+from clara_jax.training.checkpoint import Checkpointer, CheckpointError, is_checkpoint, read_config
 
 _CHUNK = 2048
 _IN_FLIGHT = 3
@@ -32,6 +34,18 @@ class StoredArray:
 
   def __getitem__(self, index: lazy.Index) -> np.ndarray:
     return self._store[index].read(order="F" if len(self.shape) == 3 else "C").result()
+
+
+def base_config(base: str, dtype: str | None = None) -> ModelConfig:
+  """The shape of a base: a Hugging Face directory, or a checkpoint of ours.
+
+  Args:
+    base: its directory.
+    dtype: type of computation and storage; by default the base's.
+  """
+  if is_checkpoint(base):
+    return dataclasses.replace(read_config(base)[0].clara.model, **families.with_dtype(dtype))
+  return families.model_config(base, **families.with_dtype(dtype))
 
 
 def open_weights(directory: str) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import numpy as np
 from etils import epath
 
 from clara_jax.config import ClaraConfig, ConfigError, LoraConfig, Role
-from clara_jax.interop import families, lazy
+from clara_jax.interop import lazy
 from clara_jax.interop.hf import base_tensors, leaf_shapes
 from clara_jax.interop.keymap import EMBEDDING, HEAD, KeyMapError, lora_name, lora_place
+from clara_jax.interop.native import base_config
 from clara_jax.interop.tensors import is_finite
 from clara_jax.model import Clara
 
@@ -55,7 +56,7 @@ def read_config(directory: str, base: str | None = None, dtype: str | None = Non
   found = next((c for c in candidates if c and (epath.Path(c) / "config.json").exists()), None)
   if not found:
     raise ConfigError(f"{file}: its base {named!r} is not a directory here{f' ({base})' if base else ''}; name one with --base")
-  model = families.model_config(found, **families.with_dtype(dtype))
+  model = base_config(found, dtype)
   rank = values["lora_r"]
   return ClaraConfig(
       model, LoraConfig(rank=rank, alpha=2.0 * rank), doc_max_length=values["doc_max_length"],

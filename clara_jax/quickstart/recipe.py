@@ -301,10 +301,12 @@ def _write_page(stages: _Stages, checkpoint: checkpoints.Checkpoint, report: dic
 
 def _tell(report: dict[str, Any], answers: list[dict[str, Any]], workdir: str) -> None:
   say("")
-  for name, value, meaning in _table(report):
+  rows = _table(report)
+  width = max(len(name) for name, *_ in rows)
+  for name, value, meaning in rows:
     shown = " -> ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else (
         f"{value:.3f}" if isinstance(value, float) else str(value))
-    say(f"{name:>34}  {shown:<16} {meaning}")
+    say(f"{name:>{width}}  {shown:<16} {meaning}")
   for answer in answers:
     say(f"\n{answer['question']}\n  -> {answer['answer']}")
     for document in answer["documents"]:
