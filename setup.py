@@ -3,7 +3,7 @@
 import setuptools
 
 QUICKSTART = ["matplotlib>=3.9", "scann>=1.4.2; platform_system == 'Linux'"]
-TEST = ["pytest>=8.3", "chex>=0.1.90", "hypothesis>=6.100", "bm25s>=0.2"]
+TEST = ["pytest>=8.3", "chex>=0.1.90", "hypothesis>=6.100", "bm25s>=0.2", "peft>=0.17"]
 
 setuptools.setup(
     name="clara_jax",
@@ -28,6 +28,7 @@ setuptools.setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12.8",
         "safetensors>=0.5",
+        "tensorstore>=0.1.70",
         "tokenizers>=0.21",
         "transformers>=4.56",
     ],

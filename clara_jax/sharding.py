@@ -94,11 +94,17 @@ def place(leaf: Any, sharding: jax.sharding.Sharding, dtype: Any = None) -> jax.
   that no host reads what none of its devices holds."""
   if isinstance(leaf, jax.Array):
     return jax.device_put(jnp.array(leaf, dtype, copy=True), sharding)  # a copy: the caller may donate it
-
-  def shard(index):
-    return np.ascontiguousarray(leaf[index]).astype(dtype or leaf.dtype, copy=False)
-
-  return jax.make_array_from_callback(tuple(leaf.shape), sharding, shard)
+  # Shard by shard, so that the host holds one at a time beside what is on the devices; copies of a shard are read once.
+  devices: dict[str, list[jax.Device]] = {}
+  indices: dict[str, Any] = {}
+  for device, index in sharding.addressable_devices_indices_map(tuple(leaf.shape)).items():
+    devices.setdefault(str(index), []).append(device)
+    indices[str(index)] = index
+  shards = []
+  for key, index in indices.items():
+    value = np.ascontiguousarray(leaf[index]).astype(dtype or leaf.dtype, copy=False)
+    shards += [jax.block_until_ready(jax.device_put(value, device)) for device in devices[key]]
+  return jax.make_array_from_single_device_arrays(tuple(leaf.shape), sharding, shards)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
