@@ -32,6 +32,8 @@ def bad_input_errors() -> tuple[type[Exception], ...]:
 
 def show(command: str, report: dict[str, Any]) -> None:
   """A report for a person, on standard output."""
+  if command == "quickstart":
+    return  # it has told everything already
   if command == "ask":
     for answer in report["answers"]:
       print(f"\n{answer['question']}\n  {answer['answer']}")

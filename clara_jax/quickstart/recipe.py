@@ -232,7 +232,7 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0, sizes: Sizes
           "without_nested_dropout_recall_at_1": _ends(curves["without_nested_dropout"], "recall_at_1"),
           "from_compressor_recall_at_1": _ends(curves["from_compressor"], "recall_at_1"),
           "answers_given_gold": _ends(curves["joint"], "answers_given_gold"),
-          "push_first": curves["joint"][0]["push_first"], "push_top3": curves["joint"][0]["push_top3"],
+          **{name: round(curves["joint"][0][name], 4) for name in ("push_first", "push_top3")},
       },
       "contrastive": {"recall_at_1": _ends(curves["contrastive"], "recall_at_1")},
       "compression_ratio": round(tokens / config.num_memory_tokens, 2),
@@ -249,7 +249,7 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0, sizes: Sizes
 
 
 def _ends(curve: list[dict[str, float]], metric: str) -> list[float]:
-  return [curve[0][metric], curve[-1][metric]]
+  return [round(curve[i][metric], 4) for i in (0, -1)]
 
 
 def _load(stages: _Stages, name: str) -> checkpoints.Checkpoint:

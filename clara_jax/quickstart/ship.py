@@ -12,6 +12,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
+from clara_jax.interop import checkpoints, hf
 from clara_jax.training.checkpoint import Checkpointer
 
 WITH_WEIGHTS = ("pretrain", "scp", "instruct")
@@ -21,6 +22,7 @@ METRICS_ONLY = ("contrastive", "without_nested_dropout", "from_compressor")
 def ship(workdir: str, package: pathlib.Path) -> int:
   """Copies the stages' configurations, metrics and weights; returns the bytes shipped."""
   shutil.rmtree(package, ignore_errors=True)
+  base_sha256 = None
   for name in (*WITH_WEIGHTS, *METRICS_ONLY):
     source, target = pathlib.Path(workdir) / "stages" / name, package / "stages" / name
     target.mkdir(parents=True)
@@ -36,6 +38,12 @@ def ship(workdir: str, package: pathlib.Path) -> int:
     writer = Checkpointer(str(target))
     writer.save_weights(step, rounded)
     writer.close()
+    # Rounding made another base of it.
+    if name == "pretrain":
+      base_sha256 = hf.base_hash(checkpoints.open_checkpoint(str(target)).plain_base)
+    else:
+      record = json.loads((target / "config.json").read_text())
+      (target / "config.json").write_text(json.dumps({**record, "base_sha256": base_sha256}, indent=2))
   report = json.loads((pathlib.Path(workdir) / "report.json").read_text())
   (package / "record.json").write_text(json.dumps({"recipe": "clara_jax/quickstart/recipe.py", "seed": report["seed"],
                                                    "stages": [*WITH_WEIGHTS, *METRICS_ONLY], "seconds": report["seconds"]},
