@@ -6,6 +6,8 @@ import json
 import time
 from typing import Any
 
+import jax
+
 from clara_jax.cli import configs
 from clara_jax.config import ConfigError
 from clara_jax.data import schemas
@@ -81,7 +83,7 @@ def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     if config.base:
       plain, special = checkpoints.open_base(model, config.base, "config.base")
       before = {"base": hf.with_special_tokens(plain, special or hf.special_tokens(config.clara), config.clara)}
-      base_sha256 = hf.base_hash(plain)
+      base_sha256 = hf.base_hash(plain) if jax.process_index() == 0 else None
   memories = None
   if config.data.store:
     memories = MemoryStore(config.data.store).by_text()

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import resource
 import shutil
+import sys
 import time
 from typing import Any
 
@@ -85,6 +86,20 @@ def convert(source: str, destination: str, to: str, *, role: str | None = None, 
   return ConvertReport(opened.kind, to, parameters, round(time.monotonic() - start, 2), peak, report)
 
 
+class _Progress:
+  """A line on standard error every ten seconds."""
+
+  def __init__(self, tree: Any):
+    self._total = sum(_size(leaf.shape) * leaf.dtype.itemsize for _, leaf in lazy.leaves(tree))
+    self._done, self._last = 0, time.monotonic()
+
+  def __call__(self, count: int) -> None:
+    self._done += count
+    if time.monotonic() - self._last > 10:
+      self._last = time.monotonic()
+      print(f"convert: {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+
+
 def _count(tree: Any) -> int:
   return sum(_size(leaf.shape) for _, leaf in lazy.leaves(tree))
 
@@ -108,7 +123,7 @@ def _to_clara(opened: Opened, directory: str, final: str, role: str | None) -> i
   base_sha256 = opened.base_sha256
   if opened.base is None:  # a model on its own becomes a base of ours; a source with a base goes on naming it
     groups["base"] = opened.plain_base
-    base_sha256 = native.write_weights(directory, groups, hashed="base")
+    base_sha256 = native.write_weights(directory, groups, hashed="base", on_written=_Progress(groups))
   else:
     native.write_weights(directory, groups)
   config = RunConfig(opened.config, train=TrainConfig(stage="pretrain" if opened.stage == "base" else opened.stage),
@@ -146,7 +161,7 @@ def _to_hf(opened: Opened, directory: str, final: str, role: str | None) -> int:
   del final
   base = merged_base(opened, role)
   metadata = {"clara_role": role} if role else {}
-  hf.write_model(directory, base, opened.config.model, _tokenizer(opened, role is not None), metadata)
+  hf.write_model(directory, base, opened.config.model, _tokenizer(opened, role is not None), metadata, _Progress(base))
   return _count(base)
 
 

@@ -1,7 +1,7 @@
 """Hugging Face models: a base read from safetensors, and a role merged into a plain model that transformers loads."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -108,8 +108,8 @@ class _Merged:
     return (np.asarray(self._kernel[index], np.float32) + self._scale * (a @ b)).astype(self.dtype)
 
 
-def write_model(directory: str, base: Mapping[str, Any], config: ModelConfig, tokenizer: Any, metadata: Mapping[str, str]
-                ) -> dict[str, str]:
+def write_model(directory: str, base: Mapping[str, Any], config: ModelConfig, tokenizer: Any, metadata: Mapping[str, str],
+                on_written: Callable[[int], None] = lambda _: None) -> dict[str, str]:
   """Writes a model that `AutoModelForCausalLM.from_pretrained` loads; returns the hash of each tensor.
 
   Args:
@@ -118,12 +118,13 @@ def write_model(directory: str, base: Mapping[str, Any], config: ModelConfig, to
     config: its shape.
     tokenizer: a Hugging Face tokenizer, or None.
     metadata: for the safetensors' headers.
+    on_written: called with the bytes of each tensor.
   """
   tensors = {t.name: t for t in base_tensors(base)}
   special = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
   values = families.config_json(config, tensors[EMBEDDING].shape[0], special)
   hashes = write_tensors(directory, [(t.name, t.shape, t.dtype) for t in tensors.values()], lambda name: tensors[name].read(),
-                         metadata=metadata)
+                         metadata=metadata, on_written=on_written)
   folder = epath.Path(directory)
   (folder / "config.json").write_text(json.dumps(values, indent=2))
   (folder / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **special}, indent=2))

@@ -7,7 +7,7 @@ written by letting Orbax save a skeleton, whose arrays are then replaced one lay
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,8 @@ def open_weights(directory: str) -> dict[str, Any]:
     raise CheckpointError(f"{folder}: not a whole checkpoint: {str(error).splitlines()[0]}") from None
 
 
-def write_weights(directory: str, weights: Mapping[str, Any], step: int = 0, hashed: str | None = None) -> str | None:
+def write_weights(directory: str, weights: Mapping[str, Any], step: int = 0, hashed: str | None = None,
+                  on_written: Callable[[int], None] = lambda _: None) -> str | None:
   """Writes groups as a checkpoint to use, holding a few layers of a leaf at a time.
 
   Args:
@@ -77,6 +78,7 @@ def write_weights(directory: str, weights: Mapping[str, Any], step: int = 0, has
     weights: groups of leaves.
     step: its number.
     hashed: a group whose hash (`hf.base_hash`) is made on the way.
+    on_written: called with the bytes of each piece.
 
   Returns:
     That hash.
@@ -110,6 +112,7 @@ def write_weights(directory: str, weights: Mapping[str, Any], step: int = 0, has
       if len(waiting) >= _IN_FLIGHT:
         waiting.pop(0).result()
       waiting.append(store[index].write(value))
+      on_written(value.nbytes)
   for future in waiting:
     future.result()
   return tree_hash(hashes) if hashed else None

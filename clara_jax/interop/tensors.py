@@ -7,7 +7,7 @@ Writing is done here, because the library wants all tensors of a file at once (t
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -136,7 +136,8 @@ def is_finite(value: np.ndarray) -> bool:
 
 
 def write_tensors(directory: str, tensors: Iterable[tuple[str, tuple[int, ...], Any]], read: Any, *, stem: str = "model",
-                  shard_bytes: int = SHARD_BYTES, metadata: Mapping[str, str] | None = None) -> dict[str, str]:
+                  shard_bytes: int = SHARD_BYTES, metadata: Mapping[str, str] | None = None,
+                  on_written: Callable[[int], None] = lambda _: None) -> dict[str, str]:
   """Writes safetensors shards with an index (one file and no index where all fits in one).
 
   Args:
@@ -146,6 +147,7 @@ def write_tensors(directory: str, tensors: Iterable[tuple[str, tuple[int, ...], 
     stem: of the files' names.
     shard_bytes: most bytes of a file; a larger tensor has a file of its own.
     metadata: for the header.
+    on_written: called with the bytes of each tensor.
 
   Returns:
     name -> sha256 of its bytes.
@@ -182,6 +184,7 @@ def write_tensors(directory: str, tensors: Iterable[tuple[str, tuple[int, ...], 
         data = value.reshape(-1).view(np.uint8)
         hashes[name] = tensor_hash(value)
         out.write(data)
+        on_written(len(data))
     total += offset
   if len(shards) > 1:
     (epath.Path(directory) / f"{stem}.safetensors.index.json").write_text(

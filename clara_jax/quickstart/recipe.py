@@ -293,7 +293,7 @@ def _write_page(stages: _Stages, checkpoint: checkpoints.Checkpoint, report: dic
       (f"Logit lens: what the memory tokens of “{question}” stand for", report_lib.lens_plot(lens, question)),
   ]
   text = report_lib.page(
-      "CLaRa quickstart", "A generated world of people, each with a document. Documents become memory tokens; questions find them and "
+      "CLaRa quickstart", "A generated world of people with six documents each. Documents become memory tokens; questions find them and "
       "are answered from them. All figures are on people never seen in training.", _table(report), plots, answers, report)
   with open(os.path.join(stages.workdir, "report.html"), "w", encoding="utf-8") as file:
     file.write(text)

@@ -10,7 +10,8 @@ from etils import epath
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2rem}table{border-collapse:collapse}
-td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:left}td.n{text-align:right;font-variant-numeric:tabular-nums}
+td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:left}
+td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 figure{margin:1rem 0}svg{max-width:100%;height:auto}.doc{color:#555;font-size:.9rem;margin:.2rem 0 .2rem 1rem}
 .answer{font-weight:600}code{background:#f4f4f4;padding:0 .2rem}
 """
@@ -91,6 +92,6 @@ def page(title: str, intro: str, table: list[tuple[str, Any, str]], plots: list[
       for a in answers)
   return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
           f"<title>{html.escape(title)}</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>"
-          f"<table><tr><th>measure</th><th>value</th><th></th></tr>{rows}</table>{figures}"
+          f"<table><tr><th>measure</th><th>value</th><th>meaning</th></tr>{rows}</table>{figures}"
           f"<h2>Three questions, answered from memory tokens</h2>{told}"
           f"<h2>report.json</h2><pre>{html.escape(json.dumps(report, indent=2))}</pre></html>")
