@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -13,7 +14,6 @@ from clara_jax.data.tokens import Layout
 from clara_jax.interop import families, hf, lazy, native, peft, upstream
 from clara_jax.interop.keymap import KeyMapError
 from clara_jax.model import Clara
-from clara_jax.sharding import place
 from clara_jax.training.checkpoint import CheckpointError, is_checkpoint, read_config, read_record
 
 SPECIAL = "special_tokens"
@@ -262,7 +262,6 @@ def on_device(opened: Opened) -> dict[str, Any]:
   model = Clara(opened.config)
   weights = opened.weights
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tuple(weights)))
-  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   made: dict[str, Any] = {}
   for group, tree in weights.items():
     want = dict(lazy.leaves({group: shapes[group]}))
@@ -271,7 +270,8 @@ def on_device(opened: Opened) -> dict[str, Any]:
       a, b = (tuple(x[path].shape) if path in x else "none" for x in (want, have))
       if a != b:
         raise KeyMapError(f"{opened.directory}: {'/'.join(path)}: expected the shape {a}, got {b}")
-    made |= lazy.nest({path: place(have[path], sharding, want[path].dtype) for path in want})
+    # Not bound to the device, so that a computation on a mesh may take them.
+    made |= lazy.nest({path: jnp.asarray(lazy.read(have[path]), want[path].dtype) for path in want})
   return made
 
 

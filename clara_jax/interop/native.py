@@ -21,7 +21,7 @@ from clara_jax.interop.keymap import Path, base_name, base_place
 from clara_jax.interop.tensors import tensor_hash, tree_hash
 from clara_jax.training.checkpoint import Checkpointer, CheckpointError, is_checkpoint, read_config
 
-_CHUNK = 2048
+_CHUNK = 1024
 _IN_FLIGHT = 3
 
 
@@ -33,7 +33,13 @@ class StoredArray:
     self.shape, self.dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
 
   def __getitem__(self, index: lazy.Index) -> np.ndarray:
-    return self._store[index].read(order="F" if len(self.shape) == 3 else "C").result()
+    layers = range(self.shape[0])[index[0]]
+    if len(self.shape) < 3 or len(layers) == 1:  # a stacked matrix lies column-major on disk: read so, nothing is turned
+      return self._store[index].read(order="F" if len(self.shape) == 3 else "C").result()
+    value = np.empty([len(range(n)[i]) for n, i in zip(self.shape, index, strict=True)], self.dtype)
+    for row, layer in enumerate(layers):  # one at a time, or all chunks would be in memory at once
+      value[row] = self._store[(layer, *index[1:])].read().result()
+    return value
 
 
 def base_config(base: str, dtype: str | None = None) -> ModelConfig:
