@@ -3,7 +3,7 @@
 import setuptools
 
 QUICKSTART = ["matplotlib>=3.9", "scann>=1.4.2; platform_system == 'Linux'"]
-TEST = ["pytest>=8.3", "chex>=0.1.90", "hypothesis>=6.100", "bm25s>=0.2", "peft>=0.17"]
+TEST = ["pytest>=8.3", "pytest-xdist>=3.6", "chex>=0.1.90", "hypothesis>=6.100", "bm25s>=0.2", "peft>=0.17"]
 
 setuptools.setup(
     name="clara_jax",

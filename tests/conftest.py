@@ -5,8 +5,13 @@ import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # a mesh in every test
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # most of the time is compiling
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 SHARED = pathlib.Path(os.environ.get("CLARA_SHARED", pathlib.Path(__file__).resolve().parents[2] / "shared"))
 

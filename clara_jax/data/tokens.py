@@ -8,6 +8,7 @@ padded on the right later, in `pipeline.py`.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,6 +31,13 @@ class PromptTokens:
   prompt_length: int
 
 
+def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
+  """The tokenizer of a directory. No code that lies there is ever run, whatever its config.json says."""
+  if os.path.exists(os.path.join(directory, "tokenizer.json")):
+    return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+  return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
 class Layout:
   """Makes token ids for one tokenizer and one configuration.
 
@@ -43,7 +51,7 @@ class Layout:
 
   def __init__(self, tokenizer: PreTrainedTokenizerFast | str, config: ClaraConfig):
     if isinstance(tokenizer, str):
-      tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+      tokenizer = load_tokenizer(tokenizer)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
       raise DataError(f"{tokenizer.name_or_path}: a fast tokenizer is needed, got {type(tokenizer).__name__}")
     self.tokenizer = tokenizer

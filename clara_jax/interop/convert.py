@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 from etils import epath
-from transformers import AutoTokenizer
 
 from clara_jax.config import ROLES, RunConfig, TrainConfig
+from clara_jax.data.tokens import load_tokenizer
 from clara_jax.interop import checkpoints, hf, lazy, native, peft, upstream
 from clara_jax.interop import verify as verify_lib
 from clara_jax.interop.checkpoints import SPECIAL, Opened, merged_base
@@ -114,7 +114,7 @@ def _size(shape: tuple[int, ...]) -> int:
 def _tokenizer(opened: Opened, with_special: bool) -> Any:
   if opened.tokenizer is None or not (epath.Path(opened.tokenizer) / "tokenizer.json").exists():
     return None
-  return opened.layout().tokenizer if with_special else AutoTokenizer.from_pretrained(opened.tokenizer, local_files_only=True)
+  return opened.layout().tokenizer if with_special else load_tokenizer(opened.tokenizer)
 
 
 def _to_clara(opened: Opened, directory: str, final: str, role: str | None) -> int:
