@@ -44,6 +44,8 @@ def ship(workdir: str, package: pathlib.Path) -> int:
     else:
       record = json.loads((target / "config.json").read_text())
       (target / "config.json").write_text(json.dumps({**record, "base_sha256": base_sha256}, indent=2))
+  for file in package.rglob("commit_success.txt"):
+    file.write_text("Checkpoint commit was successful")  # Orbax wrote the path of this machine
   report = json.loads((pathlib.Path(workdir) / "report.json").read_text())
   (package / "record.json").write_text(json.dumps({"recipe": "clara_jax/quickstart/recipe.py", "seed": report["seed"],
                                                    "stages": [*WITH_WEIGHTS, *METRICS_ONLY], "seconds": report["seconds"]},
