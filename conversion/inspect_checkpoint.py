@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from clara_jax.cli.commands import bad_input_errors
+from clara_jax.cli.main import quiet_logs
 from clara_jax.config import to_json
 from clara_jax.interop import checkpoints, lazy
 
@@ -18,6 +19,7 @@ def main() -> int:
   parser.add_argument("--base", help="the base, where the checkpoint's own record does not lead to it")
   parser.add_argument("--hash", action="store_true", help="read the whole base and compare its hash with the record")
   options = parser.parse_args()
+  quiet_logs()
   try:
     opened = checkpoints.open_checkpoint(options.checkpoint, options.base)
     print(f"kind    {opened.kind}\nstage   {opened.stage}\nbase    {opened.base or 'its own'}")

@@ -112,3 +112,17 @@ def test_a_missing_index_says_how_to_make_one(tmp_path):
     index.load(str(tmp_path), np.zeros((1, 2)))
   with pytest.raises(index.MissingIndexError, match="'tree'"):
     index.build("tree", np.zeros((1, 2)))
+
+
+@pytest.mark.parametrize("kind", ["exact", "scann"])
+def test_an_index_saved_under_a_relative_path_can_be_moved(tmp_path, monkeypatch, kind):
+  if not index.available(kind):
+    pytest.skip(f"{kind} is not installed")
+  vectors = index.unit_vectors(np.random.default_rng(0).normal(size=(50, 2, 8)))
+  monkeypatch.chdir(tmp_path)
+  built = index.build(kind, vectors)
+  index.save(built, kind, "store")
+  (tmp_path / "store").rename(tmp_path / "elsewhere")
+  monkeypatch.chdir("/")
+  rows, _ = index.load(str(tmp_path / "elsewhere"), vectors).search(vectors[:5], 3)
+  np.testing.assert_array_equal(rows[:, 0], np.arange(5))

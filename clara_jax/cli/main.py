@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   # Logging of the libraries below would drown the progress.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-  _quiet_logs()
+  quiet_logs()
   from clara_jax.cli import commands
   try:
     report = getattr(commands, options.command)(options, rest) if options.command == "train" else getattr(
@@ -47,7 +47,8 @@ def _one_line(error: BaseException) -> str:
   return " ".join(str(error).split()) or type(error).__name__
 
 
-def _quiet_logs() -> None:
+def quiet_logs() -> None:
+  """Keeps the libraries below from drowning the progress."""
   import logging
   for name in ("absl", "jax", "orbax"):
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     return sub
 
   def checkpoint(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--checkpoint", required=True, metavar="CKPT", help="a directory of clara train, or an upstream checkpoint")
+    sub.add_argument("--checkpoint", required=True, metavar="CKPT", help="of clara train or convert, of the released code, or of PEFT")
     sub.add_argument("--base", metavar="DIR", help="the base model, where the checkpoint's own record does not lead to it")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of computation; default: the checkpoint's")
 
@@ -122,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
   lens = command("lens", "The words that a question's memory tokens stand for (logit lens).")
   checkpoint(lens)
-  lens.add_argument("--top", type=int, default=20, help="words a memory token")
+  lens.add_argument("--top", type=int, default=20, help="words for each memory token, merged")
   lens.add_argument("questions", nargs="+", metavar="QUESTION")
   return parser
 

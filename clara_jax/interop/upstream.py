@@ -151,7 +151,7 @@ def _torch(where: str) -> Any:
   try:
     import torch
   except ImportError:
-    raise ConfigError(f"{where}: .pth files need torch: pip install 'clara_jax[torch]'") from None
+    raise ConfigError(f"{where.replace('.unfinished', '')}: .pth files need torch: pip install -e '.[torch]'") from None
   return torch
 
 

@@ -67,8 +67,13 @@ def verify(opened: Opened, directory: str, to: str, role: str | None) -> dict[st
         os.path.exists(os.path.join(opened.base, "model.safetensors.index.json"))
         or os.path.exists(os.path.join(opened.base, "model.safetensors"))):
       report |= _run_peft(opened, directory, roles, role is not None)
+  other = {"hf": "transformers", "peft": "peft"}.get(to)
+  if other and other not in report["reloaded_by"]:
+    missing = [name for name in ("torch", other) if not importlib.util.find_spec(name)]
+    report["not_checked"] = (f"by {other}: {' and '.join(missing)} not installed" if missing
+                             else f"by {other}: the base is no Hugging Face directory; convert it with --to hf first")
   report["versions"] = {name: importlib.metadata.version(name) for name in (
-      "jax", "flax", "safetensors", "transformers", "torch", "peft") if importlib.util.find_spec(name)}
+      "jax", "flax", "safetensors", *report["reloaded_by"]) if name != "clara_jax"}
   with open(os.path.join(directory, FILE), "w", encoding="utf-8") as file:
     json.dump(report, file, indent=2)
   return report
@@ -145,9 +150,10 @@ def _run_merged(opened: Opened, directory: str, role: str | None) -> dict[str, A
     by = "clara_jax"
     report["max_abs_logit_difference"] = float(np.abs(mine - _outputs(dataclasses.replace(
         again, plain_base=merged_base(opened, role)), [], _ids(opened))["logits/base"][..., :words]).max())
-  if role:  # what rounding W + A B to the base's type costs
+  if role:  # what rounding W + A B to the base's type costs; where the head is tied, it has the MEM rows too, the adapter has not
+    words = opened.config.model.vocab_size
     unmerged = _outputs(opened, [role], _ids(opened))[f"logits/{role}"]
-    report["max_abs_logit_difference_unmerged"] = float(np.abs(mine - unmerged[..., :words]).max())
+    report["max_abs_logit_difference_unmerged"] = float(np.abs(mine[..., :words] - unmerged[..., :words]).max())
   return {**report, "reloaded_by": [by]}
 
 

@@ -273,11 +273,14 @@ TABLE = (
 
 def _table(report: dict[str, Any]) -> list[tuple[str, Any, str]]:
   rows = []
+  shipped = report.get("shipped", {}).get("stages", ())
   for path, meaning in TABLE:
     value: Any = report
     for key in path:
       value = value[key]
-    rows.append((".".join(path), value, meaning))
+    stage = path[-1].removesuffix("_recall_at_1") if path[0] == "joint" else path[0]
+    # scp's answers are given here, by the shipped weights.
+    rows.append((".".join(path), value, meaning + (" (shipped figure)" if stage in shipped and stage != "scp" else "")))
   return rows
 
 
@@ -311,7 +314,9 @@ def _tell(report: dict[str, Any], answers: list[dict[str, Any]], workdir: str) -
     say(f"\n{answer['question']}\n  -> {answer['answer']}")
     for document in answer["documents"]:
       say(f"     {document['score']:.3f}  {document['text']}")
-  say(f"\nWritten: {os.path.join(workdir, 'report.json')} and {os.path.join(workdir, 'report.html')}, "
+  say(f"\nTry it:  clara ask --checkpoint {os.path.join(workdir, 'stages', 'joint')} --store {os.path.join(workdir, 'store')} "
+      f"--max-new-tokens 4 \"{answers[0]['question']}\"")
+  say(f"Written: {os.path.join(workdir, 'report.json')} and {os.path.join(workdir, 'report.html')}, "
       f"after {report['seconds']['total']:.0f} s.")
 
 

@@ -32,8 +32,8 @@ class ScannIndex:
     return np.asarray(rows, np.int64), np.asarray(scores)
 
   def save(self, directory: str) -> None:
-    """ScaNN's own files."""
-    self._searcher.serialize(directory)
+    """ScaNN's own files; they name each other relative to the directory, so that a store can be moved."""
+    self._searcher.serialize(directory, relative_path=True)
 
   def __len__(self) -> int:
     return self._size
