@@ -32,7 +32,7 @@ def test_interrupted_and_straight_runs_are_equal(tmp_path):
     with pytest.raises(KeyboardInterrupt):
       compress(tmp_path / "stopped", stops_after(count), shard_size=3, batch_size=4, bucket=64)
   report = compress(tmp_path / "stopped", corpus, shard_size=3, batch_size=4, bucket=64)
-  assert report.documents == 23 and report.skipped == 12
+  assert report.documents == 23 and report.skipped == 12 and report.cut == 0
   compress(tmp_path / "straight", corpus, shard_size=3, batch_size=4, bucket=64)
   stopped, straight = (MemoryStore(str(tmp_path / name)) for name in ("stopped", "straight"))
   assert [d.id for d in stopped.documents] == [d.id for d in straight.documents] == [d.id for d in corpus]
@@ -126,3 +126,11 @@ def test_an_index_saved_under_a_relative_path_can_be_moved(tmp_path, monkeypatch
   monkeypatch.chdir("/")
   rows, _ = index.load(str(tmp_path / "elsewhere"), vectors).search(vectors[:5], 3)
   np.testing.assert_array_equal(rows[:, 0], np.arange(5))
+
+
+def test_documents_that_are_cut_are_counted(tmp_path):
+  layout = tiny.layout()
+  short = tiny.world().document(tiny.world().side(False)[0])
+  documents = [Document("a", short), Document("b", " ".join([short] * 5))]
+  report = compress_corpus(Clara(tiny.config()), layout, tiny.weights(), documents, str(tmp_path / "store"), progress=False)
+  assert (report.documents, report.cut) == (2, 1)

@@ -81,6 +81,10 @@ class Layout:
     first = self.config.model.vocab_size
     return np.array(ids + list(range(first, first + self.config.num_memory_tokens)), np.int32)
 
+  def is_cut(self, encoder_input: np.ndarray) -> bool:
+    """Whether an encoder input has lost the end of its text (and so its `</s>`)."""
+    return encoder_input[-1 - self.config.num_memory_tokens] != self.tokenizer.eos_token_id
+
   def document(self, text: str) -> np.ndarray:
     """A document's encoder input."""
     return self.encoder_input(text, self.config.doc_max_length)

@@ -19,10 +19,12 @@ from clara_jax.sharding import activation_rules, batch_sharding, make_mesh
 
 @dataclasses.dataclass(frozen=True)
 class CompressReport:
-  """documents: in the store now; skipped: there already; bytes: of memory tokens; documents_per_second: of the new ones."""
+  """documents: in the store now; skipped: there already; cut: of the new ones, longer than doc_max_length, whose end was left out;
+  bytes: of memory tokens; documents_per_second: of the new ones."""
 
   documents: int
   skipped: int
+  cut: int
   bytes: int
   seconds: float
   documents_per_second: float
@@ -53,13 +55,14 @@ def compress_corpus(model: Clara, layout: Layout, weights: dict[str, Any], docum
   mesh = make_mesh()
   batch_size = -(-batch_size // mesh.size) * mesh.size
   compress = jax.jit(model.compress)
-  skipped = made = 0
+  skipped = made = cut = 0
   waiting: list[Document] = []
 
   def write():
-    nonlocal made
+    nonlocal made, cut
     # Sorted by length, a batch has little padding; the shard keeps the corpus's order.
     inputs = [layout.document(d.text) for d in waiting]
+    cut += sum(layout.is_cut(x) for x in inputs)
     order = np.argsort([len(x) for x in inputs], kind="stable")
     config = model.config
     memories = np.empty((len(waiting), config.num_memory_tokens, config.model.width), np.float32)
@@ -86,4 +89,7 @@ def compress_corpus(model: Clara, layout: Layout, weights: dict[str, Any], docum
     if waiting:
       write()
   seconds = time.monotonic() - start
-  return CompressReport(len(store), skipped, store.nbytes(), seconds, made / max(seconds, 1e-9))
+  if cut and progress:
+    print(f"compress: {cut} of {made} documents are longer than doc_max_length={model.config.doc_max_length} tokens; their ends are "
+          "left out", file=sys.stderr)
+  return CompressReport(len(store), skipped, cut, store.nbytes(), seconds, made / max(seconds, 1e-9))
