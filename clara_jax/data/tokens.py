@@ -83,7 +83,7 @@ class Layout:
 
   def is_cut(self, encoder_input: np.ndarray) -> bool:
     """Whether an encoder input has lost the end of its text (and so its `</s>`)."""
-    return encoder_input[-1 - self.config.num_memory_tokens] != self.tokenizer.eos_token_id
+    return bool(encoder_input[-1 - self.config.num_memory_tokens] != self.tokenizer.eos_token_id)
 
   def document(self, text: str) -> np.ndarray:
     """A document's encoder input."""
