@@ -19,7 +19,7 @@ import time
 import ml_dtypes
 import numpy as np
 
-from clara_jax.config import ModelConfig
+from clara_jax.config import MeshConfig, ModelConfig
 from clara_jax.interop import families, hf
 from clara_jax.interop.tensors import TensorFiles, tensor_hash, write_tensors
 from clara_jax.model import Clara, ClaraConfig
@@ -37,7 +37,7 @@ def resident(field):
 
 opened = checkpoints.open_checkpoint(sys.argv[1])
 model = Clara(opened.config)
-mesh = make_mesh({"fsdp": 8, "data": 1})
+mesh = make_mesh(MeshConfig("host"))
 shardings = dict(lazy.leaves(tree_shardings(jax.eval_shape(lambda: model.init_boxed(jax.random.key(0), ("base",))["base"]), mesh)))
 jax.block_until_ready(place(jax.numpy.zeros((8,)), jax.sharding.SingleDeviceSharding(jax.devices()[0])))
 before, start = resident("VmRSS"), time.monotonic()

@@ -30,8 +30,9 @@ MLP = "mlp"
 HEADS = "heads"
 KV_HEADS = "kv_heads"
 RANK = "rank"
+LORA = "lora"  # the other axis of an adapter's matrix, input or output
 VOCAB = "vocab"
 LAYERS = "layers"
 MEMORY = "memory"
 
-ALL = (BATCH, LENGTH, WIDTH, MLP, HEADS, KV_HEADS, RANK, VOCAB, LAYERS, MEMORY)
+ALL = (BATCH, LENGTH, WIDTH, MLP, HEADS, KV_HEADS, RANK, LORA, VOCAB, LAYERS, MEMORY)

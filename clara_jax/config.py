@@ -54,6 +54,10 @@ class ModelConfig:
   `<ENC>`, `<SEP>`); `ClaraConfig.vocab_size` counts them. `qkv_bias`: biases on q, k and v (Qwen2). `qk_norm`: RMSNorm over each
   head of q and k (Qwen3). `fused_projections`: one matrix for q, k, v and one for gate and up (Phi). `rotary_fraction`: share of
   each head that is rotated.
+
+  `vocab_multiple`: embedding and head are filled up to a multiple of it, so that they can be divided over `tensor`; the filling is
+  never predicted. `logits_chunk`: label positions of a row whose logits are formed at a time (0: all), for [B, A, V] is large.
+  `base_quantization`: 'int8' keeps the frozen base's matrices in 8 bits with a scale for each output channel (training only).
   """
 
   vocab_size: int
@@ -78,6 +82,9 @@ class ModelConfig:
   param_dtype: Literal["float32", "bfloat16"] = "bfloat16"
   attention: Literal["xla", "cudnn"] = "xla"
   remat: Literal["none", "full", "dots"] = "none"
+  vocab_multiple: int = 1
+  logits_chunk: int = 0
+  base_quantization: Literal["none", "int8"] = "none"
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
@@ -93,10 +100,17 @@ class ModelConfig:
     if self.sliding_window is not None and self.sliding_window < 1:
       raise ConfigError(f"model.sliding_window={self.sliding_window} must be at least 1 or None")
 
+    if self.vocab_multiple < 1 or self.logits_chunk < 0:
+      raise ConfigError(f"model.vocab_multiple={self.vocab_multiple} must be at least 1, model.logits_chunk={self.logits_chunk} at least 0")
+
   @property
   def rotary_dim(self) -> int:
     """Dimensions of each head that are rotated."""
     return int(self.head_dim * self.rotary_fraction)
+
+  def table_size(self, vocab_size: int) -> int:
+    """Rows of an embedding for that many words: the next multiple of `vocab_multiple`."""
+    return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,11 +183,23 @@ class ClaraConfig:
 class DataConfig:
   """Where rows come from and how they are batched.
 
-  `rows` and `eval_rows` are JSONL paths (.gz allowed). `candidates` is N of the joint and contrastive stages. `store` names a
-  memory store with the candidates' memory tokens; without one they are compressed in the step.
+  `candidates` is N of the joint and contrastive stages. `store` names a memory store with the candidates' memory tokens; without one
+  they are compressed in the step. Texts are padded to multiples of `bucket` (prompts), `document_bucket` and `label_bucket`.
+
+  Attributes:
+    rows: JSONL files (.gz allowed) or directories of `clara records` (ArrayRecord); one after the other, or mixed by `weights`.
+    weights: how often each entry of `rows` is drawn, by its share of the batch; empty: every row as often as any other.
+    eval_rows: as `rows`.
+    shards: a batch consists of that many equal parts, each from files of its own, so that a process opens only the files of its
+      part. Which rows a step sees depends on it and on the seed, not on how many processes there are.
+    length_window: rows of that many batches are sorted by length before they are cut into batches, which are then shuffled.
+    workers: processes that tokenise ahead; 0 does it in this one.
+    prefetch: windows that are made ahead (by each worker).
+    max_malformed: bad rows that are passed over and reported before the run stops.
   """
 
   rows: tuple[str, ...] = ()
+  weights: tuple[float, ...] = ()
   eval_rows: tuple[str, ...] = ()
   batch_size: int = 32
   eval_batch_size: int = 32
@@ -181,12 +207,28 @@ class DataConfig:
   store: str | None = None
   label_documents: bool = False
   bucket: int = 64
+  document_bucket: int = 16
+  label_bucket: int = 8
+  shards: int = 1
+  length_window: int = 1
+  workers: int = 0
   prefetch: int = 2
+  max_malformed: int = 0
+
+  def __post_init__(self):
+    for name in ("batch_size", "shards", "length_window", "bucket", "document_bucket", "label_bucket"):
+      if getattr(self, name) < 1:
+        raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1")
+    if self.batch_size % self.shards:
+      raise ConfigError(f"data.batch_size={self.batch_size} is not a multiple of data.shards={self.shards}")
+    if self.weights and (len(self.weights) != len(self.rows) or min(self.weights) <= 0):
+      raise ConfigError(f"data.weights={list(self.weights)}: expected a positive number for each of the {len(self.rows)} data.rows")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """One stage of training. Learning-rate factors let one role move faster than another."""
+  """One stage of training. Learning-rate factors let one role move faster than another. `keep_best` names an evaluation metric: the
+  checkpoint that is best by it stays beside the last `keep_checkpoints`."""
 
   stage: str = "scp"
   steps: int | None = None
@@ -209,6 +251,7 @@ class TrainConfig:
   eval_every: int = 0
   checkpoint_every: int = 500
   keep_checkpoints: int = 2
+  keep_best: str | None = None
 
   def __post_init__(self):
     for name in ("log_every", "checkpoint_every", "accumulate"):
@@ -216,6 +259,23 @@ class TrainConfig:
         raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
     if self.steps is not None and self.steps < 1:
       raise ConfigError(f"train.steps={self.steps} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How the devices are arranged (`sharding.make_mesh`).
+
+  Attributes:
+    preset: 'chip' (one device), 'host' (fsdp over all), 'pod' (fsdp over 32, data over the rest), 'slices' (each slice as fsdp,
+      data parallel between slices); None: data over all.
+    slice, data, fsdp, tensor: sizes that override the preset's; -1 takes what the others leave.
+  """
+
+  preset: Literal["chip", "host", "pod", "slices"] | None = None
+  slice: int | None = None
+  data: int | None = None
+  fsdp: int | None = None
+  tensor: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +292,7 @@ class RunConfig:
   base: str | None = None
   init_from: str | None = None
   tokenizer: str | None = None
-  mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  mesh: MeshConfig = MeshConfig()
 
 
 def from_config_dict(cls: type, values: Mapping[str, Any], where: str = "") -> Any:

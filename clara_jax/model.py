@@ -109,9 +109,13 @@ class Clara:
     rngs = None if dropout is None else {"dropout": dropout}
     return decoder.apply(variables, x, positions, cache, deterministic=dropout is None, rngs=rngs)
 
-  def logits(self, weights: Weights, hidden: jax.Array) -> jax.Array:
-    """hidden: [..., D] -> next-token logits [..., V] float32."""
-    return self.plain_decoder.apply({"params": _group(weights, "base")}, hidden, method="logits")
+  def logits(self, weights: Weights, hidden: jax.Array, output_matrix: jax.Array | None = None) -> jax.Array:
+    """hidden: [..., D] -> next-token logits [..., V] float32; `output_matrix` where many calls share it."""
+    return self.plain_decoder.apply({"params": _group(weights, "base")}, hidden, output_matrix, method="logits")
+
+  def output_matrix(self, weights: Weights) -> jax.Array:
+    """[D, V], the head (or the tied embedding)."""
+    return self.plain_decoder.apply({"params": _group(weights, "base")}, method="output_matrix")
 
   # ---- the method ----------------------------------------------------------------------------------------------------------
 
@@ -185,9 +189,9 @@ class Clara:
     filled = jnp.take_along_axis(flat, order[..., None], axis=1)
     return jnp.where(is_memory[..., None], filled.astype(table.dtype), table)
 
-  def answer_logits(self, weights: Weights, prompt: Prompt, memories: jax.Array | None, role: Role | None = "generator",
+  def answer_states(self, weights: Weights, prompt: Prompt, memories: jax.Array | None, role: Role | None = "generator",
                     dropout: jax.Array | None = None) -> jax.Array:
-    """Logits at the label positions only, so that [B, T, V] is never formed.
+    """Last hidden states at the label positions.
 
     Args:
       weights: see the class.
@@ -197,12 +201,17 @@ class Clara:
       dropout: key of LoRA dropout.
 
     Returns:
-      [B, A, V] float32.
+      [B, A, D].
     """
     ids = prompt.tokens.ids
     x = self.embed(weights, ids) if memories is None else self.splice(weights, ids, memories)
     hidden, _ = self.hidden(weights, role, x, dropout=dropout)
-    return self.logits(weights, jnp.take_along_axis(hidden, prompt.label_positions[..., None], axis=1))
+    return jnp.take_along_axis(hidden, prompt.label_positions[..., None], axis=1)
+
+  def answer_logits(self, weights: Weights, prompt: Prompt, memories: jax.Array | None, role: Role | None = "generator",
+                    dropout: jax.Array | None = None) -> jax.Array:
+    """Logits [B, A, V] float32 at the label positions only, so that [B, T, V] is never formed; see `answer_states`."""
+    return self.logits(weights, self.answer_states(weights, prompt, memories, role, dropout))
 
 
 def _group(weights: Weights, name: str) -> Any:

@@ -13,15 +13,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clara_jax import axes
-from clara_jax.config import ConfigError
+from clara_jax.config import ConfigError, MeshConfig, ModelConfig
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("slice", "data", "fsdp", "tensor")
 
 RULES: dict[str, tuple[str, ...] | str | None] = {
-    axes.BATCH: ("data", "fsdp"),
+    axes.BATCH: ("slice", "data", "fsdp"),
     axes.LENGTH: None,
     axes.WIDTH: "fsdp",
     axes.MLP: "tensor",
@@ -29,6 +30,7 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     axes.KV_HEADS: "tensor",
     axes.VOCAB: "tensor",
     axes.RANK: None,
+    axes.LORA: ("tensor", "fsdp"),  # adapters and their optimiser slots have one long axis: all of it is divided
     axes.LAYERS: None,
     axes.MEMORY: None,
 }
@@ -36,27 +38,71 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
 # Activations are divided by batch; their width stays whole, or each layer would gather it twice.
 ACTIVATION_RULES = {**RULES, axes.WIDTH: None}
 
+# Sizes by preset; -1 takes what the others leave. Weights are copied along slice and data: beyond 32 chips a finer division saves less
+# than a gigabyte of a 7 B base, and data parallelism between slices is all that their slow network can carry.
+PRESETS = {
+    None: {"data": -1},
+    "chip": {},
+    "host": {"fsdp": -1},
+    "pod": {"data": -1, "fsdp": 32},
+    "slices": {"slice": -1, "fsdp": -1},
+}
 
-def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh with the axes data, fsdp and tensor.
+
+def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> dict[str, int]:
+  """Sizes by axis name.
 
   Args:
-    shape: sizes by axis name; missing ones are 1, and 'data' takes what is left when it is not named.
-    devices: by default all of them.
+    config: a preset and what overrides it.
+    devices: how many there are.
+    slices: among how many slices they are.
 
   Raises:
-    ConfigError: an unknown axis, or sizes that do not multiply to the number of devices.
+    ConfigError: sizes that do not multiply to the number of devices.
   """
+  sizes = {axis: 1 for axis in MESH_AXES} | PRESETS[config.preset]
+  sizes |= {axis: size for axis in MESH_AXES if (size := getattr(config, axis)) is not None}
+  if sizes["slice"] == -1:
+    sizes["slice"] = slices
+  known = math.prod(size for size in sizes.values() if size != -1)
+  open_axes = [axis for axis, size in sizes.items() if size == -1]
+  if len(open_axes) > 1:
+    raise ConfigError(f"mesh: {' and '.join(open_axes)} are both -1; name one of them")
+  if open_axes and devices % known == 0:
+    sizes[open_axes[0]] = devices // known
+  if min(sizes.values()) < 1 or math.prod(sizes.values()) != devices:
+    raise ConfigError(f"mesh: {sizes} does not fit {devices} devices; set config.mesh.data, .fsdp and .tensor so that their product is "
+                      f"{devices}" + (f" / {sizes['slice']} slices" if sizes["slice"] > 1 else ""))
+  return sizes
+
+
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh with the axes slice, data, fsdp and tensor. Neighbours along tensor and fsdp are neighbours in the network; only `slice`
+  crosses between slices.
+
+  Args:
+    config: by default data parallel over all devices.
+    devices: by default all of them; the preset 'chip' takes the first.
+
+  Raises:
+    ConfigError: sizes that do not multiply to the number of devices.
+  """
+  config = config or MeshConfig()
   devices = list(devices if devices is not None else jax.devices())
-  shape = dict(shape or {})
-  if unknown := set(shape) - set(MESH_AXES):
-    raise ConfigError(f"mesh: unknown axes {sorted(unknown)}; known: {list(MESH_AXES)}")
-  sizes = {axis: int(shape.get(axis, 1)) for axis in MESH_AXES}
-  if "data" not in shape:
-    sizes["data"] = max(1, len(devices) // math.prod(sizes.values()))
-  if math.prod(sizes.values()) != len(devices):
-    raise ConfigError(f"mesh: {sizes} has {math.prod(sizes.values())} places for {len(devices)} devices")
-  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+  if config.preset == "chip":
+    devices = devices[:1]
+  slices = len({getattr(d, "slice_index", 0) for d in devices})
+  sizes = mesh_sizes(config, len(devices), slices)
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  if slices > 1 and sizes["slice"] == slices:
+    within = [1, *list(sizes.values())[1:]]
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, [slices, 1, 1, 1], devices), MESH_AXES, axis_types=types)
+  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+
+
+def batch_ways(mesh: Mesh) -> int:
+  """Into how many parts a batch is divided."""
+  return math.prod(mesh.shape[axis] for axis in RULES[axes.BATCH])
 
 
 def spec(names: Sequence[str | None], where: str, rules: Mapping[str, Any] = RULES) -> PartitionSpec:
@@ -80,36 +126,94 @@ def spec(names: Sequence[str | None], where: str, rules: Mapping[str, Any] = RUL
 
 
 def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
-  """Shardings of a tree whose leaves carry logical names (`Clara.init_boxed` under `jax.eval_shape`); others are replicated."""
+  """Shardings of a tree whose leaves carry logical names (`Clara.init_boxed` under `jax.eval_shape`); others are replicated.
+
+  Raises:
+    ConfigError: an axis that does not divide over its mesh axes, by the parameter's name.
+  """
   def leaf(path, value):
     where = jax.tree_util.keystr(path)
-    if isinstance(value, nn.LogicallyPartitioned):
-      return NamedSharding(mesh, spec(value.names, where))
-    return NamedSharding(mesh, PartitionSpec())
+    if not isinstance(value, nn.LogicallyPartitioned):
+      return NamedSharding(mesh, PartitionSpec())
+    parts = spec(value.names, where)
+    for name, size, part in zip(value.names, value.value.shape, parts, strict=True):
+      ways = math.prod(mesh.shape[axis] for axis in ((part,) if isinstance(part, str) else part or ()))
+      if size % ways:
+        hint = "; set clara.model.vocab_multiple to a multiple of it" if name == axes.VOCAB else ""
+        raise ConfigError(f"{where}: its axis {name!r} of size {size} does not divide over the {ways} devices of mesh axis {part}{hint}")
+    return NamedSharding(mesh, parts)
   return jax.tree_util.tree_map_with_path(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def place(leaf: Any, sharding: jax.sharding.Sharding, dtype: Any = None) -> jax.Array:
-  """An array on devices. What is not a `jax.Array` is read by the index of each shard (numpy, or a leaf of `interop/lazy.py`), so
-  that no host reads what none of its devices holds."""
+def check_heads(config: ModelConfig, mesh: Mesh) -> None:
+  """Refuses a mesh whose `tensor` would cut through heads.
+
+  Raises:
+    ConfigError: naming the field.
+  """
+  for field in ("num_heads", "num_kv_heads"):
+    if getattr(config, field) % mesh.shape["tensor"]:
+      raise ConfigError(f"mesh.tensor={mesh.shape['tensor']}: clara.model.{field}={getattr(config, field)} does not divide over it")
+
+
+def place(leaf: Any, sharding: jax.sharding.Sharding, like: Any = None) -> jax.Array:
+  """An array on devices, in the shape and type of `like` (by default its own); where the leaf is smaller it is filled up with zeros.
+
+  What is not a `jax.Array` is read by the index of each shard (numpy, or a leaf of `interop/lazy.py`), so that no host reads what
+  none of its devices holds.
+  """
+  like = leaf if like is None else like
   if isinstance(leaf, jax.Array):
-    return jax.device_put(jnp.array(leaf, dtype, copy=True), sharding)  # a copy: the caller may donate it
+    filled = jnp.pad(leaf, [(0, want - have) for have, want in zip(leaf.shape, like.shape, strict=True)])
+    return jax.device_put(jnp.array(filled, like.dtype, copy=True), sharding)  # a copy: the caller may donate it
   # Shard by shard, so that the host holds one at a time beside what is on the devices; copies of a shard are read once.
   devices: dict[str, list[jax.Device]] = {}
   indices: dict[str, Any] = {}
-  for device, index in sharding.addressable_devices_indices_map(tuple(leaf.shape)).items():
+  for device, index in sharding.addressable_devices_indices_map(tuple(like.shape)).items():
     devices.setdefault(str(index), []).append(device)
     indices[str(index)] = index
   shards = []
   for key, index in indices.items():
-    value = np.ascontiguousarray(leaf[index]).astype(dtype or leaf.dtype, copy=False)
+    bounds = [i.indices(size)[:2] for i, size in zip(index, like.shape, strict=True)]
+    inside = tuple(slice(min(a, have), min(b, have)) for (a, b), have in zip(bounds, leaf.shape, strict=True))
+    value = np.ascontiguousarray(leaf[inside]).astype(like.dtype, copy=False)
+    missing = [(0, b - a - (i.stop - i.start)) for (a, b), i in zip(bounds, inside, strict=True)]
+    if any(more for _, more in missing):
+      value = np.pad(value, missing)
     shards += [jax.block_until_ready(jax.device_put(value, device)) for device in devices[key]]
-  return jax.make_array_from_single_device_arrays(tuple(leaf.shape), sharding, shards)
+  return jax.make_array_from_single_device_arrays(tuple(like.shape), sharding, shards)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Batches are divided along their first axis."""
   return NamedSharding(mesh, PartitionSpec(RULES[axes.BATCH]))
+
+
+def rows_needed(sharding: NamedSharding, rows: int) -> np.ndarray:
+  """The rows of a batch that this process's devices hold, in order."""
+  indices = sharding.addressable_devices_indices_map((rows,)).values()
+  return np.unique(np.concatenate([np.arange(rows)[index] for index in indices]))
+
+
+def put_batch(batch: Any, sharding: NamedSharding, rows: int, positions: np.ndarray) -> Any:
+  """A batch on the devices of all processes, each giving its part.
+
+  Args:
+    batch: arrays whose first axis is this process's rows.
+    sharding: of the whole batch.
+    rows: B.
+    positions: which rows of the whole batch these are.
+  """
+  if jax.process_count() == 1:
+    return jax.device_put(batch, sharding)
+  place_of = np.full(rows, -1)
+  place_of[positions] = np.arange(len(positions))
+
+  def leaf(value):
+    def part(index):
+      return value[(place_of[index[0]], *index[1:])]
+    return jax.make_array_from_callback((rows, *value.shape[1:]), sharding, part)
+  return jax.tree.map(leaf, batch)
 
 
 def activation_rules() -> Any:

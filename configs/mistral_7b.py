@@ -4,31 +4,33 @@
 """
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 
 def get_config(stage: str = "scp") -> ml_collections.ConfigDict:
   joint = stage in ("joint", "contrastive")
   config = ml_collections.ConfigDict()
-  config.base = ml_collections.config_dict.placeholder(str)
-  config.init_from = ml_collections.config_dict.placeholder(str)
+  config.base = placeholder(str)
+  config.init_from = placeholder(str)
   config.clara = {
       "model": {
           "vocab_size": 32_000, "width": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128,
           "mlp_dim": 14_336, "rope_theta": 1e6, "norm_eps": 1e-5, "dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full",
+          "vocab_multiple": 128, "logits_chunk": 128, "base_quantization": "none",
       },
       "lora": {"rank": 16, "alpha": 32.0, "dropout": 0.1},
       "doc_max_length": 256, "compression_rate": 32, "query_max_length": 256,
       "decoder_max_length": 1024 if joint else 2048,
-      "top_k": 5 if stage != "scp" else 1,
+      "top_k": 5 if stage != "scp" else 1, "temperature": 0.02, "masking": "algorithm1",
   }
   config.data = {
-      "rows": (), "eval_rows": (), "batch_size": 32 if joint else 128, "candidates": 20, "bucket": 128,
-      "store": ml_collections.config_dict.placeholder(str),
+      "rows": (), "eval_rows": (), "batch_size": 32 if joint else 128, "candidates": 20, "bucket": 256, "document_bucket": 32,
+      "label_bucket": 128, "store": placeholder(str),
   }
   config.train = {
-      "stage": stage, "epochs": 1.0, "steps": ml_collections.config_dict.placeholder(int),
+      "stage": stage, "epochs": 1.0, "steps": placeholder(int),
       "learning_rate": 5e-6 if joint else 1e-4, "schedule": "cosine", "warmup_fraction": 0.03, "clip_norm": 1.0,
       "accumulate": 1, "seed": 0,
   }
-  config.mesh = ml_collections.ConfigDict()
+  config.mesh = {"preset": "host", "slice": placeholder(int), "data": placeholder(int), "fsdp": placeholder(int), "tensor": placeholder(int)}
   return config

@@ -53,10 +53,10 @@ def test_reads_by_row_and_text(tmp_path):
   store = MemoryStore(str(tmp_path))
   everything = store.memories()
   np.testing.assert_array_equal(store.memories([6, 0, 3]), everything[[6, 0, 3]])
-  np.testing.assert_array_equal(store.by_text()([corpus[4].text]), everything[4:5])
+  np.testing.assert_array_equal(store.lookup()([corpus[4].text]), everything[4:5])
   assert store.row(corpus[5].id) == 5 and corpus[5].id in store
   with pytest.raises(StoreError, match="lacks the document 'nothing'"):
-    store.by_text()(["nothing"])
+    store.lookup()(["nothing"])
 
 
 def test_bfloat16_is_half_as_large(tmp_path):

@@ -11,14 +11,14 @@ from jax.sharding import PartitionSpec
 
 import clara_jax
 from clara_jax import axes
-from clara_jax.config import ConfigError
+from clara_jax.config import ConfigError, MeshConfig, from_config_dict
 from clara_jax.model import Clara
 from clara_jax.sharding import make_mesh, spec, tree_shardings
 from tests import tiny
 
 ROOT = pathlib.Path(clara_jax.__file__).parent
 FLOORS = [
-    {"axes", "config", "batch"}, {"data"}, {"ops"}, {"nn"}, {"model", "sharding"}, {"training", "inference", "memory", "retrieval"},
+    {"axes", "config", "batch"}, {"data"}, {"ops"}, {"nn"}, {"model", "sharding", "distributed"}, {"training", "inference", "memory", "retrieval"},
     {"evaluation", "interop"}, {"quickstart"}, {"cli"}, {"__main__", "__init__"},
 ]
 # On one floor, rooms may look at each other only where it is said here.
@@ -73,7 +73,7 @@ def test_every_parameter_has_a_place():
   shardings = tree_shardings(boxed, make_mesh())
   assert set(shardings) == {"base", "memory_embedding", "compressor", "query_reasoner", "generator"}
   assert shardings["base"]["layers"]["mlp"]["up"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
-  assert shardings["generator"]["layers"]["mlp"]["up"]["a"].spec == PartitionSpec(None, "fsdp", None)
+  assert shardings["generator"]["layers"]["mlp"]["up"]["a"].spec == PartitionSpec(None, ("tensor", "fsdp"), None)
 
 
 def test_unknown_and_colliding_axes():
@@ -81,7 +81,7 @@ def test_unknown_and_colliding_axes():
     spec(("wdith",), "base/x")
   with pytest.raises(ConfigError, match="base/x: axes 'mlp' and 'heads' are both on mesh axis 'tensor'"):
     spec((axes.MLP, axes.HEADS), "base/x")
-  with pytest.raises(ConfigError, match="unknown axes"):
-    make_mesh({"model": 2})
-  with pytest.raises(ConfigError, match="places for"):
-    make_mesh({"data": 7})
+  with pytest.raises(ConfigError, match="mesh.model: unknown field"):
+    from_config_dict(MeshConfig, {"model": 2}, "mesh")
+  with pytest.raises(ConfigError, match="does not fit 2 devices"):
+    make_mesh(MeshConfig(data=7))

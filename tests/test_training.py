@@ -13,7 +13,7 @@ from clara_jax.config import ConfigError, TrainConfig
 from clara_jax.data.pipeline import RowEncoder, evaluation_batches
 from clara_jax.data.schemas import DataError
 from clara_jax.model import Clara
-from clara_jax.training import loop, optim, stages
+from clara_jax.training import loop, optim, program, stages
 from clara_jax.training.checkpoint import CheckpointError
 from clara_jax.training.metrics import Mean
 from clara_jax.training.step import init_state, train_step
@@ -94,7 +94,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(stage):
 
 def test_one_trace_for_many_steps(monkeypatch):
   chex.clear_trace_counter()
-  monkeypatch.setattr(loop, "train_step", chex.assert_max_traces(n=1)(loop.train_step))
+  monkeypatch.setattr(program, "train_step", chex.assert_max_traces(n=1)(program.train_step))
   train("joint", steps=5)
 
 

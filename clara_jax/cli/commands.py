@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 
+from clara_jax import distributed
 from clara_jax.cli import configs
 from clara_jax.config import ConfigError
-from clara_jax.data import schemas
+from clara_jax.data import records, schemas
 from clara_jax.data.tokens import Layout
 from clara_jax.evaluation import benchmarks, logit_lens
 from clara_jax.inference.answer import Answerer
@@ -62,11 +63,13 @@ def quickstart(options: argparse.Namespace) -> dict[str, Any]:
 def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
   """`clara train`: one stage."""
   config = configs.load(options.config, overrides)
+  if options.distributed or options.coordinator or options.processes is not None or options.process is not None:
+    distributed.initialize(options.coordinator, options.processes, options.process)
   stages.get(config.train.stage)  # an unknown stage costs no reading
   if not config.data.rows:
     raise ConfigError("data.rows: no training rows are named")
-  rows = schemas.read_rows(config.data.rows)
-  eval_rows = schemas.read_rows(config.data.eval_rows) if config.data.eval_rows else []
+  sources = records.open_sources(config.data.rows, config.data.shards, config.data.max_malformed)
+  eval_rows = [row for source in records.open_sources(config.data.eval_rows, 1) for row in source[0]]
   model = Clara(config.clara)
   before: dict[str, Any] = {}
   tokenizer = config.tokenizer or config.base
@@ -86,13 +89,15 @@ def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
       base_sha256 = hf.base_hash(plain) if jax.process_index() == 0 else None
   memories = None
   if config.data.store:
-    memories = MemoryStore(config.data.store).by_text()
-  return loop.train(config, layout, before, rows, eval_rows, workdir=options.workdir, memories=memories,
-                    base_sha256=base_sha256).metrics
+    memories = MemoryStore(config.data.store).lookup()
+  result = loop.train(config, layout, before, eval_rows=eval_rows, sources=sources, workdir=options.workdir, memories=memories,
+                      base_sha256=base_sha256)
+  return result.metrics if result.stopped is None else {**result.metrics, "stopped": result.stopped}
 
 
 # Fields in which a stage may differ from the one before it.
-_FREE_FIELDS = ("dtype", "param_dtype", "attention", "remat", "dropout", "initializer_range", "max_positions")
+_FREE_FIELDS = ("dtype", "param_dtype", "attention", "remat", "dropout", "initializer_range", "max_positions", "vocab_multiple",
+                "logits_chunk", "base_quantization")
 
 
 def _same_architecture(have: Clara, want: Clara, where: str) -> None:
@@ -103,6 +108,11 @@ def _same_architecture(have: Clara, want: Clara, where: str) -> None:
         raise ConfigError(f"clara.{name}.{field}={b[field]!r}, but {where} was made with {a[field]!r}")
   if have.config.num_memory_tokens != want.config.num_memory_tokens:
     raise ConfigError(f"{want.config.num_memory_tokens} memory tokens, but {where} was made with {have.config.num_memory_tokens}")
+
+
+def build_records(options: argparse.Namespace) -> Any:
+  """`clara records`."""
+  return records.build(options.kind, options.rows, options.out, options.files, options.max_malformed)
 
 
 def compress(options: argparse.Namespace) -> Any:

@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   quiet_logs()
   from clara_jax.cli import commands
   try:
-    report = getattr(commands, options.command)(options, rest) if options.command == "train" else getattr(
-        commands, options.command)(options)
+    run_command = getattr(commands, {"records": "build_records"}.get(options.command, options.command))
+    report = run_command(options, rest) if options.command == "train" else run_command(options)
   except KeyboardInterrupt:
     print("clara: interrupted", file=sys.stderr)
     return 130
@@ -78,6 +78,17 @@ def _parser() -> argparse.ArgumentParser:
   train = command("train", "Trains one stage; goes on by itself where a run was stopped.")
   train.add_argument("--config", required=True, metavar="FILE.py[:NAME]", help="ml_collections; override with --config.a.b=value")
   train.add_argument("--workdir", required=True, metavar="DIR")
+  train.add_argument("--distributed", action="store_true", help="one of several processes, found by JAX (Cloud TPU, GKE, SLURM)")
+  train.add_argument("--coordinator", metavar="HOST:PORT", help="several processes by hand: where process 0 is")
+  train.add_argument("--processes", type=int, metavar="N", help="by hand: how many there are")
+  train.add_argument("--process", type=int, metavar="I", help="by hand: which one this is, from 0")
+
+  records = command("records", "JSONL rows as ArrayRecord files, which runs on many hosts read at random.")
+  records.add_argument("--kind", choices=("scp", "instruct", "joint"), required=True, help="joint: for contrastive, too")
+  records.add_argument("--rows", nargs="+", required=True, metavar="F", help="JSONL (.gz)")
+  records.add_argument("--out", required=True, metavar="DIR", help="the dataset goes to DIR/KIND/VERSION")
+  records.add_argument("--files", type=int, default=32, help="as many as data.shards of the runs, or more")
+  records.add_argument("--max-malformed", type=int, default=0, metavar="N", help="bad rows that are passed over and reported")
 
   compress = command("compress", "Documents through the compressor, once, into a store.")
   checkpoint(compress)

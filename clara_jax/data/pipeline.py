@@ -1,44 +1,58 @@
-"""From rows to batches, through Grain: shuffle, repeat, tokenise, pad, batch; the position is saved with the checkpoint."""
+"""From rows to batches, through Grain: shards, shuffle, mix, tokenise, sort by length, batch, pad.
 
+A batch of B rows has S = `data.shards` parts of B/S rows; part s is read from shard s of every source. Each shard has its own endless
+shuffle, so that the rows of step t are a function of (seed, S, t): nothing but t is saved, any number of processes that divides the
+parts sees the same batches, and no process opens the files of another's shards.
+"""
+
+import bisect
+import dataclasses
 import functools
 import random
+import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
 from clara_jax.batch import Batch, Prompt, Tokens
 from clara_jax.config import DataConfig
-from clara_jax.data.schemas import DataError, Row
+from clara_jax.data.schemas import DataError, Malformed, Row
 from clara_jax.data.tokens import Layout, PromptTokens
 
-MemoryLookup = Callable[[Sequence[str]], np.ndarray]
-"""Document texts -> memory tokens [n, M, D]."""
+MemoryLookup = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+"""(texts of n documents, their ids or nothing) -> memory tokens [n, M, D]."""
+
+_CACHED_DOCUMENTS = 200_000
 
 
-def round_up(length: int, bucket: int) -> int:
+def padded_length(length: int, bucket: int) -> int:
   """The next multiple of `bucket`: few different shapes, few compilations."""
   return -(-length // bucket) * bucket
 
 
-def pad_tokens(rows: Sequence[np.ndarray], pad_id: int, bucket: int) -> Tokens:
+def label_width(labels: int, data: DataConfig) -> int:
+  """A of a batch whose longest row has that many labels."""
+  return padded_length(max(1, labels), min(data.bucket, data.label_bucket))
+
+
+def pad_tokens(rows: Sequence[np.ndarray], pad_id: int, bucket: int, at_least: int = 0) -> Tokens:
   """Right-pads rows of ids to one length, a multiple of `bucket`."""
   lengths = np.array([len(r) for r in rows], np.int32)
-  ids = np.full((len(rows), round_up(int(lengths.max()), bucket)), pad_id, np.int32)
+  ids = np.full((len(rows), padded_length(max(int(lengths.max()), at_least), bucket)), pad_id, np.int32)
   for row, values in zip(ids, rows, strict=True):
     row[:len(values)] = values
   return Tokens(ids, lengths)
 
 
-def pad_prompts(prompts: Sequence[PromptTokens], pad_id: int, bucket: int, label_all: bool = False) -> Prompt:
-  """Prompts with their label positions; everything up to the end of a prompt carries no loss unless `label_all`."""
-  tokens = pad_tokens([p.ids for p in prompts], pad_id, bucket)
-  starts = [1 if label_all else p.prompt_length for p in prompts]
-  counts = [len(p.ids) - start for p, start in zip(prompts, starts, strict=True)]
-  width = round_up(max(1, *counts), min(bucket, 8))
+def pad_prompts(prompts: Sequence[PromptTokens], starts: Sequence[int], pad_id: int, length: int, width: int) -> Prompt:
+  """Prompts [B, length] with their label positions [B, width]; tokens before `starts` carry no loss."""
+  tokens = pad_tokens([p.ids for p in prompts], pad_id, 1, length)
   positions, labels = np.zeros((2, len(prompts), width), np.int32)
   weights = np.zeros((len(prompts), width), np.float32)
-  for i, (prompt, start, count) in enumerate(zip(prompts, starts, counts, strict=True)):
+  for i, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+    count = len(prompt.ids) - start
     positions[i, :count] = np.arange(start - 1, start - 1 + count)
     labels[i, :count] = prompt.ids[start:]
     weights[i, :count] = 1
@@ -53,93 +67,293 @@ class RowEncoder:
     kind: 'text', 'given' or 'candidates'.
     data: sizes.
     top_k: K, the documents in a prompt of 'candidates'.
-    memories: memory tokens of documents, by text; None to give the documents themselves.
+    memories: memory tokens of documents; None to give the documents themselves.
   """
 
   def __init__(self, layout: Layout, kind: str, data: DataConfig, top_k: int, memories: MemoryLookup | None = None):
     self.layout, self.kind, self.data, self.top_k, self.memories = layout, kind, data, top_k, memories
-    self._document = functools.lru_cache(maxsize=200_000)(layout.document)
+    self._documents: dict[str, np.ndarray] = {}
+    if kind == "candidates" and top_k > data.candidates:
+      raise DataError(f"top_k={top_k} is more than data.candidates={data.candidates}")
 
-  def check(self, rows: Sequence[Row]) -> None:
-    """Refuses rows that this kind of batch cannot hold, before anything is spent on the run.
+  def __getstate__(self):  # worker processes fill a cache of their own
+    return {**self.__dict__, "_documents": {}}
+
+  def _document(self, text: str) -> np.ndarray:
+    if text not in self._documents:
+      if len(self._documents) >= _CACHED_DOCUMENTS:
+        self._documents.clear()
+      self._documents[text] = self.layout.document(text)
+    return self._documents[text]
+
+  def check(self, row: Row) -> None:
+    """Refuses a row that this kind of batch cannot hold.
 
     Raises:
-      DataError: naming the first such row.
+      DataError: naming the row.
     """
-    for row in rows:
-      if self.kind == "candidates":
-        if len(row.documents) < self.data.candidates:
-          raise DataError(f"{row.identifier}: {len(row.documents)} documents, but data.candidates={self.data.candidates}")
-        if self.top_k > self.data.candidates:
-          raise DataError(f"top_k={self.top_k} is more than data.candidates={self.data.candidates}")
-        if row.is_question_list or row.data_type != "qa":
-          raise DataError(f"{row.identifier}: this stage needs one question a row")
-        if any(p >= self.data.candidates for p in row.gold):
-          raise DataError(f"{row.identifier}: pos_index={list(row.gold)}, but only the first data.candidates="
-                          f"{self.data.candidates} documents are read")
+    if self.kind != "candidates":
+      return
+    if len(row.documents) < self.data.candidates:
+      raise DataError(f"{row.identifier}: {len(row.documents)} documents, but data.candidates={self.data.candidates}")
+    if row.is_question_list or row.data_type != "qa":
+      raise DataError(f"{row.identifier}: this stage needs one question a row")
+    if any(p >= self.data.candidates for p in row.gold):
+      raise DataError(f"{row.identifier}: pos_index={list(row.gold)}, but only the first data.candidates={self.data.candidates} "
+                      "documents are read")
 
   def encode(self, row: Row, rng: random.Random) -> dict:
-    """One row as token arrays; `rng` picks among a row's variants."""
+    """One row as token arrays and its 'id'; `rng` picks among a row's variants.
+
+    Raises:
+      DataError: the row does not fit.
+    """
+    self.check(row)
     layout = self.layout
+    encoded = {"id": row.identifier}
     if self.kind == "text":
-      return {"prompt": layout.row_prompt(row, "\n".join(row.documents), rng.randrange(1 << 16))}
+      return encoded | {"prompt": layout.row_prompt(row, "\n".join(row.documents), rng.randrange(1 << 16))}
     if self.kind == "given":
       prompt = layout.row_prompt(row, layout.slots(len(row.documents)), rng.randrange(1 << 16))
-      return {"prompt": prompt, "documents": [self._document(d) for d in row.documents]}
+      return encoded | {"prompt": prompt, "documents": [self._document(d) for d in row.documents]}
     documents = row.documents[:self.data.candidates]
     is_gold = np.zeros(len(documents), bool)
     is_gold[list(row.gold)] = True
-    encoded = {
+    encoded |= {
         "prompt": layout.answer_prompt(row.questions[0], self.top_k, row.answers[0], row.identifier),
         "question": layout.query(row.questions[0]),
         "is_gold": is_gold,
     }
     if self.memories is None:
       return encoded | {"documents": [self._document(d) for d in documents]}
-    return encoded | {"memories": self.memories(documents)}
+    return encoded | {"memories": self.memories(documents, row.document_ids[:len(documents)])}
 
-  def collate(self, rows: Sequence[dict], train: bool = True) -> Batch:
+  def sizes(self, rows: Sequence[dict], train: bool = True) -> np.ndarray:
+    """How large a batch of these rows is: int32 [prompt length, labels, documents a row, document length, question length]."""
+    def longest(field):
+      return max((len(r[field]) for r in rows if field in r), default=0)
+    documents = [d for r in rows for d in r.get("documents", ())]
+    labels = max(len(r["prompt"].ids) - self._label_start(r["prompt"], train) for r in rows)
+    return np.array([max(len(r["prompt"].ids) for r in rows), labels, longest("documents"), max(map(len, documents), default=0),
+                     longest("question")], np.int32)
+
+  def _label_start(self, prompt: PromptTokens, train: bool) -> int:
+    return 1 if train and self.data.label_documents else prompt.prompt_length
+
+  def collate(self, rows: Sequence[dict], train: bool = True, sizes: np.ndarray | None = None) -> Batch:
     """Pads encoded rows into one batch; rows with fewer documents than others get ones of length 0.
 
-    Labels are the answer's tokens; in training, with `data.label_documents`, every token of the row.
+    Labels are the answer's tokens; in training, with `data.label_documents`, every token of the row. `sizes` (see the method) pads
+    further than these rows need, so that parts of a batch fit together.
     """
-    pad, bucket = self.layout.pad_id, self.data.bucket
+    pad, data = self.layout.pad_id, self.data
+    length, labels, most, document_length, question_length = self.sizes(rows, train) if sizes is None else sizes
+    text_bucket = min(data.bucket, data.document_bucket)
     documents = memories = question = is_gold = None
     if "documents" in rows[0]:
-      most = max(len(r["documents"]) for r in rows)
       filler = np.zeros(0, np.int32)
       padded = [d for r in rows for d in [*r["documents"], *[filler] * (most - len(r["documents"]))]]
-      flat = pad_tokens(padded, pad, min(bucket, 16))
+      flat = pad_tokens(padded, pad, text_bucket, document_length)
       documents = Tokens(flat.ids.reshape(len(rows), most, -1), flat.lengths.reshape(len(rows), most))
     if "memories" in rows[0]:
       memories = np.stack([r["memories"] for r in rows])
     if "question" in rows[0]:
-      question = pad_tokens([r["question"] for r in rows], pad, min(bucket, 16))
+      question = pad_tokens([r["question"] for r in rows], pad, text_bucket, question_length)
       is_gold = np.stack([r["is_gold"] for r in rows])
     valid = np.array([r.get("valid", 1.0) for r in rows], np.float32)
-    prompt = pad_prompts([r["prompt"] for r in rows], pad, bucket, label_all=train and self.data.label_documents)
+    prompts = [r["prompt"] for r in rows]
+    prompt = pad_prompts(prompts, [self._label_start(p, train) for p in prompts], pad, padded_length(length, data.bucket),
+                         label_width(labels, data))
     return Batch(prompt, documents, memories, question, is_gold, valid)
 
 
-def training_batches(rows: Sequence[Row], encoder: RowEncoder, batch_size: int, seed: int, prefetch: int = 2
-                     ) -> grain.DatasetIterator:
-  """An endless iterator of batches, each epoch shuffled anew; its `get_state` / `set_state` are exact.
+@dataclasses.dataclass(frozen=True)
+class TrainingBatch:
+  """Rows of one step that this process holds: `positions` of the whole batch, their `ids`, and the padded arrays."""
+
+  batch: Batch
+  positions: np.ndarray
+  ids: list[str]
+
+
+class TrainingBatches:
+  """An endless iterator over a run's batches.
+
+  Which rows step t sees, and in which order, is a function of the seed, `data.shards` and t alone: the state of the iterator is the
+  number of the next step, and it means the same on any number of processes.
+
+  Args:
+    sources: each a sequence of shards (`open_sources`), each shard a sequence of rows.
+    encoder: tokenises.
+    seed: of the run.
+    positions: places in the batch that this process needs; None for all.
+    agree: maximum of an int array over all processes, so that their parts are padded alike.
 
   Raises:
-    DataError: fewer rows than a batch, or a row that does not fit.
+    DataError: fewer rows than a batch, or more malformed ones than `data.max_malformed`.
   """
-  if len(rows) < batch_size:
-    raise DataError(f"{len(rows)} rows are fewer than one batch of {batch_size}")
-  encoder.check(rows)
-  dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(None)
-  dataset = dataset.random_map(lambda row, rng: encoder.encode(row, random.Random(int(rng.integers(1 << 62)))))
-  dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=encoder.collate)
-  return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(1, prefetch))))
+
+  def __init__(self, sources: Sequence[Sequence[Sequence[Row]]], encoder: RowEncoder, seed: int,
+               positions: np.ndarray | None = None, agree: Callable[[np.ndarray], np.ndarray] = lambda x: x):
+    data = encoder.data
+    self._encoder, self._agree, self._window = encoder, agree, data.length_window
+    self._malformed = Malformed(data.max_malformed)
+    rows = sum(len(shard) for source in sources for shard in source)
+    if rows < data.batch_size:
+      raise DataError(f"{rows} rows are fewer than one batch of {data.batch_size}")
+    for shard in (shard for source in sources for shard in source if isinstance(shard, list)):
+      for row in shard:  # what is in memory is checked before anything is spent on the run
+        try:
+          encoder.check(row)
+        except DataError as error:
+          self._malformed.add(str(error))
+    part = data.batch_size // data.shards
+    needed = range(data.shards) if positions is None else sorted({int(p) // part for p in positions})
+    self._positions = np.concatenate([np.arange(s * part, (s + 1) * part) for s in needed])
+    shards = [_shard_windows([source[s] for source in sources], encoder, seed, s, part) for s in needed]
+    self._dataset = lambda first: grain.MapDataset.source(_Windows(shards, first))
+    self._step = 0
+    self._iterator: Any = None
+    self._waiting: list[tuple[list[dict], np.ndarray]] = []
+
+  @property
+  def malformed(self) -> int:
+    """Bad rows that this process passed over."""
+    return len(self._malformed)
+
+  def get_state(self) -> dict[str, int]:
+    """{'step': number of the next batch}."""
+    return {"step": self._step}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    """Goes on with that step."""
+    self._step, self._iterator, self._waiting = state["step"], None, []
+
+  def __iter__(self) -> "TrainingBatches":
+    return self
+
+  def __next__(self) -> TrainingBatch:
+    if self._iterator is None:
+      self._iterator = self._open(self._step // self._window)
+      self._next_window()
+      del self._waiting[:self._step % self._window]
+    elif not self._waiting:
+      self._next_window()
+    rows, sizes = self._waiting.pop(0)
+    self._step += 1
+    return TrainingBatch(self._encoder.collate(rows, sizes=sizes), self._positions, [r["id"] for r in rows])
+
+  def _open(self, first: int) -> Any:
+    data = self._encoder.data
+    dataset = self._dataset(first).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(1, data.prefetch)))
+    if data.workers:
+      dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=max(1, data.prefetch)))
+    return iter(dataset)
+
+  def _next_window(self) -> None:
+    batches = next(self._iterator)
+    for row in (r for rows in batches for r in rows):
+      for problem in row.pop("problems", ()):
+        self._malformed.add(problem)
+    sizes = self._agree(np.stack([self._encoder.sizes(rows) for rows in batches]))
+    self._waiting = list(zip(batches, sizes, strict=True))
+
+  def close(self) -> None:
+    """Stops the workers."""
+    if hasattr(self._iterator, "close"):
+      self._iterator.close()
+    self._iterator = None
+
+
+def _shard_windows(parts: Sequence[Sequence[Row]], encoder: RowEncoder, seed: int, shard: int, part: int) -> grain.MapDataset:
+  """Element w: the rows of one shard for the batches of window w, as a list of batches of `part` encoded rows."""
+  data, window = encoder.data, encoder.data.length_window
+  seed += 1_000_003 * shard  # shards do not shuffle alike
+  groups = [[p] for p in parts] if data.weights else [parts]
+  mixed = []
+  for index, group in enumerate(groups):
+    rows = _Joined(group)
+    if not len(rows):
+      raise DataError(f"shard {shard} of data.shards={data.shards} has no rows")
+    dataset = grain.MapDataset.source(range(len(rows))).seed(seed + 7919 * index).shuffle().repeat(None)
+    mixed.append(dataset.random_map(_Encode(rows, encoder)))
+  dataset = grain.MapDataset.mix(mixed, weights=data.weights) if data.weights else mixed[0]
+  dataset = dataset.batch(part * window, drop_remainder=True, batch_fn=list)
+  return dataset.map_with_index(functools.partial(_cut, window, data.batch_size))
+
+
+def _cut(window: int, batch_size: int, index: int, rows: list[dict]) -> list[list[dict]]:
+  if window == 1:
+    return [rows]
+  rows = sorted(rows, key=lambda r: len(r["prompt"].ids))
+  part = len(rows) // window
+  # Every shard shuffles its batches alike: the long rows of all of them meet.
+  order = np.random.default_rng([batch_size, index]).permutation(window)
+  return [rows[i * part:(i + 1) * part] for i in order]
+
+
+class _Joined(Sequence):
+  """Sequences one after another."""
+
+  def __init__(self, parts: Sequence[Sequence[Row]]):
+    self._parts = parts
+    self._ends = np.cumsum([len(p) for p in parts]).tolist()
+
+  def __len__(self):
+    return self._ends[-1] if self._ends else 0
+
+  def __getitem__(self, index):
+    part = bisect.bisect_right(self._ends, index)
+    return self._parts[part][index - (self._ends[part - 1] if part else 0)]
+
+
+class _Encode:
+  """Index of a row -> the encoded row; in place of one that does not fit, the next that does, with the 'problems' met."""
+
+  def __init__(self, rows: Sequence[Row], encoder: RowEncoder):
+    self._rows, self._encoder = rows, encoder
+
+  def __call__(self, index: int, rng: np.random.Generator) -> dict:
+    random_ = random.Random(int(rng.integers(1 << 62)))
+    problems: list[str] = []
+    while True:
+      try:
+        encoded = self._encoder.encode(self._rows[(index + len(problems)) % len(self._rows)], random_)
+        return encoded | ({"problems": problems} if problems else {})
+      except DataError as error:
+        problems.append(str(error))
+        if len(problems) > min(self._encoder.data.max_malformed, len(self._rows) - 1):
+          raise DataError(problems[0]) from None
+
+
+class _Windows:
+  """Window w of every shard that this process needs, batch by batch."""
+
+  def __init__(self, shards: Sequence[grain.MapDataset], first: int):
+    self._shards, self._first = shards, first
+
+  def __len__(self):
+    return sys.maxsize
+
+  def __getitem__(self, index):
+    windows = [shard[self._first + index] for shard in self._shards]
+    return [[row for window in windows for row in window[i]] for i in range(len(windows[0]))]
+
+
+def training_batches(rows: Sequence[Row], encoder: RowEncoder, seed: int) -> TrainingBatches:
+  """Batches of rows that are in memory, for one process."""
+  return TrainingBatches([divide(rows, encoder.data.shards)], encoder, seed)
+
+
+def divide(rows: Sequence[Row], shards: int) -> list[Sequence[Row]]:
+  """Rows in memory as that many shards."""
+  return [rows] if shards == 1 else [rows[s::shards] for s in range(shards)]
 
 
 def evaluation_batches(rows: Sequence[Row], encoder: RowEncoder, batch_size: int) -> list[Batch]:
   """All rows in order, once; the last batch is filled up with copies of its first row that do not count (`valid` = 0)."""
-  encoder.check(rows)
+  for row in rows:
+    encoder.check(row)
   batches = []
   for start in range(0, len(rows), batch_size):
     encoded = [encoder.encode(row, random.Random(start)) for row in rows[start:start + batch_size]]

@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import io
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class Row:
     data_type: 'qa' or 'paraphrase'.
     identifier: the row's id, or 'file:line'.
     is_question_list: each question has its own answer (an SCP row); else one question with accepted answers.
+    document_ids: the documents' ids in a memory store, where the row names them.
   """
 
   questions: tuple[str, ...]
@@ -38,6 +40,7 @@ class Row:
   data_type: str = "qa"
   identifier: str = ""
   is_question_list: bool = False
+  document_ids: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +52,41 @@ class Document:
   title: str = ""
 
 
-def read_jsonl(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+class Malformed:
+  """Counts bad rows and stops at a limit.
+
+  Args:
+    limit: how many are passed over; the next one stops the run. 0 stops at the first.
+  """
+
+  def __init__(self, limit: int = 0):
+    self.limit, self.seen = limit, set()
+
+  def __len__(self) -> int:
+    return len(self.seen)
+
+  def add(self, problem: str) -> None:
+    """Reports a bad row, once.
+
+    Raises:
+      DataError: there are more than the limit.
+    """
+    if problem in self.seen:
+      return
+    self.seen.add(problem)
+    if len(self.seen) > self.limit:
+      more = f" ({len(self.seen)} malformed rows, data.max_malformed={self.limit})" if self.limit else ""
+      raise DataError(f"{problem}{more}")
+    print(f"malformed row {len(self.seen)} of at most {self.limit} is passed over: {problem}", file=sys.stderr, flush=True)
+
+
+def read_jsonl(path: str, malformed: Malformed | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields ('file:line', object) of a JSONL file, gzipped or not.
 
   Raises:
-    DataError: the file is missing or empty, or a line is not a JSON object.
+    DataError: the file is missing or empty, or more lines than `malformed` allows are not JSON objects.
   """
+  malformed = malformed or Malformed()
   file = epath.Path(path)
   if not file.exists():
     raise DataError(f"{path}: no such file")
@@ -68,15 +100,29 @@ def read_jsonl(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
           value = json.loads(line)
         except json.JSONDecodeError as error:
-          raise DataError(f"{path}:{number}: not valid JSON: {error}") from None
+          malformed.add(f"{path}:{number}: not valid JSON: {error}")
+          continue
         if not isinstance(value, dict):
-          raise DataError(f"{path}:{number}: expected a JSON object, got {type(value).__name__}")
+          malformed.add(f"{path}:{number}: expected a JSON object, got {type(value).__name__}")
+          continue
         count += 1
         yield f"{path}:{number}", value
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
       raise DataError(f"{path}: not readable as {'gzipped ' if str(path).endswith('.gz') else ''}UTF-8 text: {error}") from None
   if not count:
     raise DataError(f"{path}: the file has no rows")
+
+
+def parse_rows(path: str, malformed: Malformed | None = None) -> Iterator[Row]:
+  """The checked rows of a JSONL file; bad ones are counted by `malformed`."""
+  malformed = malformed or Malformed()
+  for where, value in read_jsonl(path, malformed):
+    try:
+      row = parse_row(value, where)
+    except DataError as error:
+      malformed.add(str(error))
+      continue
+    yield row
 
 
 def parse_row(value: Mapping[str, Any], where: str) -> Row:
@@ -109,8 +155,11 @@ def parse_row(value: Mapping[str, Any], where: str) -> Row:
   for position in gold:
     if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < len(documents):
       raise DataError(f"{where}: pos_index={position!r}: expected 0 … {len(documents) - 1}")
+  document_ids = _strings(value.get("doc_ids"), where, "doc_ids")
+  if document_ids and len(document_ids) != len(documents):
+    raise DataError(f"{where}: {len(documents)} documents but {len(document_ids)} doc_ids")
   return Row(questions if data_type == "qa" else (), answers, documents, gold, data_type,
-             str(value.get("id") or where), listed and data_type == "qa")
+             str(value.get("id") or where), listed and data_type == "qa", document_ids)
 
 
 def _strings(value: Any, where: str, field: str) -> tuple[str, ...]:
@@ -122,9 +171,10 @@ def _strings(value: Any, where: str, field: str) -> tuple[str, ...]:
   return tuple(values)
 
 
-def read_rows(paths: Sequence[str]) -> list[Row]:
+def read_rows(paths: Sequence[str], malformed: Malformed | None = None) -> list[Row]:
   """All rows of the files, in order."""
-  return [parse_row(value, where) for path in paths for where, value in read_jsonl(path)]
+  malformed = malformed or Malformed()
+  return [row for path in paths for row in parse_rows(path, malformed)]
 
 
 def read_documents(path: str) -> Iterator[Document]:

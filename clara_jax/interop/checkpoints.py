@@ -152,7 +152,9 @@ def open_checkpoint(directory: str, base: str | None = None, dtype: str | None =
 def _open_clara(directory: str, base: str | None, dtype: str | None) -> Opened:
   run, recorded = read_config(directory)
   record = read_record(directory)
-  config = with_dtype(run.clara, dtype)
+  # How a training run lays its base out is no part of what it made.
+  layout = {"vocab_multiple": 1, "logits_chunk": 0, "base_quantization": "none"}
+  config = with_dtype(dataclasses.replace(run.clara, model=dataclasses.replace(run.clara.model, **layout)), dtype)
   model = Clara(config)
   groups = native.open_weights(directory)
   own = groups.pop("base", None)
@@ -283,7 +285,7 @@ def tokenizer_directory(directory: str) -> str:
 
 def split_base(base: dict[str, Any], config: ClaraConfig) -> tuple[dict[str, Any], dict[str, Any] | None]:
   """(a base of ours without special tokens, these). One that was trained here has them with it, a converted one has none."""
-  first = config.model.vocab_size
+  first, last = config.model.vocab_size, config.vocab_size
   if base["embedding"].shape[0] == first:
     return base, None
   plain, special = dict(base), {}
@@ -291,7 +293,7 @@ def split_base(base: dict[str, Any], config: ClaraConfig) -> tuple[dict[str, Any
     if name in base:
       leaf = base[name]
       full = slice(None)
-      special[name] = np.asarray(leaf[(slice(first, leaf.shape[0]), full) if axis == 0 else (full, slice(first, leaf.shape[1]))])
+      special[name] = np.asarray(leaf[(slice(first, last), full) if axis == 0 else (full, slice(first, last))])
       plain[name] = lazy.Rows(leaf, first, special[name][:0] if axis == 0 else special[name][:, :0], axis)
   return plain, special
 

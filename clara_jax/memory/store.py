@@ -70,6 +70,7 @@ class MemoryStore:
   """
 
   def __init__(self, directory: str, manifest: Manifest | None = None):
+    self.directory = directory
     self._folder = epath.Path(directory)
     file = self._folder / "manifest.json"
     if file.exists():
@@ -156,21 +157,38 @@ class MemoryStore:
     """Bytes of memory tokens."""
     return sum(shard.nbytes for shard in self._shards)
 
-  def by_text(self):
-    """A look-up from documents' texts to memory tokens, as the joint stage wants (`pipeline.MemoryLookup`).
+  def __reduce__(self):  # opened again in worker processes
+    return MemoryStore, (self.directory,)
+
+  def lookup(self) -> "MemoryLookup":
+    """Memory tokens of documents by id, or by text where a row names no ids."""
+    return MemoryLookup(self)
+
+
+class MemoryLookup:
+  """What the joint stage reads its candidates with (`pipeline.MemoryLookup`)."""
+
+  def __init__(self, store: MemoryStore):
+    self._store = store
+    self._row_of_text: dict[str, int] | None = None
+
+  def __reduce__(self):
+    return MemoryLookup, (self._store,)
+
+  def __call__(self, texts: Sequence[str], ids: Sequence[str] = ()) -> np.ndarray:
+    """Memory tokens [n, M, D].
 
     Raises:
-      StoreError: (from the look-up) a text that is not in the store.
+      StoreError: a document is not in the store.
     """
-    row_of = {d.text: i for i, d in enumerate(self.documents)}
-
-    def look_up(texts: Sequence[str]) -> np.ndarray:
-      missing = next((t for t in texts if t not in row_of), None)
-      if missing is not None:
-        raise StoreError(f"{self._folder}: the store lacks the document {missing[:60]!r}; compress it first")
-      return self.memories(row_of[t] for t in texts)
-
-    return look_up
+    if not ids and self._row_of_text is None:
+      self._row_of_text = {d.text: i for i, d in enumerate(self._store.documents)}
+    rows = [self._store._row_of.get(i) for i in ids] if ids else [self._row_of_text.get(t) for t in texts]
+    if None in rows:
+      missing = rows.index(None)
+      what = f"the id {ids[missing]!r}" if ids else f"the document {texts[missing][:60]!r}"
+      raise StoreError(f"{self._store.directory}: the store lacks {what}; compress it first")
+    return self._store.memories(rows)
 
 
 def _write(file: Any, content: bytes) -> None:

@@ -49,7 +49,8 @@ def _linear(config: ModelConfig, lora: LoraConfig | None, name: str, features: i
             use_bias: bool = False) -> Linear:
   return Linear(
       features, kernel_axes, lora=lora if lora and name in lora.targets else None, dtype=jnp.dtype(config.dtype),
-      param_dtype=jnp.dtype(config.param_dtype), initializer_range=config.initializer_range, use_bias=use_bias, name=name)
+      param_dtype=jnp.dtype(config.param_dtype), initializer_range=config.initializer_range, use_bias=use_bias,
+      quantized=config.base_quantization == "int8", name=name)
 
 
 class Attention(nn.Module):
@@ -149,21 +150,31 @@ class Decoder(nn.Module):
     config = self.config
     dtype = jnp.dtype(config.param_dtype)
     init = nn.initializers.normal(config.initializer_range)
+    rows = config.table_size(self.vocab_size)
     self.embedding = self.param(
-        "embedding", nn.with_logical_partitioning(init, (axes.VOCAB, axes.WIDTH)), (self.vocab_size, config.width), dtype)
+        "embedding", nn.with_logical_partitioning(init, (axes.VOCAB, axes.WIDTH)), (rows, config.width), dtype)
     if not config.tie_embeddings:
       self.head = self.param(
-          "head", nn.with_logical_partitioning(init, (axes.WIDTH, axes.VOCAB)), (config.width, self.vocab_size), dtype)
+          "head", nn.with_logical_partitioning(init, (axes.WIDTH, axes.VOCAB)), (config.width, rows), dtype)
     self.final_norm = RMSNorm(config.norm_eps, dtype)
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """tokens: [...] int -> [..., D] in the compute type."""
     return self.embedding[tokens].astype(self.config.dtype)
 
-  def logits(self, hidden: jax.Array) -> jax.Array:
-    """hidden: [..., D], after the final norm -> [..., V] float32."""
+  def output_matrix(self) -> jax.Array:
+    """[D, V] in the compute type, gathered along D once, so that no logits or their gradients are gathered instead."""
     head = self.embedding.T if self.config.tie_embeddings else self.head
-    return jnp.matmul(hidden, head.astype(self.config.dtype), preferred_element_type=jnp.float32)
+    return nn.with_logical_constraint(head.astype(self.config.dtype), (axes.WIDTH, axes.VOCAB))
+
+  def logits(self, hidden: jax.Array, output_matrix: jax.Array | None = None) -> jax.Array:
+    """hidden: [..., D], after the final norm -> [..., V] float32. Words that only fill the table up (`vocab_multiple`) get a logit
+    that no softmax sees. `output_matrix` may be given where many calls share it."""
+    matrix = self.output_matrix() if output_matrix is None else output_matrix
+    logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32)
+    logits = nn.with_logical_constraint(logits, (axes.BATCH, *[None] * (logits.ndim - 2), axes.VOCAB))
+    words = logits.shape[-1]
+    return logits if words == self.vocab_size else jnp.where(jnp.arange(words) < self.vocab_size, logits, -1e30)
 
   @nn.compact
   def __call__(self, x: jax.Array, positions: jax.Array | None = None, cache: KeyValues | None = None,

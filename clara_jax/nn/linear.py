@@ -34,6 +34,7 @@ class Linear(nn.Module):
     dtype: type of the computation.
     param_dtype: type of the base kernel; adapters are float32.
     use_bias: whether the base adds a bias [features].
+    quantized: the base kernel is int8 with a float32 scale [features] (`training/quantize.py`).
     initializer_range: standard deviation of a fresh kernel.
 
   Raises:
@@ -47,15 +48,19 @@ class Linear(nn.Module):
   param_dtype: jnp.dtype = jnp.bfloat16
   initializer_range: float = 0.02
   use_bias: bool = False
+  quantized: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
     width = x.shape[-1]
-    kernel = self.param(
-        "kernel",
-        nn.with_logical_partitioning(nn.initializers.normal(self.initializer_range), self.kernel_axes),
-        (width, self.features), self.param_dtype)
+    init, dtype = nn.initializers.normal(self.initializer_range), self.param_dtype
+    if self.quantized:
+      init, dtype = nn.initializers.zeros, jnp.int8
+    kernel = self.param("kernel", nn.with_logical_partitioning(init, self.kernel_axes), (width, self.features), dtype)
     y = x @ kernel.astype(self.dtype)
+    if self.quantized:
+      scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, self.kernel_axes[1:]), (self.features,), jnp.float32)
+      y = y * scale.astype(self.dtype)
     if self.use_bias:
       bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.kernel_axes[1:]), (self.features,),
                         self.param_dtype)
@@ -69,7 +74,7 @@ class Linear(nn.Module):
         self.variable("lora", name, lambda init=init, shape=shape, names=names: nn.with_logical_partitioning(init, names)(
             self.make_rng("params"), shape, jnp.float32)).value
         for name, init, shape, names in (
-            ("a", _lora_a_init, (width, self.lora.rank), (self.kernel_axes[0], axes.RANK)),
-            ("b", nn.initializers.zeros, (self.lora.rank, self.features), (axes.RANK, self.kernel_axes[1]))))
+            ("a", _lora_a_init, (width, self.lora.rank), (axes.LORA, axes.RANK)),
+            ("b", nn.initializers.zeros, (self.lora.rank, self.features), (axes.RANK, axes.LORA))))
     dropped = nn.Dropout(self.lora.dropout, deterministic=deterministic)(x)
     return y + (dropped @ a.astype(self.dtype)) @ b.astype(self.dtype) * jnp.asarray(self.lora.scale, self.dtype)

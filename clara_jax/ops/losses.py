@@ -4,21 +4,25 @@ import jax
 import jax.numpy as jnp
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-  """Mean cross entropy over the label tokens of the whole batch (paper Eq. for L_CE; upstream's reduction).
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cross entropy of each token, and whether its target is the greedy choice (the first of the largest logits).
+
+  Only sums, maxima and comparisons run along V, so that logits whose V is divided over devices stay where they are.
 
   Args:
     logits: [..., V], computed in float32.
     targets: [...] int, token ids.
-    weights: [...] float, 1 at labels, 0 elsewhere.
 
   Returns:
-    A float32 scalar; 0 where there is no label.
+    ([...] float32, [...] bool).
   """
   logits = logits.astype(jnp.float32)
-  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  losses = (jax.nn.logsumexp(logits, axis=-1) - picked) * weights
-  return losses.sum() / jnp.maximum(weights.sum(), 1)
+  words = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+  picked = jnp.where(words == targets[..., None], logits, 0).sum(-1)
+  largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+  log_sum = jnp.log(jnp.exp(logits - largest).sum(-1)) + largest[..., 0]
+  greedy = jnp.where(logits >= largest, words, logits.shape[-1]).min(-1)
+  return log_sum - picked, greedy == targets
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -189,7 +189,7 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0, sizes: Sizes
   everyone = [schemas.Document(**d) for side in (False, True) for d in world.documents(side)]
   store = os.path.join(workdir, "training_store")
   compress_corpus(instruct.model, instruct.layout, instruct.weights, everyone, store)
-  memories = MemoryStore(store).by_text()
+  memories = MemoryStore(store).lookup()
   stages.seconds["compress for training"] = round(time.monotonic() - start, 1)
   for name in RETRIEVAL:
     if name not in there:

@@ -2,7 +2,7 @@
 
     DIR/config.json           what it is: format, stage, the run's configuration, where its base is and its hash, the origin
     DIR/tokenizer/            the tokenizer, CLaRa's special tokens included
-    DIR/checkpoints/STEP/     weights (all groups but a base that is not trained), optimizer, data position
+    DIR/checkpoints/STEP/     weights (all groups but a base that is not trained), optimizer, progress (position in the data, time)
     DIR/metrics.jsonl         one line a report
 
 A step is written beside and renamed, so that an interrupted save leaves no half checkpoint.
@@ -11,14 +11,16 @@ A step is written beside and renamed, so that an interrupted save leaves no half
 import dataclasses
 import json
 import os
+import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from clara_jax.config import ConfigError, RunConfig, from_config_dict, to_json
 from clara_jax.training.step import TrainState
@@ -76,7 +78,8 @@ def write_config(directory: str, config: RunConfig, base_sha256: str | None = No
 
 
 # A run may go on with these changed.
-_FREE_FIELDS = ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_every", "mesh", "data.prefetch")
+_FREE_FIELDS = ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_every", "mesh", "data.prefetch",
+                "data.workers", "data.max_malformed")
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:
@@ -113,41 +116,103 @@ def read_record(directory: str) -> dict[str, Any]:
   return json.loads((epath.Path(directory) / "config.json").read_text())
 
 
-class Checkpointer:
-  """Saves and restores a run's state below DIR/checkpoints."""
+def note_start(directory: str, step: int, write: bool) -> float:
+  """Notes in DIR/starts.jsonl that the run was (re)started; returns when it was first."""
+  file = epath.Path(directory) / "starts.jsonl"
+  lines = file.read_text().splitlines() if file.exists() else []
+  now = time.time()
+  if write:
+    note = {"time": round(now, 3), "step": step, "processes": jax.process_count(), "devices": jax.device_count()}
+    file.write_text("".join(line + "\n" for line in [*lines, json.dumps(note)]))
+  return json.loads(lines[0])["time"] if lines else now
 
-  def __init__(self, directory: str, keep: int = 2, read_only: bool = False):
+
+class Checkpointer:
+  """Saves and restores a run's state below DIR/checkpoints; saving goes on in the background.
+
+  Args:
+    directory: DIR.
+    keep: how many of the last steps stay.
+    best: the metric by which one more stays, the best; None for none. Smaller is better for 'loss' and what ends so.
+    read_only: nothing is written.
+  """
+
+  def __init__(self, directory: str, keep: int = 2, best: str | None = None, read_only: bool = False):
     path = epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory) / "checkpoints"
     if read_only and not path.exists():
       raise CheckpointError(f"{directory}: has no saved step yet")
-    self._directory = directory
+    self._directory, self._path, self._best = directory, path, best
+    policies = [ocp.checkpoint_managers.LatestN(keep)]
+    if best:
+      policies.append(ocp.checkpoint_managers.BestN(
+          get_metric_fn=lambda metrics: metrics[best], reverse=best.endswith("loss"), n=1, keep_checkpoints_without_metrics=False))
+    options = ocp.CheckpointManagerOptions(
+        create=not read_only, read_only=read_only, best_fn=(lambda metrics: metrics[best]) if best else None,
+        best_mode="min" if best and best.endswith("loss") else "max",
+        preservation_policy=None if read_only else ocp.checkpoint_managers.AnyPreservationPolicy(policies))
     self._manager = ocp.CheckpointManager(
-        path, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only),
+        path, options=options,
         item_handlers={"weights": ocp.PyTreeCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler(),
-                       "data": grain.checkpoint.CheckpointHandler()})
+                       "progress": ocp.JsonCheckpointHandler()})
 
   def latest_step(self) -> int | None:
     """The last complete step, or None."""
     return self._manager.latest_step()
 
-  def save(self, state: TrainState, carried: dict[str, Any], data: grain.DatasetIterator) -> None:
-    """Saves a step; `carried` are the groups that this stage does not train, without the base."""
-    self._manager.save(int(state.step), args=ocp.args.Composite(
+  def all_steps(self) -> list[int]:
+    """The steps that are kept."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, state: TrainState, carried: dict[str, Any], progress: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+           ) -> None:
+    """Saves a step.
+
+    Args:
+      state: what trains.
+      carried: the groups that this stage does not train, without the base.
+      progress: what else a resumed run needs (position in the data, time spent).
+      metrics: of the last evaluation, to choose the best step by.
+    """
+    metrics = {self._best: float(metrics[self._best])} if self._best and metrics and self._best in metrics else None
+    self._manager.save(int(state.step), metrics=metrics, args=ocp.args.Composite(
         weights=ocp.args.PyTreeSave({**carried, **state.trainable}),
         optimizer=ocp.args.StandardSave(_optimizer(state)),
-        data=grain.checkpoint.CheckpointSave(data)))
+        progress=ocp.args.JsonSave(dict(progress))))
 
   def save_weights(self, step: int, weights: dict[str, Any]) -> None:
     """Saves weights alone: a checkpoint to use, not to go on from."""
     self._manager.save(step, args=ocp.args.Composite(weights=ocp.args.PyTreeSave(weights)))
 
-  def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
-    """The last step, in the shapes and shardings of `state`; `data` is moved to its position."""
-    restored = self._manager.restore(self._manager.latest_step(), args=ocp.args.Composite(
-        weights=_restore_weights(state.trainable, ocp.checkpoint_utils.construct_restore_args(state.trainable)),
-        optimizer=ocp.args.StandardRestore(_optimizer(state)),
-        data=grain.checkpoint.CheckpointRestore(data)))
-    return TrainState(trainable=restored["weights"], **restored["optimizer"])
+  def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """(the last step that can be read, in the shapes and shardings of `state`; its progress).
+
+    Steps after it are broken: they are moved to DIR/broken, with a warning.
+
+    Raises:
+      CheckpointError: no step can be read.
+    """
+    broken: dict[int, Exception] = {}
+    for step in reversed(self.all_steps()):
+      try:
+        restored = self._manager.restore(step, args=ocp.args.Composite(
+            weights=_restore_weights(state.trainable, ocp.checkpoint_utils.construct_restore_args(state.trainable)),
+            optimizer=ocp.args.StandardRestore(_optimizer(state)),
+            progress=ocp.args.JsonRestore()))
+        break
+      except Exception as error:  # Orbax and TensorStore have many kinds
+        broken[step] = error
+        print(f"{self._directory}: step {step} cannot be read and is passed over: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+    else:
+      raise CheckpointError(f"{self._directory}: no saved step can be read; the last: {next(iter(broken.values()))}")
+    if broken and jax.process_index() == 0:
+      aside = epath.Path(self._directory) / "broken"
+      aside.mkdir(exist_ok=True)
+      for step in broken:
+        (self._path / str(step)).rename(aside / f"{step}-{int(time.time())}")
+    if broken:
+      multihost_utils.sync_global_devices("broken steps are moved")
+      self._manager.reload()
+    return TrainState(trainable=restored["weights"], **restored["optimizer"]), restored["progress"]
 
   def weights(self) -> dict[str, Any]:
     """All groups of the last step, as host arrays.

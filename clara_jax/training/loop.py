@@ -1,28 +1,35 @@
-"""A run of one stage: place the weights, take the steps, report, save, resume."""
+"""A run of one stage: place the weights, take the steps, report, save, resume, stop when asked to."""
 
+import contextlib
 import dataclasses
 import functools
 import math
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
+from clara_jax import distributed
 from clara_jax.config import ClaraConfig, ConfigError, RunConfig
-from clara_jax.data.pipeline import MemoryLookup, RowEncoder, evaluation_batches, training_batches
+from clara_jax.data.pipeline import MemoryLookup, RowEncoder, TrainingBatches, divide, evaluation_batches
 from clara_jax.data.schemas import Row
 from clara_jax.data.tokens import Layout
-from clara_jax.model import Clara, Weights
-from clara_jax.sharding import activation_rules, batch_sharding, make_mesh, place, tree_shardings
+from clara_jax.model import Weights
+from clara_jax.sharding import batch_ways, put_batch, rows_needed
+from clara_jax.training import cost, optim
 from clara_jax.training import metrics as metrics_lib
-from clara_jax.training import optim, stages
-from clara_jax.training.checkpoint import Checkpointer, write_config
-from clara_jax.training.step import evaluation_step, init_state, train_step
+from clara_jax.training.checkpoint import Checkpointer, note_start, write_config
+from clara_jax.training.program import Program
+
+STATUS_SECONDS = 60
+PROFILED_STEPS = 5
 
 
 class NonFiniteLossError(RuntimeError):
@@ -31,12 +38,16 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclasses.dataclass
 class Result:
-  """What a run leaves: all groups of weights, the last metrics, and the history of evaluations [(step, metrics)]."""
+  """What a run leaves: all groups of weights, the last metrics, and the history of evaluations [(step, metrics)].
+
+  `stopped` is the step at which a termination signal ended it before its time, else None.
+  """
 
   weights: dict[str, Any]
   metrics: dict[str, float]
   evaluations: list[tuple[int, dict[str, float]]]
   seconds: float
+  stopped: int | None = None
 
 
 def number_of_steps(config: RunConfig, rows: int) -> int:
@@ -48,9 +59,10 @@ def train(
     config: RunConfig,
     layout: Layout,
     before: Weights,
-    rows: Sequence[Row],
+    rows: Sequence[Row] | None = None,
     eval_rows: Sequence[Row] = (),
     *,
+    sources: Sequence[Sequence[Sequence[Row]]] | None = None,
     workdir: str | None = None,
     memories: MemoryLookup | None = None,
     progress: bool = True,
@@ -60,166 +72,216 @@ def train(
 ) -> Result:
   """Runs one stage to its end; goes on from `workdir` where a run of the same configuration was stopped.
 
+  Several processes (`distributed.initialize`) call it alike; each reads its part of every batch. On SIGTERM, or when the cluster
+  announces a preemption, the run saves and returns.
+
   Args:
     config: the run.
     layout: tokenizer and layouts.
     before: groups of weights to start from: the base (except in `pretrain`) and those of the stage before.
-    rows: training rows.
+    rows: training rows in memory; or
+    sources: rows by source and shard (`data/records.py`).
     eval_rows: rows whose metrics are reported every `train.eval_every` steps, and at the start and the end.
     workdir: for checkpoints and metrics; None keeps nothing on disk.
-    memories: memory tokens of documents by text; None compresses candidates in the step.
+    memories: memory tokens of documents; None compresses candidates in the step.
     progress: whether lines go to standard error.
     base_sha256: hash of the base's tensors, for the checkpoint's record.
     stop_at: stops (and saves) after this step, for tests and for time limits.
     on_evaluation: called with each evaluation.
 
   Raises:
-    ConfigError: the configuration does not fit the data or the weights before.
+    ConfigError: the configuration does not fit the data, the devices or the weights before.
     DataError: a row does not fit.
-    NonFiniteLossError: naming the step.
+    NonFiniteLossError: naming the step and its rows.
   """
   settings, data = config.train, config.data
-  stage = stages.get(settings.stage)
-  trained = stage.trained(settings)
-  if data.batch_size % settings.accumulate:
-    raise ConfigError(f"data.batch_size={data.batch_size} is not a multiple of train.accumulate={settings.accumulate}")
-  steps = number_of_steps(config, len(rows))
-  model = Clara(config.clara)
-  encoder = RowEncoder(layout, stage.data, data, config.clara.top_k, memories)
-  batches = training_batches(rows, encoder, data.batch_size, settings.seed, data.prefetch)
+  if sources is None:
+    sources = [divide(rows, data.shards)]
+  steps = number_of_steps(config, sum(len(shard) for source in sources for shard in source))
+  program = Program(config, steps)
+  encoder = RowEncoder(layout, program.stage.data, data, config.clara.top_k, memories)
+  batches = TrainingBatches(sources, encoder, settings.seed, rows_needed(program.batch_sharding, data.batch_size), distributed.maximum)
   evaluation = evaluation_batches(eval_rows, encoder, data.eval_batch_size) if eval_rows else []
-  optimizer = optim.make_optimizer(settings, steps, trained)
-  mesh = make_mesh(config.mesh)
-  if data.batch_size // settings.accumulate % (mesh.shape["data"] * mesh.shape["fsdp"]):
-    raise ConfigError(f"data.batch_size={data.batch_size} / train.accumulate={settings.accumulate} does not divide over "
-                      f"{mesh.shape['data'] * mesh.shape['fsdp']} devices")
+  if eval_rows and data.eval_batch_size % batch_ways(program.mesh):
+    raise ConfigError(f"data.eval_batch_size={data.eval_batch_size} does not divide over the {batch_ways(program.mesh)} parts of mesh "
+                      f"{dict(program.mesh.shape)}")
+  main, folder = distributed.is_main(), epath.Path(workdir) if workdir else None
 
-  with jax.set_mesh(mesh), activation_rules():
-    weights = _placed_weights(model, stage, config, before, mesh)
-    trainable = {g: weights.pop(g) for g in trained}
+  with program.context(), _Signals() as signals:
+    weights = program.place_weights(before)
+    state = program.initial_state({g: weights.pop(g) for g in program.trained})
     frozen = weights
-    state_shardings = tree_shardings(
-        jax.eval_shape(lambda: init_state({g: _boxed(model, g) for g in trained}, optimizer, jax.random.key(0))), mesh)
-    state = jax.jit(functools.partial(init_state, optimizer=optimizer), out_shardings=state_shardings)(
-        trainable, rng=jax.random.key(settings.seed))
-    del trainable
-    step_fn = jax.jit(functools.partial(train_step, model, stage, optimizer, settings.accumulate), donate_argnums=0,
-                      out_shardings=(state_shardings, None))
-    evaluation_fn = jax.jit(functools.partial(evaluation_step, model, stage))
-    to_device = functools.partial(jax.device_put, device=batch_sharding(mesh))
-
-    checkpointer = None
-    if workdir is not None:
-      write_config(workdir, config, base_sha256)
-      layout.tokenizer.save_pretrained(str(epath.Path(workdir) / "tokenizer"))
-      checkpointer = Checkpointer(workdir, settings.keep_checkpoints)
-      if checkpointer.latest_step() is not None:
-        state = checkpointer.restore(state, batches)
-    reporter = metrics_lib.Reporter(
-        epath.Path(workdir) / "metrics.jsonl" if workdir else None, settings.stage, steps, progress)
     carried = {g: w for g, w in frozen.items() if g != "base"}
     if "base" in frozen:
-      carried["special_tokens"] = special_tokens(frozen["base"], config.clara)
+      carried["special_tokens"] = jax.jit(functools.partial(special_token_rows, config=config.clara))(frozen["base"])
+
+    checkpointer, watch = None, metrics_lib.Stopwatch(time.time())
+    if workdir is not None:
+      if main:
+        write_config(workdir, config, base_sha256)
+        layout.tokenizer.save_pretrained(str(folder / "tokenizer"))
+      distributed.barrier("the record is written")
+      checkpointer = Checkpointer(workdir, settings.keep_checkpoints, settings.keep_best)
+      productive = 0.0
+      if checkpointer.latest_step() is not None:
+        state, found = checkpointer.restore(state)
+        batches.set_state(found["data"])
+        productive = found["productive_seconds"]
+      watch = metrics_lib.Stopwatch(note_start(workdir, int(state.step), main), productive)
+    reporter = metrics_lib.Reporter(folder if main else None, settings.stage, steps, progress and main)
+    chip = cost.chip_of(jax.devices()[0])
+    peak = chip.flops * program.mesh.size if chip else None
     history: list[tuple[int, dict[str, float]]] = []
     last: dict[str, float] = {}
     step, end = int(state.step), min(steps, stop_at or steps)
-    start = time.monotonic()
+    start, stopped, profile = time.monotonic(), None, _Profile(folder if main else None)
+    pending: list[tuple[int, list[str], Any]] = []  # steps since the last report: their rows and losses
+    running, tokens, flops, finished = None, 0, 0.0, False
+
+    def to_device(batch, rows, positions):
+      return put_batch(batch, program.batch_sharding, rows, positions)
 
     def evaluate():
       total = None
+      everything = np.arange(data.eval_batch_size)
       for batch in evaluation:
-        total = metrics_lib.add(total, evaluation_fn(state.trainable, frozen, to_device(batch)))
+        placed = to_device(batch, data.eval_batch_size, everything)
+        total = metrics_lib.add(total, program.evaluate(state.trainable, frozen, placed))
       numbers = metrics_lib.values(total)
       history.append((step, numbers))
-      reporter.write(step, numbers, "eval")
+      if main:
+        reporter.write(step, numbers, "eval")
       if on_evaluation:
         on_evaluation(step, numbers)
 
+    def report():
+      nonlocal last, running, tokens, flops
+      for at, ids, loss in pending:
+        if not np.isfinite(value := float(loss.value)):
+          raise NonFiniteLossError(f"{settings.stage}: the loss is {value} at step {at} (seed {settings.seed}), rows "
+                                   f"{', '.join(ids)}; the last checkpoint is kept")
+      last = metrics_lib.values(running)
+      last |= {"learning_rate": float(optim.schedule(settings, steps)(step - 1)),
+               **watch.report(data.batch_size * len(pending), tokens, flops, peak)}
+      if batches.malformed:
+        last["malformed_rows"] = batches.malformed
+      if main:
+        reporter.write(step, last)
+      pending.clear()
+      running, tokens, flops = None, 0, 0.0
+
+    def save():
+      with watch.unproductive():
+        if pending:
+          report()
+        checkpointer.save(state, carried, {"data": batches.get_state(), "productive_seconds": watch.productive},
+                          history[-1][1] if history and history[-1][0] == step else None)
+
     try:
       if evaluation and step < end:
-        evaluate()
-      running, since, rows_since = None, time.monotonic(), 0
-      while step < end:
-        state, numbers = step_fn(state, frozen, to_device(next(batches)))
-        step += 1
-        rows_since += data.batch_size
-        running = metrics_lib.add(running, numbers)
-        if step % settings.log_every == 0 or step == end:
-          last = metrics_lib.values(running)
-          now = time.monotonic()
-          last |= {"learning_rate": float(optim.schedule(settings, steps)(step - 1)), "samples_per_second": rows_since / (now - since)}
-          running, since, rows_since = None, now, 0
-          reporter.write(step, last)
-          if not np.isfinite(last["loss"]):
-            raise NonFiniteLossError(f"{settings.stage}: the loss is {last['loss']} at step {step} (seed {settings.seed}); "
-                                     f"the last checkpoint is kept")
-        if evaluation and step < end and settings.eval_every and step % settings.eval_every == 0:
+        with watch.unproductive():
           evaluate()
+      while step < end:
+        with watch.waiting():
+          given = next(batches)
+          batch = to_device(given.batch, data.batch_size, given.positions)
+        compiling = watch.unproductive if program.step._cache_size() == 0 else contextlib.nullcontext
+        with compiling():
+          state, numbers = program.step(state, frozen, batch)
+        step += 1
+        pending.append((step, given.ids, numbers["loss"]))
+        tokens += _real_tokens(batch)
+        flops += cost.model_flops(config, batch)
+        running = metrics_lib.add(running, numbers)
+        profile.after_step(step, state)
+        stopping = signals.received(step)
+        if step % settings.log_every == 0 or step == end or stopping or watch.elapsed > STATUS_SECONDS:
+          report()
+        if stopping and step < end:
+          stopped = step
+          break
+        if evaluation and step < end and settings.eval_every and step % settings.eval_every == 0:
+          with watch.unproductive():
+            evaluate()
         if checkpointer and step < end and step % settings.checkpoint_every == 0:
-          checkpointer.save(state, carried, batches)
-      if evaluation and (not history or history[-1][0] != step):
+          save()
+      if evaluation and stopped is None and (not history or history[-1][0] != step):
         evaluate()
+      finished = True
     except KeyboardInterrupt:
-      if checkpointer and checkpointer.latest_step() != int(state.step):
-        checkpointer.save(state, carried, batches)
-        checkpointer.wait()
-        print(f"stopped at step {int(state.step)}; the same command goes on from there", file=sys.stderr)
+      stopped = int(state.step)
       raise
     finally:
+      if checkpointer and (finished or stopped is not None):
+        if checkpointer.latest_step() != int(state.step):
+          save()
+        checkpointer.close()
+        if stopped is not None and main:
+          print(f"stopped at step {stopped}; the same command goes on from there", file=sys.stderr)
+      batches.close()
       reporter.close()
-    if checkpointer:
-      if checkpointer.latest_step() != step:
-        checkpointer.save(state, carried, batches)
-      checkpointer.close()
     return Result({**frozen, **state.trainable}, {"step": step, **last, **(history[-1][1] if history else {})}, history,
-                  time.monotonic() - start)
+                  time.monotonic() - start, stopped)
 
 
-def special_tokens(base: Weights, config: ClaraConfig) -> dict[str, jax.Array]:
+def special_token_rows(base: Weights, config: ClaraConfig) -> dict[str, jax.Array]:
   """The rows of CLaRa's own tokens, which the base on disk does not have: embedding [M+3, D] and, if it is not tied, head [D, M+3]."""
-  first = config.model.vocab_size
-  return {"embedding": base["embedding"][first:], **({"head": base["head"][:, first:]} if "head" in base else {})}
+  first, last = config.model.vocab_size, config.vocab_size
+  return {"embedding": base["embedding"][first:last], **({"head": base["head"][:, first:last]} if "head" in base else {})}
 
 
-def _boxed(model: Clara, group: str) -> Any:
-  return model.init_boxed(jax.random.key(0), (group,))[group]
+def _real_tokens(batch: Any) -> int:
+  """Tokens of a batch, by its shape (padding counts: the lengths lie on devices)."""
+  return sum(math.prod(t.ids.shape) for t in (batch.prompt.tokens, batch.documents, batch.question) if t is not None)
 
 
-def _placed_weights(model: Clara, stage: stages.Stage, config: RunConfig, before: Weights, mesh: jax.sharding.Mesh
-                    ) -> dict[str, Any]:
-  """Every group that the stage needs, on its devices: fresh ones are made there, given ones are copied."""
-  key = jax.random.key(config.train.seed)
+class _Signals:
+  """Whether the run is asked to stop; several processes agree on the step."""
 
-  def shardings(group):
-    return tree_shardings(jax.eval_shape(lambda: _boxed(model, group)), mesh)
+  def __init__(self):
+    self._received = False
+    self._before: Any = None
 
-  def fresh(group):
-    make = jax.jit(lambda: nn.meta.unbox(model.init(key, (group,))[group]), out_shardings=shardings(group))
-    return make()
+  def __enter__(self) -> "_Signals":
+    # With several processes the handler is that of JAX's preemption service.
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+      self._before = signal.signal(signal.SIGTERM, self._on_signal)
+    return self
 
-  groups = stages.starting_weights(stage, config.train, before, fresh)
-  if "base" in before:
-    groups["base"] = before["base"]
-  elif "base" in stage.trains:
-    groups["base"] = fresh("base")
-  else:
-    raise ConfigError(f"stage {stage.name!r} needs a base; set config.base")
-  shapes = jax.eval_shape(lambda: model.init(key, tuple(groups)))
-  for group, tree in groups.items():
-    check_tree(tree, shapes[group], group)
-  # A copy, because training donates its state and the caller keeps what it gave.
-  return {g: jax.tree.map(lambda x, to, like: place(x, to, like.dtype), tree, shardings(g), shapes[g]) for g, tree in groups.items()}
+  def __exit__(self, *_: object) -> None:
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+
+  def _on_signal(self, *_: object) -> None:
+    self._received = True
+    print("SIGTERM: saving after this step", file=sys.stderr, flush=True)
+
+  def received(self, step: int) -> bool:
+    """Whether all processes stop after this step; call it once a step."""
+    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self._received
 
 
-def check_tree(tree: Any, expected: Any, name: str) -> None:
-  """Compares names and shapes of two trees.
+class _Profile:
+  """A profiler window on demand: `touch DIR/profile` traces the next steps into DIR/profiles (for TensorBoard or XProf)."""
 
-  Raises:
-    ConfigError: naming the leaf, what was expected and what came.
-  """
-  def shapes(t):
-    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
-  have, want = shapes(tree), shapes(expected)
-  for path in {**want, **have}:
-    if have.get(path) != want.get(path):
-      raise ConfigError(f"weights {name}{path}: expected shape {want.get(path, 'none')}, got {have.get(path, 'none')}")
+  def __init__(self, folder: Any):
+    self._request = folder / "profile" if folder is not None else None
+    self._folder = folder
+    self._until: int | None = None
+    self._checked = 0.0
+
+  def after_step(self, step: int, state: Any) -> None:
+    """Starts or ends a window; looks for a request every few seconds."""
+    if self._until is not None:
+      if step >= self._until:
+        jax.block_until_ready(state)
+        jax.profiler.stop_trace()
+        self._until = None
+      return
+    if self._request is None or time.monotonic() - self._checked < 5:
+      return
+    self._checked = time.monotonic()
+    if self._request.exists():
+      self._request.unlink()
+      jax.profiler.start_trace(str(self._folder / "profiles" / f"step-{step}"))
+      self._until = step + PROFILED_STEPS

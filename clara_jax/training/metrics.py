@@ -1,9 +1,10 @@
-"""Means that add up exactly over micro-batches, batches and hosts; the screen and the metrics file."""
+"""Means that add up exactly over micro-batches, batches and hosts; the metrics file, TensorBoard and the screen; the run's clock."""
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -49,28 +50,32 @@ def values(metrics: Metrics) -> dict[str, float]:
 
 
 class Reporter:
-  """Metrics to a JSONL file and one readable line to the screen.
+  """Metrics to a JSONL file, to TensorBoard where tensorboardX is installed, and one readable line to the screen.
 
   Args:
-    path: the file; lines are appended. None writes no file.
+    directory: of the run; lines are appended to DIRECTORY/metrics.jsonl, scalars go to DIRECTORY/tensorboard. None writes no file.
     stage: name shown in front.
     steps: length of the run, for the time left.
     progress: whether lines go to standard error.
   """
 
-  def __init__(self, path: Any, stage: str, steps: int, progress: bool = True):
-    self._file = path.open("a") if path is not None else None
+  def __init__(self, directory: Any, stage: str, steps: int, progress: bool = True):
+    self._file = (directory / "metrics.jsonl").open("a") if directory is not None else None
+    self._board = _tensorboard(directory / "tensorboard") if directory is not None else None
     self._stage, self._steps, self._progress = stage, steps, progress
     self._start = time.monotonic()
     self._first_step: int | None = None
 
   def write(self, step: int, numbers: Mapping[str, float], kind: str = "train") -> None:
-    """One line: `step`, `kind` ('train' or 'eval') and the numbers."""
+    """One line: `step`, `kind` ('train' or 'eval'), the time (Unix, seconds) and the numbers."""
     if self._first_step is None:
       self._first_step, self._start = step, time.monotonic()
     if self._file:
-      self._file.write(json.dumps({"step": step, "kind": kind, **numbers}) + "\n")
+      self._file.write(json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **numbers}) + "\n")
       self._file.flush()
+    if self._board:
+      for name, number in numbers.items():
+        self._board.add_scalar(f"{kind}/{name}", number, step)
     if self._progress:
       shown = "  ".join(f"{name} {_short(number)}" for name, number in numbers.items())
       print(f"{self._stage:>11} {step:>6}/{self._steps}  {kind}  {shown}{self._left(step)}", file=sys.stderr, flush=True)
@@ -85,6 +90,64 @@ class Reporter:
   def close(self) -> None:
     if self._file:
       self._file.close()
+    if self._board:
+      self._board.close()
+
+
+def _tensorboard(directory: Any) -> Any:
+  try:
+    import tensorboardX
+  except ImportError:
+    return None
+  return tensorboardX.SummaryWriter(str(directory))
+
+
+class Stopwatch:
+  """Where the time of a run goes.
+
+  `productive` is the time of steps whose results were kept, over all starts of the run; compiling, evaluating, saving, restoring and
+  steps that were lost with a machine are not in it. Goodput is its share of the time since the run was first started.
+
+  Args:
+    first_start: Unix time, seconds.
+    productive: seconds, from the checkpoint that the run goes on from.
+  """
+
+  def __init__(self, first_start: float, productive: float = 0.0):
+    self._first_start, self.productive = first_start, productive
+    self._since, self._lost, self._waited = time.monotonic(), 0.0, 0.0
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Time in which the devices may wait for input."""
+    start = time.monotonic()
+    yield
+    self._waited += time.monotonic() - start
+
+  @contextlib.contextmanager
+  def unproductive(self) -> Iterator[None]:
+    """Time that trains nothing."""
+    start = time.monotonic()
+    yield
+    self._lost += time.monotonic() - start
+
+  @property
+  def elapsed(self) -> float:
+    """Seconds since the last report."""
+    return time.monotonic() - self._since
+
+  def report(self, rows: int, tokens: int, model_flops: float, peak_flops: float | None) -> dict[str, float]:
+    """Rates since the last report: samples, tokens, model FLOPs utilisation where the peak is known, the share of time spent waiting
+    for input, and the goodput."""
+    elapsed = self.elapsed
+    worked = max(elapsed - self._lost, 1e-9)
+    self.productive += worked
+    numbers = {"samples_per_second": rows / worked, "tokens_per_second": tokens / worked, "input_wait": self._waited / worked,
+               "goodput": self.productive / max(time.time() - self._first_start, worked)}
+    if peak_flops:
+      numbers["mfu"] = model_flops / worked / peak_flops
+    self._since, self._lost, self._waited = time.monotonic(), 0.0, 0.0
+    return numbers
 
 
 def _short(number: float) -> str:

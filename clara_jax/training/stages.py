@@ -82,21 +82,36 @@ def get(name: str) -> Stage:
 # ---- losses ------------------------------------------------------------------------------------------------------------------
 
 
-def answer_terms(logits: jax.Array, prompt: Prompt) -> tuple[Mean, jax.Array]:
+def answer_terms(model: Clara, weights: Weights, states: jax.Array, prompt: Prompt) -> tuple[Mean, jax.Array]:
   """Cross entropy over all label tokens, and whether each row's labels are all predicted (which greedy decoding would repeat).
 
+  With `model.logits_chunk` the logits of that many label positions are formed at a time, and again in the backward pass.
+
   Args:
-    logits: [B, A, V].
+    model, weights: for the head.
+    states: [B, A, D] hidden states at the label positions.
     prompt: its labels.
 
   Returns:
     (Mean over label tokens, [B] bool).
   """
-  weights = prompt.label_weights
-  count = weights.sum()
-  total = losses.cross_entropy(logits, prompt.labels, weights) * jnp.maximum(count, 1)
-  right = (jnp.argmax(logits, axis=-1) == prompt.labels) | (weights == 0)
-  return Mean(total, count), right.all(-1)
+  matrix = model.output_matrix(weights)
+
+  def one(states, labels, counted):
+    loss, right = losses.cross_entropy(model.logits(weights, states, matrix), labels)
+    return (loss * counted).sum(), (right | (counted == 0)).all(-1)
+
+  values = (states, prompt.labels, prompt.label_weights)
+  chunk, length = model.config.model.logits_chunk, prompt.labels.shape[1]
+  if not chunk or chunk >= length:
+    total, right = one(*values)
+  else:
+    def chunked(x):
+      x = jnp.pad(x, [(0, 0), (0, -length % chunk), *[(0, 0)] * (x.ndim - 2)])
+      return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+    totals, rights = jax.lax.map(lambda xs: jax.checkpoint(one)(*xs), jax.tree.map(chunked, values))
+    total, right = totals.sum(), rights.all(0)
+  return Mean(total, prompt.label_weights.sum()), right
 
 
 def _valid(batch: Batch) -> jax.Array:
@@ -115,8 +130,8 @@ def given_documents_loss(model: Clara, trainable: Weights, frozen: Weights, batc
   # Rows with fewer documents than others are filled up with documents of length 0.
   mse = Mean.of(losses.alignment_mse(hidden, documents.is_real() & ~is_memory, documents.is_real() & is_memory),
                 documents.lengths > 0)
-  logits = model.answer_logits(weights, batch.prompt, memories.reshape(*lead, *memories.shape[1:]), dropout=answer_key)
-  ce, right = answer_terms(logits, batch.prompt)
+  states = model.answer_states(weights, batch.prompt, memories.reshape(*lead, *memories.shape[1:]), dropout=answer_key)
+  ce, right = answer_terms(model, weights, states, batch.prompt)
   terms = {"ce": ce, "mse": Mean(mse.total * model.config.mse_weight, mse.count)}
   return terms, {"ce": ce, "mse": mse, "answers": Mean.of(right, _valid(batch))}
 
@@ -147,8 +162,8 @@ def joint_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batch, 
   selected, indices = model.select(scores, memories)
   if nested_key is not None and model.config.nested_dropout:
     selected = nested_dropout(selected, model.config.nested_dropout, nested_key)
-  logits = model.answer_logits(weights, batch.prompt, selected, dropout=answer_key)
-  ce, right = answer_terms(logits, batch.prompt)
+  states = model.answer_states(weights, batch.prompt, selected, dropout=answer_key)
+  ce, right = answer_terms(model, weights, states, batch.prompt)
   metrics = {"ce": ce, "answers": Mean.of(right, _valid(batch))}
   if batch.is_gold is not None:
     metrics |= recall(scores, batch.is_gold, _valid(batch))
@@ -197,7 +212,7 @@ def joint_diagnostics(model: Clara, weights: Weights, batch: Batch) -> Metrics:
   selected, indices = model.select(scores, memories)
 
   def loss(selected):
-    mean, _ = answer_terms(model.answer_logits(weights, batch.prompt, selected), batch.prompt)
+    mean, _ = answer_terms(model, weights, model.answer_states(weights, batch.prompt, selected), batch.prompt)
     return mean.total
 
   config = model.config
@@ -227,8 +242,8 @@ def pretrain_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batc
   """Next-token cross entropy of the plain base on prompts with the documents as text."""
   del rng  # the base has no dropout
   weights = {**frozen, **trainable}
-  logits = model.answer_logits(weights, batch.prompt, None, role=None)
-  ce, right = answer_terms(logits, batch.prompt)
+  states = model.answer_states(weights, batch.prompt, None, role=None)
+  ce, right = answer_terms(model, weights, states, batch.prompt)
   return {"ce": ce}, {"ce": ce, "answers": Mean.of(right, _valid(batch))}
 
 

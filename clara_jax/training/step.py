@@ -47,7 +47,8 @@ def train_step(model: Clara, stage: Stage, optimizer: optax.GradientTransformati
     (the new state, metrics: the loss's terms, gradient norm, and the stage's own).
   """
   rng = jax.random.fold_in(state.rng, state.step)
-  micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+  # Every C-th row, so that a device's rows stay on it.
+  micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
   keys = jax.random.split(rng, accumulate)
 
   def totals(trainable, batch, key, counts):
@@ -81,7 +82,8 @@ def train_step(model: Clara, stage: Stage, optimizer: optax.GradientTransformati
   updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
   trainable = optax.apply_updates(state.trainable, updates)
   one = jnp.ones((), jnp.float32)
-  metrics = {"loss": Mean(loss, one), "gradient_norm": Mean(optax.global_norm(grads), one), **metrics}
+  metrics = {"loss": Mean(loss, one), "gradient_norm": Mean(optax.global_norm(grads), one),
+             **{f"gradient_norm_{group}": Mean(optax.global_norm(tree), one) for group, tree in grads.items()}, **metrics}
   return TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
 
 

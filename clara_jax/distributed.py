@@ -1,0 +1,58 @@
+"""Several processes as one: who is who, and what they agree on."""
+
+import os
+import sys
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from clara_jax.config import ConfigError
+
+
+def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+  """Joins the processes of a run; call it before anything else of JAX.
+
+  Without arguments JAX finds the others itself: on Cloud TPU (also under GKE), SLURM, Kubernetes or Open MPI, or by
+  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+  Args:
+    coordinator: HOST:PORT of process 0.
+    processes: how many there are.
+    process: which one this is.
+
+  Raises:
+    ConfigError: only some of the three are given, or the others are not to be found.
+  """
+  given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+  environment = {"--coordinator": os.environ.get("JAX_COORDINATOR_ADDRESS"), "--processes": os.environ.get("JAX_NUM_PROCESSES"),
+                 "--process": os.environ.get("JAX_PROCESS_ID")}
+  if any(v is not None for v in given.values()) or environment["--coordinator"]:
+    given = {name: value if value is not None else environment[name] for name, value in given.items()}
+    if missing := [name for name, value in given.items() if value is None]:
+      raise ConfigError(f"{', '.join(missing)}: missing; several processes by hand need --coordinator, --processes and --process")
+    coordinator, processes, process = given["--coordinator"], int(given["--processes"]), int(given["--process"])
+  try:
+    jax.distributed.initialize(coordinator, processes, process)
+  except (ValueError, RuntimeError) as error:
+    raise ConfigError(f"--distributed: {str(error).splitlines()[0]}") from None
+  print(f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of {jax.device_count()} devices",
+        file=sys.stderr, flush=True)
+
+
+def is_main() -> bool:
+  """Whether this is the process that writes logs and records."""
+  return jax.process_index() == 0
+
+
+def maximum(values: np.ndarray) -> np.ndarray:
+  """The elementwise maximum over all processes."""
+  if jax.process_count() == 1:
+    return values
+  return np.asarray(multihost_utils.process_allgather(values)).max(0)
+
+
+def barrier(name: str) -> None:
+  """Waits until every process is here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

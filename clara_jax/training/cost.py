@@ -1,0 +1,217 @@
+"""What a training step needs of a machine: bytes on each chip, FLOPs, traffic, and the step time that these allow.
+
+`compiled` asks XLA, for TPU topologies that need not be there. `analysed` adds up what the method needs, for any accelerator; its
+temporaries are an estimate. Used by `launch/aot.py` and, for the model FLOPs utilisation, by the training loop.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from clara_jax.config import RunConfig
+from clara_jax.training import flops, hlo
+from clara_jax.training.program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Peaks of one accelerator, from its maker's data sheet.
+
+  Attributes:
+    flops: bfloat16, a second.
+    memory: bytes.
+    memory_bandwidth: bytes a second.
+    interconnect: bytes a second that it can receive from its neighbours over all links.
+    kinds: how `jax.Device.device_kind` names it.
+  """
+
+  flops: float
+  memory: float
+  memory_bandwidth: float
+  interconnect: float
+  kinds: tuple[str, ...]
+
+
+# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: "key specifications", per chip; nvidia.com: H100 SXM, H200 SXM, A100 80 GB (NVLink, one way).
+CHIPS = {
+    "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9, ("TPU v4",)),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, ("TPU v5 lite", "TPU v5e")),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, ("TPU v5", "TPU v5p")),
+    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9, ("TPU v6 lite", "TPU v6e")),
+    "a100": Chip(312e12, 80e9, 2039e9, 300e9, ("NVIDIA A100-SXM4-80GB",)),
+    "h100": Chip(989e12, 80e9, 3350e9, 450e9, ("NVIDIA H100 80GB HBM3",)),
+    "h200": Chip(989e12, 141e9, 4800e9, 450e9, ("NVIDIA H200",)),
+}
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+  """The peaks of a device; None where they are not known (a CPU)."""
+  return next((chip for chip in CHIPS.values() if device.device_kind in chip.kinds), None)
+
+
+def step_flops(program: Program) -> float:
+  """FLOPs of the largest step over all chips, recomputation included (hardware FLOPs)."""
+  with program.context():
+    return flops.count(program.step, program.state_shapes(), program.frozen_shapes(), program.batch_shapes())
+
+
+def model_flops(config: RunConfig, batch: Any) -> float:
+  """FLOPs that a step of these shapes needs by the method, without recomputation: the numerator of the model FLOPs utilisation.
+
+  Forward 2 for every base weight and token, backward 2 more for the inputs' gradient (frozen weights have none of their own), the
+  compressor forward only where it is frozen; attention 4·T²·D a row and layer forward, twice that backward. Padding counts as tokens.
+  """
+  clara, stage = config.clara, config.train.stage
+  model = clara.model
+  layer = model.width * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim + 3 * model.width * model.mlp_dim
+
+  def passes(shape, trained):
+    rows, length = math.prod(shape[:-1]), shape[-1]
+    forward = model.num_layers * (2.0 * rows * length * layer + 2.0 * rows * length**2 * model.num_heads * model.head_dim)
+    return forward * (1 + trained)
+
+  # Where the base trains, its own gradient costs as much as the inputs'.
+  backward = 2 if stage == "pretrain" else 1
+  total = passes(batch.prompt.tokens.ids.shape, backward)
+  total += 2.0 * batch.prompt.labels.size * model.width * clara.vocab_size * (1 + backward)
+  if batch.documents is not None:
+    total += passes(batch.documents.ids.shape, batch.question is None)
+  if batch.question is not None:
+    total += passes(batch.question.ids.shape, 1)
+  return total
+
+
+def shard_bytes(tree: Any) -> int:
+  """Bytes that one device holds of a tree of `jax.ShapeDtypeStruct`s with shardings."""
+  def leaf(x):
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return 16
+    return math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+  return sum(leaf(x) for x in jax.tree.leaves(tree))
+
+
+def temporary_bytes(program: Program) -> int:
+  """An estimate of what one chip holds beside the arguments, at the peak of the largest step: saved activations, the largest layer at
+  work, gathered weights, gradients, and the logits of one chunk."""
+  config = program.config
+  clara, model, mesh = config.clara, config.clara.model, program.mesh.shape
+  batch, frozen = program.batch_shapes(), program.frozen_shapes()
+  item, tensor = np.dtype(jax.numpy.dtype(model.dtype)).itemsize, mesh["tensor"]
+  rows = config.data.batch_size // config.train.accumulate // (mesh["slice"] * mesh["data"] * mesh["fsdp"])
+  layer = model.width * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim + 3 * model.width * model.mlp_dim
+
+  def at_work(texts, length):
+    scores = 0 if model.attention == "cudnn" else 2.5 * 4 * texts * model.num_heads / tensor * length**2
+    return scores + texts * length * item * (4 * model.mlp_dim / tensor + 6 * model.width)
+
+  def saved(texts, length):
+    return model.num_layers * texts * length * model.width * item if model.remat == "full" else (
+        model.num_layers * at_work(texts, length))
+
+  t = batch.prompt.tokens.ids.shape[-1]
+  total, peak = saved(rows, t), at_work(rows, t)
+  for tokens in (batch.documents, batch.question):
+    if tokens is None:
+      continue
+    texts, length = rows * math.prod(tokens.ids.shape[1:-1]), tokens.ids.shape[-1]
+    trains = tokens is batch.question or program.stage.data == "given"
+    total += saved(texts, length) if trains else 0
+    peak = max(peak, at_work(texts, length))
+  gathered = 2 * layer * item / tensor if mesh["fsdp"] > 1 else 0
+  chunk = min(model.logits_chunk or batch.prompt.labels.shape[1], batch.prompt.labels.shape[1])
+  logits = 2 * 4 * rows * chunk * clara.vocab_size / tensor + 2 * clara.vocab_size * model.width * item / tensor
+  del frozen
+  return int(total + peak + gathered + logits + shard_bytes(program.state_shapes().trainable))
+
+
+def roofline(chip: Chip, chips: int, flops_per_step: float, memory_bytes: float, interconnect_bytes: float) -> dict[str, float]:
+  """Seconds that a step takes at least: the compute, the main memory, the interconnect, and the largest of them."""
+  seconds = {"compute": flops_per_step / chips / chip.flops, "memory": memory_bytes / chip.memory_bandwidth,
+             "interconnect": interconnect_bytes / chip.interconnect}
+  return {**seconds, "step": max(seconds.values())}
+
+
+def compiled(program: Program, chip: Chip) -> dict[str, Any]:
+  """Compiles the step for the program's mesh and reads the result; see `launch/aot.py` for the fields."""
+  with program.context():
+    arguments = (program.state_shapes(), program.frozen_shapes(), program.batch_shapes())
+    start = time.monotonic()
+    report: dict[str, Any] = {"method": "compiled", "flops_per_step": flops.count(program.step, *arguments)}
+    try:
+      executable = program.step.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+      used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
+      if not used:
+        raise
+      total, limit = (float(used[i]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[used[i + 1]] for i in (1, 3))
+      return report | {"fits": False, "bytes_per_chip": {"arguments": shard_bytes(arguments), "temporaries": None, "output": None,
+                                                         "total": int(total)},
+                       "memory_per_chip": int(limit), "collectives": None, "compile_seconds": time.monotonic() - start}
+    seconds = time.monotonic() - start
+  memory = executable.memory_analysis()
+  output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + memory.generated_code_size_in_bytes
+  found = hlo.analyse(executable.as_text())
+  return report | {
+      "fits": total <= chip.memory,
+      "bytes_per_chip": {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes, "output": output,
+                         "code": memory.generated_code_size_in_bytes, "total": total},
+      "memory_per_chip": int(chip.memory), "collectives": found.collectives,
+      "interconnect_bytes_per_chip": int(found.interconnect_bytes), "memory_traffic_bytes_per_chip": int(found.memory_bytes),
+      "roofline_seconds": roofline(chip, program.mesh.size, report["flops_per_step"], found.memory_bytes, found.interconnect_bytes),
+      "compile_seconds": seconds}
+
+
+def analysed(program: Program, chip: Chip) -> dict[str, Any]:
+  """The same by analysis, nothing compiled: arguments and FLOPs exact, temporaries estimated, traffic a lower bound of what the method
+  moves (each pass gathers and reads the frozen weights once)."""
+  mesh = program.mesh.shape
+  arguments = (program.state_shapes(), program.frozen_shapes(), program.batch_shapes())
+  temporaries = temporary_bytes(program)
+  held = shard_bytes(arguments)
+  base = shard_bytes(program.weights_shapes("base")) * mesh["fsdp"]
+  passes = 3 * program.config.train.accumulate * (2 if program.stage.data != "text" else 1)
+  gathered = passes * base * (mesh["fsdp"] - 1) / mesh["fsdp"]
+  total_flops = step_flops(program)
+  return {
+      "method": "analysis", "flops_per_step": total_flops, "fits": held + temporaries <= chip.memory,
+      "bytes_per_chip": {"arguments": held, "temporaries": temporaries, "output": 0, "total": held + temporaries},
+      "memory_per_chip": int(chip.memory), "collectives": None, "interconnect_bytes_per_chip": int(gathered),
+      "memory_traffic_bytes_per_chip": int(passes * base),
+      "roofline_seconds": roofline(chip, program.mesh.size, total_flops, passes * base, gathered), "compile_seconds": 0.0}
+
+
+def remedies(program: Program, chip: Chip) -> list[str]:
+  """What would make a step fit, by analysis: single changes first, then all together."""
+  config = program.config
+  ways = program.mesh.size // program.mesh.shape["tensor"]
+  rows = config.data.batch_size // ways
+
+  def with_(accumulate=None, quantized=False, store=False):
+    model = dataclasses.replace(config.clara.model, base_quantization="int8" if quantized else config.clara.model.base_quantization)
+    return dataclasses.replace(
+        config, clara=dataclasses.replace(config.clara, model=model),
+        train=dataclasses.replace(config.train, accumulate=accumulate or config.train.accumulate),
+        data=dataclasses.replace(config.data, store="STORE" if store else config.data.store))
+
+  options = [(f"config.train.accumulate={a}", {"accumulate": a}) for a in range(config.train.accumulate + 1, rows + 1) if rows % a == 0]
+  if "base" not in program.trained:
+    options.append(("config.clara.model.base_quantization=int8", {"quantized": True}))
+  if program.stage.data == "candidates" and not config.data.store:
+    options.append(("config.data.store=DIR (candidates encoded once)", {"store": True}))
+  everything = {k: v for _, o in options for k, v in o.items()}
+  found = []
+  for name, changes in [*options, (" and ".join(n for n, _ in options if n.startswith("config.train") is False or
+                                                n.endswith(f"={everything.get('accumulate')}")), everything)]:
+    other = Program(with_(**changes), 1000, program.mesh)
+    total = shard_bytes((other.state_shapes(), other.frozen_shapes(), other.batch_shapes())) + temporary_bytes(other)
+    if name and total <= 0.95 * chip.memory:
+      found.append(f"{name}: about {total / 2**30:.1f} GiB")
+      if changes is not everything and len(found) == 3:
+        break
+  return list(dict.fromkeys(found)) or ["more chips in config.mesh.fsdp, or a larger config.mesh.tensor"]

@@ -1,0 +1,86 @@
+"""Does a run fit, and how fast can it be? Compiles its train step for a TPU topology, on a machine without TPUs.
+
+    python launch/aot.py --config configs/mistral_7b.py:scp --topology v5e:4x8              # compiled; needs the extra 'tpu' (libtpu)
+    python launch/aot.py --config configs/mistral_7b.py:scp --gpus 8 --chip h100            # by analysis, nothing is compiled
+
+The step, its shapes and its shardings are those of `clara train`; batches have the largest shapes that the configuration allows.
+Overrides as in training: `--config.train.accumulate=4`. With --json one object: chips, mesh, fits, bytes_per_chip {arguments,
+temporaries, output, total}, memory_per_chip, flops_per_step (all chips, recomputation included), collectives {kind: how often they
+run}, interconnect_bytes_per_chip, memory_traffic_bytes_per_chip, roofline_seconds {compute, memory, interconnect, step},
+compile_seconds, remedies (what would make it fit, where it does not), method ('compiled' or 'analysis').
+Exit status: 0 it fits, 1 it does not, 2 wrong usage.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+# TPU programs are compiled by libtpu, which looks for no TPU; arrays, where there are any, live on the CPU.
+os.environ.update(TPU_SKIP_MDS_QUERY="1", JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="2", ABSL_MIN_LOG_LEVEL="2")
+
+import jax
+from jax.experimental import topologies
+
+from clara_jax.cli import configs
+from clara_jax.config import ConfigError
+from clara_jax.sharding import make_mesh
+from clara_jax.training import cost
+from clara_jax.training.program import Program
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Prints the report; returns the exit status."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", required=True, metavar="FILE.py[:NAME]")
+  where = parser.add_mutually_exclusive_group(required=True)
+  where.add_argument("--topology", help="chip and shape: v5e:4x8, v5p:2x2x4, v6e:4x4")
+  where.add_argument("--gpus", type=int, help="how many GPUs; by analysis")
+  parser.add_argument("--slices", type=int, default=1, help="how many such topologies, joined by the data centre network")
+  parser.add_argument("--chip", choices=sorted(cost.CHIPS), default="h100", help="of --gpus")
+  parser.add_argument("--json", action="store_true")
+  options, overrides = parser.parse_known_args(arguments)
+  try:
+    config = configs.load(options.config, overrides)
+    if options.topology:
+      chip, devices = _topology(options.topology, options.slices)
+    else:
+      jax.config.update("jax_num_cpu_devices", options.gpus)
+      chip, devices = cost.CHIPS[options.chip], jax.devices()
+    program = Program(config, 1000, make_mesh(config.mesh, devices))
+  except ConfigError as error:
+    print(f"aot: {error}", file=sys.stderr)
+    return 2
+  report = {"config": options.config, "topology": options.topology or f"{options.gpus} x {options.chip}", "chips": program.mesh.size,
+            "mesh": dict(program.mesh.shape)}
+  report |= cost.compiled(program, chip) if options.topology else cost.analysed(program, chip)
+  report["remedies"] = [] if report["fits"] else cost.remedies(program, chip)
+  print(json.dumps(report) if options.json else _text(report))
+  return 0 if report["fits"] else 1
+
+
+def _topology(name: str, slices: int):
+  kind = name.split(":")[0]
+  if kind not in cost.CHIPS:
+    raise ConfigError(f"--topology {name}: unknown chip {kind!r}; known: v4, v5e, v5p, v6e")
+  try:
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices)
+  except Exception as error:
+    raise ConfigError(f"--topology {name}: {str(error).splitlines()[0]} (libtpu comes with pip install -e '.[tpu]')") from None
+  return cost.CHIPS[kind], topology.devices
+
+
+def _text(report: dict) -> str:
+  gib = {name: f"{size / 2**30:.2f}" for name, size in report["bytes_per_chip"].items() if size is not None}
+  lines = [f"{report['config']} on {report['topology']}: {report['chips']} chips, mesh {report['mesh']} ({report['method']})",
+           f"  {'fits' if report['fits'] else 'DOES NOT FIT'}: GiB per chip {gib} of {report['memory_per_chip'] / 2**30:.2f}",
+           f"  {report['flops_per_step']:.3g} FLOPs a step, compiled in {report['compile_seconds']:.0f} s"]
+  if report["collectives"]:
+    lines.append(f"  collectives {report['collectives']}, {report['interconnect_bytes_per_chip'] / 1e9:.1f} GB received a chip")
+  if "roofline_seconds" in report:
+    lines.append("  at least, seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in report["roofline_seconds"].items()))
+  return "\n".join(lines + [f"  would fit with {remedy}" for remedy in report["remedies"]])
+
+
+if __name__ == "__main__":
+  sys.exit(main())
