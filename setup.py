@@ -3,6 +3,9 @@
 import setuptools
 
 QUICKSTART = ["matplotlib>=3.9", "scann>=1.4.2; platform_system == 'Linux'"]
+RECORDS = ["tensorflow-datasets>=4.9.9", "importlib_resources>=6.0"]  # the latter is imported by the former, which does not say so
+TENSORBOARD = ["tensorboardX>=2.6"]
+INT8 = ["qwix>=0.1.8"]
 TEST = ["pytest>=8.3", "pytest-xdist>=3.6", "chex>=0.1.90", "hypothesis>=6.100", "bm25s>=0.2", "peft>=0.17"]
 
 setuptools.setup(
@@ -38,7 +41,10 @@ setuptools.setup(
         "quickstart": QUICKSTART,
         "scann": QUICKSTART[1:],
         "torch": ["torch>=2.6"],
-        "test": [*TEST, *QUICKSTART, "torch>=2.6"],
+        "records": RECORDS,
+        "tensorboard": TENSORBOARD,
+        "int8": INT8,
+        "test": [*TEST, *QUICKSTART, *RECORDS, *TENSORBOARD, *INT8, "torch>=2.6"],
         "lint": ["ruff>=0.9"],
     },
     entry_points={"console_scripts": ["clara = clara_jax.cli.main:run"]},

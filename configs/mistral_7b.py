@@ -21,16 +21,19 @@ def get_config(stage: str = "scp") -> ml_collections.ConfigDict:
       "lora": {"rank": 16, "alpha": 32.0, "dropout": 0.1},
       "doc_max_length": 256, "compression_rate": 32, "query_max_length": 256,
       "decoder_max_length": 1024 if joint else 2048,
-      "top_k": 5 if stage != "scp" else 1, "temperature": 0.02, "masking": "algorithm1",
+      "top_k": 5 if stage != "scp" else 1, "temperature": 0.02, "masking": "algorithm1", "mse_weight": 0.1,
   }
   config.data = {
-      "rows": (), "eval_rows": (), "batch_size": 32 if joint else 128, "candidates": 20, "bucket": 256, "document_bucket": 32,
-      "label_bucket": 128, "store": placeholder(str),
+      "rows": (), "weights": (), "eval_rows": (), "batch_size": 32 if joint else 128, "eval_batch_size": 32, "candidates": 20,
+      "bucket": 256, "document_bucket": 32, "label_bucket": 128, "store": placeholder(str), "shards": 8, "length_window": 8,
+      "workers": 4, "max_malformed": 0,
   }
   config.train = {
-      "stage": stage, "epochs": 1.0, "steps": placeholder(int),
-      "learning_rate": 5e-6 if joint else 1e-4, "schedule": "cosine", "warmup_fraction": 0.03, "clip_norm": 1.0,
-      "accumulate": 1, "seed": 0,
+      "stage": stage, "epochs": 1.0, "steps": placeholder(int), "learning_rate": 5e-6 if joint else 1e-4, "schedule": "cosine",
+      "warmup_fraction": 0.03, "clip_norm": 1.0, "accumulate": 1, "seed": 0, "log_every": 20, "eval_every": 0, "checkpoint_every": 500,
+      "keep_checkpoints": 2, "keep_best": placeholder(str),
   }
-  config.mesh = {"preset": "host", "slice": placeholder(int), "data": placeholder(int), "fsdp": placeholder(int), "tensor": placeholder(int)}
+  config.mesh = {
+      "preset": "host", "slice": placeholder(int), "data": placeholder(int), "fsdp": placeholder(int), "tensor": placeholder(int),
+  }
   return config

@@ -5,6 +5,7 @@ import functools
 import itertools
 
 import jax
+import numpy as np
 
 from clara_jax.config import ClaraConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from clara_jax.data import schemas
@@ -34,15 +35,19 @@ def layout(**fields) -> Layout:
   return Layout(world().tokenizer(), dataclasses.replace(config(), **fields))
 
 
-def rows(stage: str) -> list[schemas.Row]:
-  made = {
+def raw_rows(stage: str) -> list[dict]:
+  """Rows as a JSONL file has them."""
+  return list({
       "pretrain": lambda: world().lookup_rows(versions=1),
       "scp": lambda: itertools.islice(world().scp_rows(versions=1), 64),
       "instruct": lambda: world().question_rows(2),
       "joint": lambda: world().question_rows(6),
       "contrastive": lambda: world().question_rows(6),
-  }[stage]()
-  return [schemas.parse_row(r, f"{stage}:{i}") for i, r in enumerate(made)]
+  }[stage]())
+
+
+def rows(stage: str) -> list[schemas.Row]:
+  return [schemas.parse_row(r, f"{stage}:{i}") for i, r in enumerate(raw_rows(stage))]
 
 
 def run_config(stage: str, **train) -> RunConfig:
@@ -61,3 +66,19 @@ def _weights(seed: int) -> dict:
   for i, role in enumerate(("compressor", "query_reasoner", "generator")):
     made[role] = jax.tree.map(lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), made[role])
   return made
+
+
+@functools.cache
+def pod_config() -> ClaraConfig:
+  """As `config`, with sizes that divide over eight devices."""
+  model = dataclasses.replace(config().model, width=32, num_heads=8, num_kv_heads=4, head_dim=8, mlp_dim=64, vocab_multiple=8,
+                              logits_chunk=16, remat="full")
+  return dataclasses.replace(config(), model=model)
+
+
+def pod_weights() -> dict:
+  """Fresh weights of `pod_config` in which the adapters matter."""
+  made = jax.jit(Clara(pod_config()).init)(jax.random.key(0))
+  for i, role in enumerate(("compressor", "query_reasoner", "generator")):
+    made[role] = jax.tree.map(lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), made[role])
+  return jax.tree.map(np.asarray, made)

@@ -1,6 +1,5 @@
 """A run of one stage: place the weights, take the steps, report, save, resume, stop when asked to."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -69,6 +68,8 @@ def train(
     base_sha256: str | None = None,
     stop_at: int | None = None,
     on_evaluation: Callable[[int, dict[str, float]], None] | None = None,
+    on_report: Callable[[int, dict[str, float]], None] | None = None,
+    on_step: Callable[[int, list[str]], None] | None = None,
 ) -> Result:
   """Runs one stage to its end; goes on from `workdir` where a run of the same configuration was stopped.
 
@@ -88,6 +89,8 @@ def train(
     base_sha256: hash of the base's tensors, for the checkpoint's record.
     stop_at: stops (and saves) after this step, for tests and for time limits.
     on_evaluation: called with each evaluation.
+    on_report: called with the metrics of each report.
+    on_step: called after each step with the ids of the rows that this process gave to it.
 
   Raises:
     ConfigError: the configuration does not fit the data, the devices or the weights before.
@@ -167,6 +170,8 @@ def train(
         last["malformed_rows"] = batches.malformed
       if main:
         reporter.write(step, last)
+      if on_report:
+        on_report(step, last)
       pending.clear()
       running, tokens, flops = None, 0, 0.0
 
@@ -185,10 +190,13 @@ def train(
         with watch.waiting():
           given = next(batches)
           batch = to_device(given.batch, data.batch_size, given.positions)
-        compiling = watch.unproductive if program.step._cache_size() == 0 else contextlib.nullcontext
-        with compiling():
-          state, numbers = program.step(state, frozen, batch)
+        compiled, called = program.step._cache_size(), time.monotonic()
+        state, numbers = program.step(state, frozen, batch)
+        if program.step._cache_size() > compiled:  # a batch of a new shape
+          watch.discount(time.monotonic() - called)
         step += 1
+        if on_step:
+          on_step(step, given.ids)
         pending.append((step, given.ids, numbers["loss"]))
         tokens += _real_tokens(batch)
         flops += cost.model_flops(config, batch)

@@ -129,7 +129,11 @@ class Stopwatch:
     """Time that trains nothing."""
     start = time.monotonic()
     yield
-    self._lost += time.monotonic() - start
+    self.discount(time.monotonic() - start)
+
+  def discount(self, seconds: float) -> None:
+    """Counts seconds that were not productive."""
+    self._lost += seconds
 
   @property
   def elapsed(self) -> float:

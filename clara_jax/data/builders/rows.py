@@ -31,7 +31,7 @@ class StageRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _info(self) -> tfds.core.DatasetInfo:
     texts = tfds.features.Sequence(tfds.features.Text())
-    return self.dataset_info_from_configs(
+    return tfds.core.DatasetInfo(builder=self, 
         description=type(self).__doc__,
         features=tfds.features.FeaturesDict({
             "identifier": tfds.features.Text(), "documents": texts, "document_ids": texts, "questions": texts, "answers": texts,

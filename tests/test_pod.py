@@ -1,0 +1,155 @@
+"""Meshes, processes, interruptions: the same numbers on any number of devices and hosts, and after any stop."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from clara_jax.data import records
+from clara_jax.data.world import write_rows
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parents[1]
+MESHES = {"one": {"preset": "chip"}, "data": {"data": 8}, "fsdp": {"preset": "host"}, "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
+          "tensor": {"data": 2, "tensor": 4}}
+STAGES = ("pretrain", "scp", "instruct", "joint", "contrastive")
+GOLDEN = ROOT / "tests" / "collectives.json"
+
+
+def start(job, devices, *who, **popen):
+  environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+  return subprocess.Popen([sys.executable, "-m", "tests.pod_worker", json.dumps(job), *map(str, who)], env=environment, cwd=ROOT,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+
+
+def finish(process, timeout=400):
+  out, err = process.communicate(timeout=timeout)
+  assert process.returncode == 0, err[-3000:]
+  return json.loads(next(line for line in out.splitlines() if line.startswith("REPORT"))[6:])
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("rows")
+  made = {}
+  for stage in STAGES:
+    path = folder / f"{stage}.jsonl"
+    write_rows(tiny.raw_rows(stage), str(path))
+    made[stage] = str(path)
+  for kind in ("scp", "joint"):
+    made[f"{kind} records"] = records.build(kind, [made[kind]], str(folder), files=4).directory
+  return made
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_mesh_gives_the_losses_of_one_device(files, stage):
+  job = {"stage": stage, "rows": [files[stage]], "train": {"steps": 20}, "runs": [{"mesh": mesh} for mesh in MESHES.values()]}
+  runs = dict(zip(MESHES, finish(start(job, 8)), strict=True))
+  expected = list(runs["one"]["losses"].values())
+  assert len(expected) == 20 and expected[-1] != expected[0]
+  for name, run in runs.items():
+    np.testing.assert_allclose(list(run["losses"].values()), expected, rtol=1e-5, err_msg=name)
+  for name, ways in (("data", 1), ("fsdp", 8), ("mixed", 4), ("tensor", 4)):
+    for leaf, (whole, shard) in runs[name]["divided"].items():
+      share = np.prod(whole) / np.prod(shard)
+      if leaf.endswith("['kernel']") or leaf.endswith("['a']") or leaf.endswith("['b']"):
+        assert share == ways, (name, leaf, whole, shard)
+
+
+@pytest.mark.parametrize("stage", ["scp", "joint"])
+def test_collectives(stage):
+  """The compiled step sends what it is known to send, and never gathers logits."""
+  job = {"stage": stage, "rows": [], "action": "collectives", "runs": [{"mesh": mesh} for mesh in MESHES.values()]}
+  found = dict(zip(MESHES, finish(start(job, 8)), strict=True))
+  assert all(not run["gathered_logits"] for run in found.values())
+  counts = {name: run["counts"] for name, run in found.items()}
+  assert counts["one"] == {}
+  assert set(counts["data"]) <= {"all-reduce", "all-gather"} and counts["data"]["all-reduce"] >= 1
+  assert counts["fsdp"]["all-gather"] >= 7  # the weights of a layer, at least
+  assert counts["tensor"]["all-reduce"] > counts["data"]["all-reduce"]
+  golden = json.loads(GOLDEN.read_text())
+  if golden["jax"] == jax.__version__:  # the compiler of another version may do it otherwise
+    assert counts == golden[stage]
+
+
+def test_four_processes_are_one_and_any_other_number_goes_on(files, tmp_path):
+  job = {"stage": "scp", "rows": [files["scp records"]], "data": {"shards": 4, "length_window": 2},
+         "train": {"steps": 6, "checkpoint_every": 3}}
+  one = start({**job, "runs": [{"mesh": {"preset": "host"}}]}, 4)
+  (straight,) = finish(one)
+  assert len(straight["files"]) == 4
+  port, work = free_port(), str(tmp_path / "four")
+  runs = [{"mesh": {"preset": "host"}, "workdir": work, "stop_at": 3}]
+  processes = [start({**job, "runs": runs}, 1, f"localhost:{port}", 4, i) for i in range(4)]
+  four = [finish(p)[0] for p in processes]
+  for i, run in enumerate(four):
+    assert run["files"] == [f"scp-train.array_record-{i:05}-of-00004"]
+    for step, loss in run["losses"].items():
+      assert loss == pytest.approx(straight["losses"][step], rel=1e-5)
+    leaf, shard = run["divided"]["base['layers']['mlp']['up']['kernel']"]
+    assert np.prod(leaf) == 4 * np.prod(shard)
+  assert [sorted(sum((run["ids"][s] for run in four), [])) for s in "123"] == [sorted(straight["ids"][s]) for s in "123"]
+  # The same run goes on with two processes, and then with one on another mesh.
+  port = free_port()
+  processes = [start({**job, "runs": [{"mesh": {"preset": "host"}, "workdir": work, "stop_at": 4}]}, 1, f"localhost:{port}", 2, i)
+               for i in range(2)]
+  two = [finish(p)[0] for p in processes]
+  (last,) = finish(start({**job, "runs": [{"mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "workdir": work}]}, 8))
+  assert list(two[0]["losses"]) == ["4"] and list(last["losses"]) == ["5", "6"]
+  for run in (two[0], last):
+    for step, loss in run["losses"].items():
+      assert loss == pytest.approx(straight["losses"][step], rel=1e-5)
+  np.testing.assert_allclose(last["digest"], straight["digest"], rtol=1e-5)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(files, tmp_path):
+  job = {"stage": "contrastive", "rows": [files["joint records"]], "data": {"shards": 2, "length_window": 3},
+         "train": {"steps": 40, "checkpoint_every": 4}}
+  (straight,) = finish(start({**job, "runs": [{}]}, 1))
+  log, work = tmp_path / "rows.jsonl", tmp_path / "run"
+  run = {"workdir": str(work), "log": str(log)}
+  rng = np.random.default_rng(0)
+  for _ in range(3):
+    process = start({**job, "runs": [run]}, 1)
+    before = log.read_text().count("\n") if log.exists() else 0
+    while process.poll() is None and (log.read_text().count("\n") if log.exists() else 0) < before + 6:
+      time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.05))
+    process.kill()
+    process.communicate()
+  (last,) = finish(start({**job, "runs": [run]}, 1))
+  seen = {step: ids for step, ids in map(json.loads, log.read_text().splitlines())}
+  assert {str(s): ids for s, ids in seen.items()} == straight["ids"]
+  assert last["digest"] == straight["digest"]
+  starts = [json.loads(line) for line in (work / "starts.jsonl").read_text().splitlines()]
+  assert len(starts) == 4 and last["metrics"]["goodput"] < 1
+
+
+def test_sigterm_saves_and_ends_well(files, tmp_path):
+  log = tmp_path / "rows.jsonl"
+  job = {"stage": "contrastive", "rows": [files["joint"]], "train": {"steps": 100_000, "checkpoint_every": 100_000, "log_every": 50},
+         "runs": [{"workdir": str(tmp_path / "run"), "log": str(log)}]}
+  process = start(job, 1)
+  while not log.exists() or log.read_text().count("\n") < 10:
+    assert process.poll() is None, process.communicate()[1]
+    time.sleep(0.05)
+  asked = time.monotonic()
+  process.send_signal(signal.SIGTERM)
+  (run,) = finish(process)
+  assert time.monotonic() - asked < 10
+  assert run["stopped"] == run["step"] >= 10
+  assert (tmp_path / "run" / "checkpoints" / str(run["stopped"]) / "weights").exists()
