@@ -19,7 +19,7 @@ import time
 import ml_dtypes
 import numpy as np
 
-from clara_jax.config import MeshConfig, ModelConfig
+from clara_jax.config import ModelConfig
 from clara_jax.interop import families, hf
 from clara_jax.interop.tensors import TensorFiles, tensor_hash, write_tensors
 from clara_jax.model import Clara, ClaraConfig

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import math
 import sys
 
 from clara_jax.cli.commands import bad_input_errors
@@ -34,10 +35,7 @@ def main() -> int:
     total = 0
     print(f"\n{name}")
     for path, leaf in sorted(lazy.leaves({"": tree})):
-      size = 1
-      for n in leaf.shape:
-        size *= n
-      total += size
+      total += math.prod(leaf.shape)
       print(f"  {'/'.join(path[1:]) or name:<40} {leaf.dtype!s:<9} {'x'.join(map(str, leaf.shape))}")
     print(f"  {total:,} parameters")
   return 0

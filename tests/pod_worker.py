@@ -1,6 +1,8 @@
 """Runs for tests that need more devices or more processes than the tests have; reports as one JSON line.
 
-    python -m tests.pod_worker '{"stage": "scp", "rows": […], "runs": [{"mesh": {…}, "workdir": …, "stop_at": …}]}' [COORDINATOR PROCESSES PROCESS]
+    python -m tests.pod_worker JOB [COORDINATOR PROCESSES PROCESS]
+
+JOB is JSON: {"stage": "scp", "rows": […], "data": {…}, "train": {…}, "runs": [{"mesh": {…}, "workdir": …, "stop_at": …, "log": …}]}.
 """
 
 import collections

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from clara_jax.config import ClaraConfig, DataConfig, ModelConfig
-from clara_jax.data import prompts, schemas
-from clara_jax.data.pipeline import RowEncoder, evaluation_batches, pad_prompts, training_batches
+from clara_jax.config import ClaraConfig, ConfigError, DataConfig, ModelConfig
+from clara_jax.data import prompts, records, schemas
+from clara_jax.data.pipeline import RowEncoder, TrainingBatches, divide, evaluation_batches, pad_prompts, training_batches
 from clara_jax.data.tokens import Layout, PromptTokens
 from tests import tiny
 
@@ -156,3 +156,112 @@ def test_an_epoch_has_every_row_once():
   batches = training_batches(rows, encoder("candidates"), seed=0)
   seen = [i for _ in range(len(rows) // 4) for i in next(batches).ids]
   assert sorted(seen) == sorted(r.identifier for r in rows)
+
+
+def given_batches(data, **fields):
+  rows = tiny.rows("scp")
+  config = DataConfig(batch_size=8, bucket=16, **data)
+  made = RowEncoder(tiny.layout(), "given", config, 2)
+  return TrainingBatches([divide(rows, config.shards)], made, seed=5, **fields)
+
+
+def test_batches_do_not_depend_on_who_reads_them():
+  """Parts that several processes read are the parts that one reads; the agreed sizes pad them alike."""
+  data = {"shards": 4, "length_window": 3}
+  whole = given_batches(data)
+  parts = [given_batches(data, positions=np.arange(4 * i, 4 * i + 4)) for i in range(2)]
+  for _ in range(7):
+    batch, halves = next(whole), [next(p) for p in parts]
+    assert sum((h.ids for h in halves), []) == batch.ids
+    assert [h.positions.tolist() for h in halves] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    for i, half in enumerate(halves):
+      lengths = half.batch.prompt.tokens.lengths
+      np.testing.assert_array_equal(lengths, batch.batch.prompt.tokens.lengths[4 * i:4 * i + 4])
+
+
+def test_windows_put_rows_of_like_length_together():
+  def spread(batches):
+    return np.mean([np.ptp(next(batches).batch.prompt.tokens.lengths) for _ in range(8)])
+  assert spread(given_batches({"length_window": 8})) < 0.6 * spread(given_batches({}))
+  ids = given_batches({"length_window": 4, "shards": 2})
+  epoch = sorted(i for _ in range(8) for i in next(ids).ids)
+  assert epoch == sorted(r.identifier for r in tiny.rows("scp"))  # 64 rows, 8 batches: every row once
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_workers_give_the_same_batches(step):
+  data = {"length_window": 2, "shards": 2}
+  alone, helped = given_batches(data), given_batches({**data, "workers": 2})
+  for batches in (alone, helped):
+    batches.set_state({"step": step})
+  try:
+    for _ in range(5):
+      a, b = next(alone), next(helped)
+      assert a.ids == b.ids
+      jax.tree.map(np.testing.assert_array_equal, a.batch, b.batch)
+  finally:
+    helped.close()
+
+
+def test_sources_are_mixed_by_weight():
+  rows = tiny.rows("scp")
+  sources = [[[dataclasses.replace(r, identifier=f"{name}{i}") for i, r in enumerate(rows[:count])]]
+             for name, count in (("a", 40), ("b", 7))]
+  config = DataConfig(batch_size=8, rows=("a", "b"), weights=(0.75, 0.25))
+  batches = TrainingBatches(sources, RowEncoder(tiny.layout(), "given", config, 2), seed=1)
+  ids = [i for _ in range(20) for i in next(batches).ids]
+  assert sum(i.startswith("a") for i in ids) == 120 and len({i for i in ids if i.startswith("b")}) == 7
+  with pytest.raises(ConfigError, match="data.weights"):
+    DataConfig(rows=("a",), weights=(1.0, 2.0))
+
+
+def test_malformed_rows_are_counted_and_limited(tmp_path, capsys):
+  good = [json.dumps(r) for r in tiny.raw_rows("scp")[:20]]
+  path = tmp_path / "rows.jsonl"
+  path.write_text("\n".join([*good[:5], "{", *good[5:9], '{"docs": ["x"]}', "[]", *good[9:]]))
+  with pytest.raises(schemas.DataError, match=r"rows.jsonl:6: not valid JSON"):
+    records.open_sources([str(path)], 1)
+  with pytest.raises(schemas.DataError, match=r"rows.jsonl:12: expected a JSON object.*3 malformed rows, data.max_malformed=2"):
+    records.open_sources([str(path)], 1, max_malformed=2)
+  ((rows,),) = records.open_sources([str(path)], 1, max_malformed=3)
+  assert len(rows) == 20
+  err = capsys.readouterr().err
+  assert "rows.jsonl:6" in err and "rows.jsonl:11: the row has no answer" in err and "malformed row 3 of at most 3" in err
+
+
+def test_a_row_that_does_not_fit_is_replaced_and_counted(capsys):
+  rows = tiny.rows("scp")[:16]
+  rows[3] = dataclasses.replace(rows[3], documents=rows[3].documents * 100, identifier="long")  # too many memory slots
+
+  def batches(limit):
+    config = DataConfig(batch_size=8, max_malformed=limit)
+    return TrainingBatches([[rows]], RowEncoder(tiny.layout(), "given", config, 2), seed=1)
+
+  made = batches(1)
+  ids = [i for _ in range(4) for i in next(made).ids]
+  assert "long" not in ids and made.malformed == 1 and "long: the prompt has" in capsys.readouterr().err
+  with pytest.raises(schemas.DataError, match="long: the prompt has"):
+    made = batches(0)
+    for _ in range(4):
+      next(made)
+
+
+@pytest.mark.parametrize("kind", ["scp", "instruct", "joint"])
+def test_records_hold_the_rows(tmp_path, kind):
+  pytest.importorskip("tensorflow_datasets")
+  path = tmp_path / "rows.jsonl"
+  raw = tiny.raw_rows(kind)
+  for i, row in enumerate(raw):
+    row["doc_ids"] = [f"{i}-{j}" for j in range(len(row["docs"]))]
+  path.write_text("\n".join(map(json.dumps, [*raw, {"docs": [], "question": "?", "answer": "!"}])))
+  with pytest.raises(schemas.DataError, match=f"rows.jsonl:{len(raw) + 1}: the row has no documents"):
+    records.build(kind, [str(path)], str(tmp_path / "strict"), 3)
+  report = records.build(kind, [str(path)], str(tmp_path / "data"), 3, max_malformed=1)
+  assert (report.rows, report.malformed, report.files) == (len(raw), 1, 3)
+  shards = records.open_sources([report.directory], 3)[0]
+  read = {r.identifier: r for shard in shards for r in shard}
+  assert read == {r.identifier: r for r in (schemas.parse_row(v, f"{path}:{i + 1}") for i, v in enumerate(raw))}
+  with pytest.raises(schemas.DataError, match="3 files cannot be divided among data.shards=4"):
+    records.open_sources([report.directory], 4)
+  with pytest.raises(schemas.DataError, match="is there already"):
+    records.build(kind, [str(path)], str(tmp_path / "data"), 3, max_malformed=1)

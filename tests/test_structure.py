@@ -18,7 +18,8 @@ from tests import tiny
 
 ROOT = pathlib.Path(clara_jax.__file__).parent
 FLOORS = [
-    {"axes", "config", "batch"}, {"data"}, {"ops"}, {"nn"}, {"model", "sharding", "distributed"}, {"training", "inference", "memory", "retrieval"},
+    {"axes", "config", "batch"}, {"data"}, {"ops"}, {"nn"}, {"model", "sharding", "distributed"},
+    {"training", "inference", "memory", "retrieval"},
     {"evaluation", "interop"}, {"quickstart"}, {"cli"}, {"__main__", "__init__"},
 ]
 # On one floor, rooms may look at each other only where it is said here.

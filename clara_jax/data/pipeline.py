@@ -15,6 +15,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from clara_jax.batch import Batch, Prompt, Tokens
 from clara_jax.config import DataConfig
@@ -219,7 +220,7 @@ class TrainingBatches:
   @property
   def malformed(self) -> int:
     """Bad rows that this process passed over."""
-    return len(self._malformed)
+    return self._malformed.count
 
   def get_state(self) -> dict[str, int]:
     """{'step': number of the next batch}."""
@@ -247,6 +248,8 @@ class TrainingBatches:
     data = self._encoder.data
     dataset = self._dataset(first).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(1, data.prefetch)))
     if data.workers:
+      if not flags.FLAGS.is_parsed():  # Grain has flags of its own, which it reads here
+        flags.FLAGS.mark_as_parsed()
       dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=max(1, data.prefetch)))
     return iter(dataset)
 

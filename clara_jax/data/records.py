@@ -54,7 +54,7 @@ def build(kind: str, paths: Sequence[str], directory: str, files: int, max_malfo
     raise DataError(f"{builder.data_path}: is there already; remove it or choose another directory")
   builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=files, try_download_gcs=False))
   info = builder.info.splits["train"]
-  return RecordsReport(info.num_examples, len(malformed), info.num_shards, int(info.num_bytes), time.monotonic() - start,
+  return RecordsReport(info.num_examples, malformed.count, info.num_shards, int(info.num_bytes), time.monotonic() - start,
                        os.fspath(builder.data_path))
 
 

@@ -60,24 +60,28 @@ class Malformed:
   """
 
   def __init__(self, limit: int = 0):
-    self.limit, self.seen = limit, set()
+    self.limit = limit
+    self._places: set[str] = set()
 
-  def __len__(self) -> int:
-    return len(self.seen)
+  @property
+  def count(self) -> int:
+    """Bad rows so far."""
+    return len(self._places)
 
   def add(self, problem: str) -> None:
-    """Reports a bad row, once.
+    """Reports a bad row, once; `problem` begins with its place and a colon.
 
     Raises:
       DataError: there are more than the limit.
     """
-    if problem in self.seen:
+    place = problem.split(": ", 1)[0]
+    if place in self._places:
       return
-    self.seen.add(problem)
-    if len(self.seen) > self.limit:
-      more = f" ({len(self.seen)} malformed rows, data.max_malformed={self.limit})" if self.limit else ""
+    self._places.add(place)
+    if self.count > self.limit:
+      more = f" ({self.count} malformed rows, data.max_malformed={self.limit})" if self.limit else ""
       raise DataError(f"{problem}{more}")
-    print(f"malformed row {len(self.seen)} of at most {self.limit} is passed over: {problem}", file=sys.stderr, flush=True)
+    print(f"malformed row {self.count} of at most {self.limit} is passed over: {problem}", file=sys.stderr, flush=True)
 
 
 def read_jsonl(path: str, malformed: Malformed | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -86,7 +90,7 @@ def read_jsonl(path: str, malformed: Malformed | None = None) -> Iterator[tuple[
   Raises:
     DataError: the file is missing or empty, or more lines than `malformed` allows are not JSON objects.
   """
-  malformed = malformed or Malformed()
+  malformed = Malformed() if malformed is None else malformed
   file = epath.Path(path)
   if not file.exists():
     raise DataError(f"{path}: no such file")
@@ -115,7 +119,7 @@ def read_jsonl(path: str, malformed: Malformed | None = None) -> Iterator[tuple[
 
 def parse_rows(path: str, malformed: Malformed | None = None) -> Iterator[Row]:
   """The checked rows of a JSONL file; bad ones are counted by `malformed`."""
-  malformed = malformed or Malformed()
+  malformed = Malformed() if malformed is None else malformed
   for where, value in read_jsonl(path, malformed):
     try:
       row = parse_row(value, where)
@@ -173,7 +177,7 @@ def _strings(value: Any, where: str, field: str) -> tuple[str, ...]:
 
 def read_rows(paths: Sequence[str], malformed: Malformed | None = None) -> list[Row]:
   """All rows of the files, in order."""
-  malformed = malformed or Malformed()
+  malformed = Malformed() if malformed is None else malformed
   return [row for path in paths for row in parse_rows(path, malformed)]
 
 

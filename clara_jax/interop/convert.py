@@ -4,6 +4,7 @@ The destination is written beside its name and renamed at the end: a conversion 
 """
 
 import dataclasses
+import math
 import os
 import resource
 import shutil
@@ -90,7 +91,7 @@ class _Progress:
   """A line on standard error every ten seconds."""
 
   def __init__(self, tree: Any):
-    self._total = sum(_size(leaf.shape) * leaf.dtype.itemsize for _, leaf in lazy.leaves(tree))
+    self._total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in lazy.leaves(tree))
     self._done, self._last = 0, time.monotonic()
 
   def __call__(self, count: int) -> None:
@@ -101,14 +102,7 @@ class _Progress:
 
 
 def _count(tree: Any) -> int:
-  return sum(_size(leaf.shape) for _, leaf in lazy.leaves(tree))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-  size = 1
-  for n in shape:
-    size *= n
-  return size
+  return sum(math.prod(leaf.shape) for _, leaf in lazy.leaves(tree))
 
 
 def _tokenizer(opened: Opened, with_special: bool) -> Any:

@@ -175,5 +175,3 @@ def _torch_logits(model: Any, ids: np.ndarray) -> np.ndarray:
   import torch
   with torch.no_grad():
     return model.float().eval()(torch.tensor(ids), attention_mask=torch.ones(ids.shape, dtype=torch.long)).logits.float().numpy()
-
-

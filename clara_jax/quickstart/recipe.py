@@ -86,7 +86,7 @@ def _rows(world: World, name: str):
 
 def _stage(name: str, sizes: Sizes, seed: int) -> tuple[DataConfig, TrainConfig]:
   common = {"seed": seed, "log_every": 50, "checkpoint_every": 500}
-  data = DataConfig(batch_size=32, eval_batch_size=100, candidates=CANDIDATES, bucket=32)
+  data = DataConfig(batch_size=32, eval_batch_size=128, candidates=CANDIDATES, bucket=32)
   train = {
       "pretrain": TrainConfig(stage="pretrain", steps=sizes.pretrain, learning_rate=3e-3, schedule="linear",
                               final_learning_rate_fraction=0.2, **common),

@@ -102,7 +102,8 @@ def _instruction(line: str) -> _Instruction:
   shape, rest = right[:end], right[end:].lstrip()
   start = rest.index("(")
   stop = _matching(rest, start)
-  return _Instruction(_NAME.search(left)[1], shape, rest[:start], rest[start + 1:stop], _NAME.findall(rest[start:stop]), rest[stop + 1:], "ROOT" in left)
+  argument = rest[start + 1:stop]
+  return _Instruction(_NAME.search(left)[1], shape, rest[:start], argument, _NAME.findall(argument), rest[stop + 1:], "ROOT" in left)
 
 
 def _matching(text: str, start: int) -> int:

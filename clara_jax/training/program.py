@@ -57,7 +57,8 @@ class Program:
       raise ConfigError(f"data.batch_size={data.batch_size} / train.accumulate={settings.accumulate} does not divide over the {ways} parts "
                         f"of mesh {dict(self.mesh.shape)}; a larger mesh.tensor makes fewer parts")
     if config.clara.model.base_quantization != "none" and "base" in self.trained:
-      raise ConfigError(f"clara.model.base_quantization={config.clara.model.base_quantization!r}: stage {self.stage.name!r} trains the base")
+      raise ConfigError(f"clara.model.base_quantization={config.clara.model.base_quantization!r}: stage {self.stage.name!r} trains "
+                        "the base")
     sharding.check_heads(config.clara.model, self.mesh)
     self.optimizer = optim.make_optimizer(settings, steps, self.trained)
     self.batch_sharding = sharding.batch_sharding(self.mesh)

@@ -26,12 +26,12 @@ class StageRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   VERSION = tfds.core.Version("1.0.0")
 
   def __init__(self, *, paths: Sequence[str] = (), malformed: Malformed | None = None, **kwargs: Any):
-    self._paths, self._malformed = tuple(paths), malformed or Malformed()
+    self._paths, self._malformed = tuple(paths), Malformed() if malformed is None else malformed
     super().__init__(file_format="array_record", **kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
     texts = tfds.features.Sequence(tfds.features.Text())
-    return tfds.core.DatasetInfo(builder=self, 
+    return tfds.core.DatasetInfo(builder=self,
         description=type(self).__doc__,
         features=tfds.features.FeaturesDict({
             "identifier": tfds.features.Text(), "documents": texts, "document_ids": texts, "questions": texts, "answers": texts,

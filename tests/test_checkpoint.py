@@ -1,0 +1,113 @@
+"""Saved steps: broken ones are passed over, the best one is kept, the base may be laid out otherwise."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from clara_jax.config import ConfigError
+from clara_jax.training import loop, program
+from clara_jax.training.checkpoint import Checkpointer, CheckpointError
+from tests import tiny
+
+
+def run(workdir, stop_at=None, **fields):
+  settings = {"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 5, "log_every": 1, **fields}
+  return loop.train(tiny.run_config("contrastive", **settings), tiny.layout(), tiny.weights(), tiny.rows("contrastive"),
+                    tiny.rows("contrastive")[:8], workdir=str(workdir), progress=False, stop_at=stop_at)
+
+
+def largest(folder):
+  return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize("harm", ["truncate", "remove", "progress"])
+def test_a_broken_last_step_is_passed_over(tmp_path, capsys, harm):
+  straight = run(tmp_path / "straight")
+  run(tmp_path / "run", stop_at=4)
+  step = tmp_path / "run" / "checkpoints" / "4"
+  if harm == "truncate":
+    file = largest(step / "optimizer")
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+  elif harm == "remove":
+    largest(step / "optimizer").unlink()
+  else:
+    (step / "progress" / "metadata").write_text("{")
+  again = run(tmp_path / "run")
+  assert "step 4 cannot be read and is passed over" in capsys.readouterr().err
+  assert [p.name.split("-")[0] for p in (tmp_path / "run" / "broken").iterdir()] == ["4"]
+  for a, b in zip(jax.tree.leaves(straight.weights), jax.tree.leaves(again.weights), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_nothing_to_read_is_an_error(tmp_path):
+  run(tmp_path, stop_at=2)
+  largest(tmp_path / "checkpoints" / "2" / "optimizer").write_bytes(b"")
+  with pytest.raises(CheckpointError, match="no saved step can be read"):
+    run(tmp_path)
+
+
+def test_the_best_step_stays(tmp_path):
+  result = run(tmp_path, steps=8, eval_every=2, keep_checkpoints=1, keep_best="recall_at_1", learning_rate=0.3)
+  recalls = {step: numbers["recall_at_1"] for step, numbers in result.evaluations if step in (2, 4, 6, 8)}
+  best = max(recalls, key=lambda s: (recalls[s], s))
+  assert sorted({8, best}) == Checkpointer(str(tmp_path), read_only=True).all_steps()
+
+
+def test_a_loss_that_is_not_finite_names_the_rows(tmp_path):
+  with pytest.raises(loop.NonFiniteLossError, match=r"the loss is nan at step [23] .*rows person/\w+/0/\w+/0, person/"):
+    run(tmp_path, learning_rate=1e38, log_every=6, clip_norm=1e38)
+
+
+def test_metrics_file(tmp_path):
+  pytest.importorskip("tensorboardX")
+  run(tmp_path)
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  trained = [line for line in lines if line["kind"] == "train"]
+  assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
+  assert {"loss", "gradient_norm", "gradient_norm_query_reasoner", "recall_at_1", "samples_per_second", "tokens_per_second", "input_wait",
+          "goodput", "learning_rate"} <= set(trained[-1])
+  assert 0 < trained[-1]["goodput"] <= 1 and 0 <= trained[-1]["input_wait"] <= 1
+  assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_profile_on_demand(tmp_path, monkeypatch):
+  seconds = iter(range(0, 10**6, 10))
+  monkeypatch.setattr(loop.time, "monotonic", lambda: next(seconds))
+  tmp_path.joinpath("profile").touch()
+  run(tmp_path, steps=12)
+  assert not (tmp_path / "profile").exists()
+  assert list((tmp_path / "profiles").rglob("*.xplane.pb"))
+
+
+def layouts(**model):
+  config = tiny.run_config("scp", steps=3, log_every=1)
+  return dataclasses.replace(config, clara=dataclasses.replace(config.clara, model=dataclasses.replace(config.clara.model, **model)))
+
+
+def test_filling_the_vocabulary_up_changes_nothing(tmp_path):
+  rows = tiny.rows("scp")
+  plain = loop.train(layouts(), tiny.layout(), tiny.weights(), rows, progress=False)
+  filled = loop.train(layouts(vocab_multiple=64, logits_chunk=16), tiny.layout(), tiny.weights(), rows, progress=False,
+                      workdir=str(tmp_path))
+  assert filled.weights["base"]["embedding"].shape[0] % 64 == 0
+  assert filled.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-6)
+  saved = Checkpointer(str(tmp_path), read_only=True).weights()
+  assert saved["special_tokens"]["embedding"].shape[0] == tiny.config().num_memory_tokens + 3
+
+
+def test_a_base_in_eight_bits():
+  pytest.importorskip("qwix")
+  rows = tiny.rows("scp")
+  plain = loop.train(layouts(), tiny.layout(), tiny.weights(), rows, progress=False)
+  small = loop.train(layouts(base_quantization="int8"), tiny.layout(), tiny.weights(), rows, progress=False)
+  kernel = small.weights["base"]["layers"]["mlp"]["up"]
+  whole = plain.weights["base"]["layers"]["mlp"]["up"]["kernel"]
+  assert kernel["kernel"].dtype == np.int8 and kernel["scale"].shape == (whole.shape[0], whole.shape[2])
+  step = np.asarray(kernel["scale"])[:, None]
+  assert (np.abs(np.asarray(kernel["kernel"], np.float32) * step - np.asarray(whole)) <= 0.5001 * step).all()
+  assert small.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=5e-3)
+  with pytest.raises(ConfigError, match="trains the base"):
+    program.Program(dataclasses.replace(layouts(base_quantization="int8"), train=tiny.run_config("pretrain").train), 1)
