@@ -16,8 +16,9 @@ import json
 import os
 import sys
 
-# TPU programs are compiled by libtpu, which looks for no TPU; arrays, where there are any, live on the CPU.
-os.environ.update(TPU_SKIP_MDS_QUERY="1", JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="2", ABSL_MIN_LOG_LEVEL="2")
+# libtpu compiles; it looks for no TPU and may be loaded by several programs. Arrays live on the CPU.
+os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu",
+                  TF_CPP_MIN_LOG_LEVEL="2", ABSL_MIN_LOG_LEVEL="2")
 
 import jax
 from jax.experimental import topologies

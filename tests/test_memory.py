@@ -1,6 +1,7 @@
 """The store: exactly once, resumable, refused where it does not fit; the two indices agree."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -57,6 +58,10 @@ def test_reads_by_row_and_text(tmp_path):
   assert store.row(corpus[5].id) == 5 and corpus[5].id in store
   with pytest.raises(StoreError, match="lacks the document 'nothing'"):
     store.lookup()(["nothing"])
+  lookup = pickle.loads(pickle.dumps(store.lookup()))  # as a worker process gets it
+  np.testing.assert_array_equal(lookup(["", ""], [corpus[6].id, corpus[2].id]), everything[[6, 2]])
+  with pytest.raises(StoreError, match="lacks the id 'no such'"):
+    lookup([""], ["no such"])
 
 
 def test_bfloat16_is_half_as_large(tmp_path):

@@ -139,17 +139,21 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(files, tmp_path):
   assert len(starts) == 4 and last["metrics"]["goodput"] < 1
 
 
-def test_sigterm_saves_and_ends_well(files, tmp_path):
-  log = tmp_path / "rows.jsonl"
-  job = {"stage": "contrastive", "rows": [files["joint"]], "train": {"steps": 100_000, "checkpoint_every": 100_000, "log_every": 50},
-         "runs": [{"workdir": str(tmp_path / "run"), "log": str(log)}]}
-  process = start(job, 1)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_and_ends_well(files, tmp_path, processes):
+  """A signal to one process stops all of them at the same step, saved."""
+  log, port = tmp_path / "rows.jsonl", free_port()
+  job = {"stage": "contrastive", "rows": [files["joint"]], "train": {"steps": 100_000, "checkpoint_every": 100_000, "log_every": 50}}
+  started = []
+  for i in range(processes):
+    run = {"workdir": str(tmp_path / "run"), **({"log": str(log)} if i == 0 else {})}
+    started.append(start({**job, "runs": [run]}, 1, *((f"localhost:{port}", processes, i) if processes > 1 else ())))
   while not log.exists() or log.read_text().count("\n") < 10:
-    assert process.poll() is None, process.communicate()[1]
+    assert all(p.poll() is None for p in started), [p.communicate()[1][-2000:] for p in started if p.poll() is not None]
     time.sleep(0.05)
   asked = time.monotonic()
-  process.send_signal(signal.SIGTERM)
-  (run,) = finish(process)
+  started[-1].send_signal(signal.SIGTERM)
+  runs = [finish(p)[0] for p in started]
   assert time.monotonic() - asked < 10
-  assert run["stopped"] == run["step"] >= 10
-  assert (tmp_path / "run" / "checkpoints" / str(run["stopped"]) / "weights").exists()
+  assert len({run["stopped"] for run in runs}) == 1 and runs[0]["stopped"] == runs[0]["step"] >= 10
+  assert (tmp_path / "run" / "checkpoints" / str(runs[0]["stopped"]) / "weights").exists()

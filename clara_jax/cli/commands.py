@@ -60,7 +60,7 @@ def quickstart(options: argparse.Namespace) -> dict[str, Any]:
   return recipe.run(options.workdir, from_scratch=options.from_scratch, seed=options.seed)
 
 
-def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any] | None:
   """`clara train`: one stage."""
   config = configs.load(options.config, overrides)
   if options.distributed or options.coordinator or options.processes is not None or options.process is not None:
@@ -92,6 +92,8 @@ def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     memories = MemoryStore(config.data.store).lookup()
   result = loop.train(config, layout, before, eval_rows=eval_rows, sources=sources, workdir=options.workdir, memories=memories,
                       base_sha256=base_sha256)
+  if not distributed.is_main():
+    return None  # one report for all
   return result.metrics if result.stopped is None else {**result.metrics, "stopped": result.stopped}
 
 

@@ -5,11 +5,12 @@ standard output; progress and logs go to standard error.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 EXIT_BAD_INPUT = 2
 
@@ -26,8 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   quiet_logs()
   from clara_jax.cli import commands
   try:
-    run_command = getattr(commands, {"records": "build_records"}.get(options.command, options.command))
-    report = run_command(options, rest) if options.command == "train" else run_command(options)
+    with _kept_standard_output(options.json):
+      run_command = getattr(commands, {"records": "build_records"}.get(options.command, options.command))
+      report = run_command(options, rest) if options.command == "train" else run_command(options)
   except KeyboardInterrupt:
     print("clara: interrupted", file=sys.stderr)
     return 130
@@ -41,6 +43,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
       commands.show(options.command, value)
   return 0
+
+
+@contextlib.contextmanager
+def _kept_standard_output(keep: bool) -> Iterator[None]:
+  """Keeps standard output for the one JSON object: what libraries print there, also from C++, goes to standard error."""
+  if not keep:
+    yield
+    return
+  sys.stdout.flush()
+  out = os.dup(1)
+  os.dup2(2, 1)
+  try:
+    yield
+  finally:
+    sys.stdout.flush()
+    os.dup2(out, 1)
+    os.close(out)
 
 
 def _one_line(error: BaseException) -> str:
