@@ -16,6 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from clara_jax import distributed
+from clara_jax.batch import Batch
 from clara_jax.config import ClaraConfig, ConfigError, RunConfig
 from clara_jax.data.pipeline import MemoryLookup, RowEncoder, TrainingBatches, divide, evaluation_batches
 from clara_jax.data.schemas import Row
@@ -137,20 +138,21 @@ def train(
     history: list[tuple[int, dict[str, float]]] = []
     last: dict[str, float] = {}
     step, end = int(state.step), min(steps, stop_at or steps)
-    start, stopped, profile = time.monotonic(), None, _Profile(folder if main else None)
-    pending: list[tuple[int, list[str], Any]] = []  # steps since the last report: their rows and losses
-    running, tokens, flops, finished = None, 0, 0.0, False
+    start, stopped, finished = time.monotonic(), None, False
+    window, profile = _Window(config), _Profile(folder if main else None)
 
-    def to_device(batch, rows, positions):
-      return put_batch(batch, program.batch_sharding, rows, positions)
+    def apart():
+      """What follows trains nothing; steps that are still under way are reported first."""
+      report()
+      return watch.unproductive()
 
     def evaluate():
-      total = None
-      everything = np.arange(data.eval_batch_size)
-      for batch in evaluation:
-        placed = to_device(batch, data.eval_batch_size, everything)
-        total = metrics_lib.add(total, program.evaluate(state.trainable, frozen, placed))
-      numbers = metrics_lib.values(total)
+      with apart():
+        total = None
+        for batch in evaluation:
+          placed = put_batch(batch, program.batch_sharding, data.eval_batch_size, np.arange(data.eval_batch_size))
+          total = metrics_lib.add(total, program.evaluate(state.trainable, frozen, placed))
+        numbers = metrics_lib.values(total)
       history.append((step, numbers))
       if main:
         reporter.write(step, numbers, "eval")
@@ -158,38 +160,32 @@ def train(
         on_evaluation(step, numbers)
 
     def report():
-      nonlocal last, running, tokens, flops
-      for at, ids, loss in pending:
-        if not np.isfinite(value := float(loss.value)):
-          raise NonFiniteLossError(f"{settings.stage}: the loss is {value} at step {at} (seed {settings.seed}), rows "
-                                   f"{', '.join(ids)}; the last checkpoint is kept")
-      last = metrics_lib.values(running)
+      nonlocal last
+      if not window.steps:
+        return
+      last = window.values()
       last |= {"learning_rate": float(optim.schedule(settings, steps)(step - 1)),
-               **watch.report(data.batch_size * len(pending), tokens, flops, peak)}
+               **watch.report(data.batch_size * len(window.steps), window.tokens, window.flops, peak)}
       if batches.malformed:
         last["malformed_rows"] = batches.malformed
+      window.clear()
       if main:
         reporter.write(step, last)
       if on_report:
         on_report(step, last)
-      pending.clear()
-      running, tokens, flops = None, 0, 0.0
 
     def save():
-      with watch.unproductive():
-        if pending:
-          report()
+      with apart():
         checkpointer.save(state, carried, {"data": batches.get_state(), "productive_seconds": watch.productive},
                           history[-1][1] if history and history[-1][0] == step else None)
 
     try:
       if evaluation and step < end:
-        with watch.unproductive():
-          evaluate()
+        evaluate()
       while step < end:
         with watch.waiting():
           given = next(batches)
-          batch = to_device(given.batch, data.batch_size, given.positions)
+          batch = put_batch(given.batch, program.batch_sharding, data.batch_size, given.positions)
         compiled, called = program.step._cache_size(), time.monotonic()
         state, numbers = program.step(state, frozen, batch)
         if program.step._cache_size() > compiled:  # a batch of a new shape
@@ -197,10 +193,7 @@ def train(
         step += 1
         if on_step:
           on_step(step, given.ids)
-        pending.append((step, given.ids, numbers["loss"]))
-        tokens += _real_tokens(batch)
-        flops += cost.model_flops(config, batch)
-        running = metrics_lib.add(running, numbers)
+        window.add(step, given.ids, batch, numbers)
         profile.after_step(step, state)
         stopping = signals.received(step)
         if step % settings.log_every == 0 or step == end or stopping or watch.elapsed > STATUS_SECONDS:
@@ -209,8 +202,7 @@ def train(
           stopped = step
           break
         if evaluation and step < end and settings.eval_every and step % settings.eval_every == 0:
-          with watch.unproductive():
-            evaluate()
+          evaluate()
         if checkpointer and step < end and step % settings.checkpoint_every == 0:
           save()
       if evaluation and stopped is None and (not history or history[-1][0] != step):
@@ -238,9 +230,37 @@ def special_token_rows(base: Weights, config: ClaraConfig) -> dict[str, jax.Arra
   return {"embedding": base["embedding"][first:last], **({"head": base["head"][:, first:last]} if "head" in base else {})}
 
 
-def _real_tokens(batch: Any) -> int:
-  """Tokens of a batch, by its shape (padding counts: the lengths lie on devices)."""
-  return sum(math.prod(t.ids.shape) for t in (batch.prompt.tokens, batch.documents, batch.question) if t is not None)
+class _Window:
+  """The steps since the last report."""
+
+  def __init__(self, config: RunConfig):
+    self._config = config
+    self.clear()
+
+  def clear(self) -> None:
+    self.steps: list[tuple[int, list[str], metrics_lib.Mean]] = []
+    self.tokens, self.flops = 0, 0.0
+    self._sum: metrics_lib.Metrics | None = None
+
+  def add(self, step: int, ids: list[str], batch: Batch, numbers: metrics_lib.Metrics) -> None:
+    """One step; nothing waits for the devices."""
+    self.steps.append((step, ids, numbers["loss"]))
+    self.tokens += sum(t.ids.size for t in (batch.prompt.tokens, batch.documents, batch.question) if t is not None)
+    self.flops += cost.model_flops(self._config, batch)
+    self._sum = metrics_lib.add(self._sum, numbers)
+
+  def values(self) -> dict[str, float]:
+    """The means over the window; waits for the devices.
+
+    Raises:
+      NonFiniteLossError: a loss is not finite.
+    """
+    for step, ids, loss in self.steps:
+      if not np.isfinite(value := float(loss.value)):
+        settings = self._config.train
+        raise NonFiniteLossError(f"{settings.stage}: the loss is {value} at step {step} (seed {settings.seed}), rows {', '.join(ids)}; "
+                                 "the last checkpoint is kept")
+    return metrics_lib.values(self._sum)
 
 
 class _Signals:
