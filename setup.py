@@ -6,7 +6,8 @@ QUICKSTART = ["matplotlib>=3.9", "scann>=1.4.2; platform_system == 'Linux'"]
 RECORDS = ["tensorflow-datasets>=4.9.9", "importlib_resources>=6.0"]  # the latter is imported by the former, which does not say so
 TENSORBOARD = ["tensorboardX>=2.6"]
 INT8 = ["qwix>=0.1.8"]
-TEST = ["pytest>=8.3", "pytest-xdist>=3.6", "chex>=0.1.90", "hypothesis>=6.100", "bm25s>=0.2", "peft>=0.17"]
+TEST = ["pytest>=8.3", "pytest-xdist>=3.6", "chex>=0.1.90", "hypothesis>=6.100", "bm25s>=0.2", "peft>=0.17",
+        "libtpu; platform_system == 'Linux'"]  # compiles TPU programs; no TPU is needed
 
 setuptools.setup(
     name="clara_jax",

@@ -29,9 +29,7 @@ from tests import tiny
 
 def run_config(job: dict, run: dict) -> RunConfig:
   """The configuration of one run of a job."""
-  one_shape = {"bucket": 128, "document_bucket": 64, "label_bucket": 64}  # compiling is what takes the time here
-  data = DataConfig(**{"rows": tuple(job["rows"]), "batch_size": 8, "eval_batch_size": 8, "candidates": 6, **one_shape,
-                       **job.get("data", {})})
+  data = DataConfig(**{"rows": tuple(job["rows"]), **tiny.DATA, **job.get("data", {})})
   config = tiny.run_config(job["stage"], **{"log_every": 1, **job.get("train", {})})
   return dataclasses.replace(config, data=data, mesh=MeshConfig(**run.get("mesh", {})), clara=tiny.pod_config())
 

@@ -13,10 +13,15 @@ from clara_jax.training.checkpoint import Checkpointer, CheckpointError
 from tests import tiny
 
 
-def run(workdir, stop_at=None, **fields):
-  settings = {"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 5, "log_every": 1, **fields}
-  return loop.train(tiny.run_config("contrastive", **settings), tiny.layout(), tiny.weights(), tiny.rows("contrastive"),
-                    tiny.rows("contrastive")[:8], workdir=str(workdir), progress=False, stop_at=stop_at)
+def run(workdir, stop_at=None, eval_rows=(), **fields):
+  config = tiny.run_config("contrastive", **{"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 5, "log_every": 1, **fields})
+  return loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("contrastive"), eval_rows, workdir=workdir and str(workdir),
+                    progress=False, stop_at=stop_at)
+
+
+@pytest.fixture(scope="module")
+def straight():
+  return run(None)
 
 
 def largest(folder):
@@ -24,8 +29,7 @@ def largest(folder):
 
 
 @pytest.mark.parametrize("harm", ["truncate", "remove", "progress"])
-def test_a_broken_last_step_is_passed_over(tmp_path, capsys, harm):
-  straight = run(tmp_path / "straight")
+def test_a_broken_last_step_is_passed_over(straight, tmp_path, capsys, harm):
   run(tmp_path / "run", stop_at=4)
   step = tmp_path / "run" / "checkpoints" / "4"
   if harm == "truncate":
@@ -50,7 +54,8 @@ def test_nothing_to_read_is_an_error(tmp_path):
 
 
 def test_the_best_step_stays(tmp_path):
-  result = run(tmp_path, steps=8, eval_every=2, keep_checkpoints=1, keep_best="recall_at_1", learning_rate=0.3)
+  result = run(tmp_path, eval_rows=tiny.rows("contrastive")[:8], steps=8, eval_every=2, keep_checkpoints=1, keep_best="recall_at_1",
+               learning_rate=0.3)
   recalls = {step: numbers["recall_at_1"] for step, numbers in result.evaluations if step in (2, 4, 6, 8)}
   best = max(recalls, key=lambda s: (recalls[s], s))
   assert sorted({8, best}) == Checkpointer(str(tmp_path), read_only=True).all_steps()
@@ -87,9 +92,13 @@ def layouts(**model):
   return dataclasses.replace(config, clara=dataclasses.replace(config.clara, model=dataclasses.replace(config.clara.model, **model)))
 
 
-def test_filling_the_vocabulary_up_changes_nothing(tmp_path):
+@pytest.fixture(scope="module")
+def plain():
+  return loop.train(layouts(), tiny.layout(), tiny.weights(), tiny.rows("scp"), progress=False)
+
+
+def test_filling_the_vocabulary_up_changes_nothing(plain, tmp_path):
   rows = tiny.rows("scp")
-  plain = loop.train(layouts(), tiny.layout(), tiny.weights(), rows, progress=False)
   filled = loop.train(layouts(vocab_multiple=64, logits_chunk=16), tiny.layout(), tiny.weights(), rows, progress=False,
                       workdir=str(tmp_path))
   assert filled.weights["base"]["embedding"].shape[0] % 64 == 0
@@ -98,11 +107,9 @@ def test_filling_the_vocabulary_up_changes_nothing(tmp_path):
   assert saved["special_tokens"]["embedding"].shape[0] == tiny.config().num_memory_tokens + 3
 
 
-def test_a_base_in_eight_bits():
+def test_a_base_in_eight_bits(plain):
   pytest.importorskip("qwix")
-  rows = tiny.rows("scp")
-  plain = loop.train(layouts(), tiny.layout(), tiny.weights(), rows, progress=False)
-  small = loop.train(layouts(base_quantization="int8"), tiny.layout(), tiny.weights(), rows, progress=False)
+  small = loop.train(layouts(base_quantization="int8"), tiny.layout(), tiny.weights(), tiny.rows("scp"), progress=False)
   kernel = small.weights["base"]["layers"]["mlp"]["up"]
   whole = plain.weights["base"]["layers"]["mlp"]["up"]["kernel"]
   assert kernel["kernel"].dtype == np.int8 and kernel["scale"].shape == (whole.shape[0], whole.shape[2])
