@@ -75,6 +75,7 @@ def _text(report: dict) -> str:
   gib = {name: f"{size / 2**30:.2f}" for name, size in report["bytes_per_chip"].items() if size is not None}
   lines = [f"{report['config']} on {report['topology']}: {report['chips']} chips, mesh {report['mesh']} ({report['method']})",
            f"  {'fits' if report['fits'] else 'DOES NOT FIT'}: GiB per chip {gib} of {report['memory_per_chip'] / 2**30:.2f}",
+           *([f"  {report['reason']}"] if "reason" in report else []),
            f"  {report['flops_per_step']:.3g} FLOPs a step, compiled in {report['compile_seconds']:.0f} s"]
   if report["collectives"]:
     lines.append(f"  collectives {report['collectives']}, {report['interconnect_bytes_per_chip'] / 1e9:.1f} GB received a chip")

@@ -145,13 +145,15 @@ def compiled(program: Program, chip: Chip) -> dict[str, Any]:
     try:
       executable = program.step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-      used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-      if not used:
+      if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      total, limit = (float(used[i]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[used[i + 1]] for i in (1, 3))
-      return report | {"fits": False, "bytes_per_chip": {"arguments": shard_bytes(arguments), "temporaries": None, "output": None,
-                                                         "total": int(total)},
-                       "memory_per_chip": int(limit), "collectives": None, "compile_seconds": time.monotonic() - start}
+      # Main memory: XLA says how much it would take. On-chip vector memory ("vmem"): one fusion of the step is too large for it.
+      used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+      total = int(float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[used[2]]) if used else None
+      reason = next((line for line in str(error).splitlines() if line.startswith("Ran out of memory")), str(error).splitlines()[0])
+      return report | {"fits": False, "reason": reason[:200], "collectives": None, "compile_seconds": time.monotonic() - start,
+                       "bytes_per_chip": {"arguments": shard_bytes(arguments), "temporaries": None, "output": None, "total": total},
+                       "memory_per_chip": int(chip.memory)}
     seconds = time.monotonic() - start
   memory = executable.memory_analysis()
   output = memory.output_size_in_bytes - memory.alias_size_in_bytes
