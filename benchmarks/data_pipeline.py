@@ -76,7 +76,7 @@ def main() -> None:
     return made
 
   steps = options.rows // BATCH
-  middle, resumed_for = steps // 2, 200
+  middle, resumed_for = steps // 2, min(200, steps // 4)
   digests, used = {}, []
   source = batches()
   start = first = time.monotonic()

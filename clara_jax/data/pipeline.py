@@ -8,6 +8,7 @@ parts sees the same batches, and no process opens the files of another's shards.
 import bisect
 import dataclasses
 import functools
+import pickle
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -254,7 +255,7 @@ class TrainingBatches:
     return iter(dataset)
 
   def _next_window(self) -> None:
-    batches = next(self._iterator)
+    batches = pickle.loads(next(self._iterator))
     for row in (r for rows in batches for r in rows):
       for problem in row.pop("problems", ()):
         self._malformed.add(problem)
@@ -340,7 +341,9 @@ class _Windows:
 
   def __getitem__(self, index):
     windows = [shard[self._first + index] for shard in self._shards]
-    return [[row for window in windows for row in window[i]] for i in range(len(windows[0]))]
+    window = [[row for window in windows for row in window[i]] for i in range(len(windows[0]))]
+    # As one array: between processes Grain gives every array a piece of shared memory of its own.
+    return np.frombuffer(pickle.dumps(window), np.uint8)
 
 
 def training_batches(rows: Sequence[Row], encoder: RowEncoder, seed: int) -> TrainingBatches:
