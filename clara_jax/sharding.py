@@ -71,8 +71,9 @@ def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> dict[str, i
   if open_axes and devices % known == 0:
     sizes[open_axes[0]] = devices // known
   if min(sizes.values()) < 1 or math.prod(sizes.values()) != devices:
-    raise ConfigError(f"mesh: {sizes} does not fit {devices} devices; set config.mesh.data, .fsdp and .tensor so that their product is "
-                      f"{devices}" + (f" / {sizes['slice']} slices" if sizes["slice"] > 1 else ""))
+    shown = {axis: "the rest" if size == -1 else size for axis, size in sizes.items()}
+    raise ConfigError(f"mesh: {shown} does not fit {devices} devices; set config.mesh.slice, .data, .fsdp and .tensor so that their "
+                      f"product is {devices}")
   return sizes
 
 

@@ -12,6 +12,7 @@ Exit status: 0 it fits, 1 it does not, 2 wrong usage.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
   where.add_argument("--topology", help="chip and shape: v5e:4x8, v5p:2x2x4, v6e:4x4")
   where.add_argument("--gpus", type=int, help="how many GPUs; by analysis")
   parser.add_argument("--slices", type=int, default=1, help="how many such topologies, joined by the data centre network")
-  parser.add_argument("--chip", choices=sorted(cost.CHIPS), default="h100", help="of --gpus")
+  parser.add_argument("--chip", choices=sorted(cost.CHIPS), default="h100", help="of --gpus; default h100")
   parser.add_argument("--json", action="store_true")
   options, overrides = parser.parse_known_args(arguments)
   try:
@@ -67,16 +68,19 @@ def _topology(name: str, slices: int):
   try:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices)
   except Exception as error:
-    raise ConfigError(f"--topology {name}: {str(error).splitlines()[0]} (libtpu comes with pip install -e '.[tpu]')") from None
+    hint = "" if importlib.util.find_spec("libtpu") else " (the compiler comes with pip install -e '.[tpu]')"
+    raise ConfigError(f"--topology {name}: {str(error).splitlines()[0]}{hint}; shapes are those of Cloud TPU slices, such as v5e:2x2, 2x4, "
+                      "4x4, 4x8, 8x8, 8x16, 16x16 or v5p:2x2x2, 2x2x4, 4x4x4") from None
   return cost.CHIPS[kind], topology.devices
 
 
 def _text(report: dict) -> str:
-  gib = {name: f"{size / 2**30:.2f}" for name, size in report["bytes_per_chip"].items() if size is not None}
+  gib = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in report["bytes_per_chip"].items() if size)
   lines = [f"{report['config']} on {report['topology']}: {report['chips']} chips, mesh {report['mesh']} ({report['method']})",
            f"  {'fits' if report['fits'] else 'DOES NOT FIT'}: GiB per chip {gib} of {report['memory_per_chip'] / 2**30:.2f}",
            *([f"  {report['reason']}"] if "reason" in report else []),
-           f"  {report['flops_per_step']:.3g} FLOPs a step, compiled in {report['compile_seconds']:.0f} s"]
+           f"  {report['flops_per_step']:.3g} FLOPs a step" + (
+               f", compiled in {report['compile_seconds']:.0f} s" if report["method"] == "compiled" else "")]
   if report["collectives"]:
     lines.append(f"  collectives {report['collectives']}, {report['interconnect_bytes_per_chip'] / 1e9:.1f} GB received a chip")
   if "roofline_seconds" in report:

@@ -18,8 +18,13 @@ RESTARTS=${RESTARTS:-100}              # after preemptions; each goes on from th
 IMAGE=${IMAGE:-python:3.11}            # this directory is laid over it
 DRY_RUN=${DRY_RUN:-}
 
-[ $# -gt 0 ] || { sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//'; exit 2; }
-run() { printf '+ %s\n' "$*" >&2; if [ -z "$DRY_RUN" ]; then "$@"; fi; }
+[ $# -gt 0 ] || { sed -n '2,8p' "$0" | sed 's/^# \{0,1\}//'; exit 2; }
+run() {
+  local word line=+
+  for word in "$@"; do if [[ $word == *[[:space:]]* ]]; then line+=" ${word@Q}"; else line+=" $word"; fi; done
+  echo "$line" >&2
+  if [ -z "$DRY_RUN" ]; then "$@"; fi
+}
 run xpk workload create --workload "$NAME" --cluster "$CLUSTER" --project "${PROJECT:-PROJECT}" --zone "$ZONE" \
   --tpu-type "$TPU_TYPE" --num-slices "$SLICES" --max-restarts "$RESTARTS" --base-docker-image "$IMAGE" --script-dir "$PWD" \
   --command "pip install -q -c constraints.txt -e '.[tpu,records,tensorboard]' && $(printf '%q ' "$@")--distributed"

@@ -32,7 +32,12 @@ for ((i = 0; i < PROCESSES; i++)); do
 done
 status=0
 for pid in "${pids[@]}"; do
-  wait "$pid" || status=$?
-  while kill -0 "$pid" 2>/dev/null; do wait "$pid" || status=$?; done  # a trapped signal ends a wait early
+  while :; do
+    ended=0; wait "$pid" || ended=$?
+    kill -0 "$pid" 2>/dev/null || break  # a trapped signal ends a wait early
+  done
+  # The process may have ended while the signal was handled: ask once more, the shell remembers.
+  [ "$ended" -le 128 ] || { ended=0; wait "$pid" || ended=$?; }
+  [ "$ended" = 0 ] || status=$ended
 done
 exit "$status"

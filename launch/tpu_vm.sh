@@ -18,10 +18,15 @@ RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}  # v2-alpha-tpuv5 for v5p, v2-alpha-tpuv
 SPOT=${SPOT---spot}                    # empty for on demand
 BUCKET=${BUCKET:-}
 REPOSITORY=${REPOSITORY:-$(git remote get-url origin 2>/dev/null || echo REPOSITORY)}
-REVISION=${REVISION:-$(git rev-parse HEAD)}
+REVISION=${REVISION:-$(git rev-parse HEAD 2>/dev/null || echo main)}  # pushed, so that the workers can fetch it
 DRY_RUN=${DRY_RUN:-}
 
-run() { printf '+ %s\n' "$*" >&2; if [ -z "$DRY_RUN" ]; then "$@"; fi; }
+run() {
+  local word line=+
+  for word in "$@"; do if [[ $word == *[[:space:]]* ]]; then line+=" ${word@Q}"; else line+=" $word"; fi; done
+  echo "$line" >&2
+  if [ -z "$DRY_RUN" ]; then "$@"; fi
+}
 where=(--project "${PROJECT:-PROJECT}" --zone "$ZONE")
 everywhere() { run gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=all --command="$1"; }
 
@@ -34,7 +39,7 @@ case "$action" in
       sleep 30
     done ;;
   install)
-    everywhere "git clone $REPOSITORY clara_jax 2>/dev/null; cd clara_jax && git fetch && git checkout $REVISION && python3 -m venv .venv && \
+    everywhere "{ [ -d clara_jax ] || git clone $REPOSITORY clara_jax; } && cd clara_jax && git fetch && git checkout $REVISION && python3 -m venv .venv && \
 .venv/bin/pip install -q -c constraints.txt -e '.[tpu,records,tensorboard]'" ;;
   mount)
     everywhere "sudo mkdir -p /bucket && sudo chown \$USER /bucket && (mountpoint -q /bucket || gcsfuse --implicit-dirs ${BUCKET:?name a bucket} /bucket)" ;;
@@ -43,5 +48,5 @@ case "$action" in
     everywhere "cd clara_jax && .venv/bin/clara train --distributed $(printf '%q ' "$@")" ;;
   down)
     run gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet ;;
-  *) sed -n '2,11p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
+  *) sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
 esac

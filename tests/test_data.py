@@ -221,7 +221,7 @@ def test_malformed_rows_are_counted_and_limited(tmp_path, capsys):
   path.write_text("\n".join([*good[:5], "{", *good[5:9], '{"docs": ["x"]}', "[]", *good[9:]]))
   with pytest.raises(schemas.DataError, match=r"rows.jsonl:6: not valid JSON"):
     records.open_sources([str(path)], 1)
-  with pytest.raises(schemas.DataError, match=r"rows.jsonl:12: expected a JSON object.*3 malformed rows, data.max_malformed=2"):
+  with pytest.raises(schemas.DataError, match=r"rows.jsonl:12: expected a JSON object.*3 malformed rows, max_malformed=2"):
     records.open_sources([str(path)], 1, max_malformed=2)
   ((rows,),) = records.open_sources([str(path)], 1, max_malformed=3)
   assert len(rows) == 20
@@ -263,5 +263,7 @@ def test_records_hold_the_rows(tmp_path, kind):
   assert read == {r.identifier: r for r in (schemas.parse_row(v, f"{path}:{i + 1}") for i, v in enumerate(raw))}
   with pytest.raises(schemas.DataError, match="3 files cannot be divided among data.shards=4"):
     records.open_sources([report.directory], 4)
+  with pytest.raises(schemas.DataError, match="fewer rows than --files 400"):
+    records.build(kind, [str(path)], str(tmp_path / "many"), 400, max_malformed=1)
   with pytest.raises(schemas.DataError, match="is there already"):
     records.build(kind, [str(path)], str(tmp_path / "data"), 3, max_malformed=1)

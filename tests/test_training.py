@@ -13,7 +13,7 @@ from clara_jax.config import ConfigError, TrainConfig
 from clara_jax.data.pipeline import RowEncoder, evaluation_batches
 from clara_jax.data.schemas import DataError
 from clara_jax.model import Clara
-from clara_jax.training import loop, optim, program, stages
+from clara_jax.training import checkpoint, loop, optim, program, stages
 from clara_jax.training.checkpoint import CheckpointError
 from clara_jax.training.metrics import Mean
 from clara_jax.training.step import init_state, train_step
@@ -66,6 +66,7 @@ def test_resume_is_exact(tmp_path, stage):
 
 
 def test_another_configuration_is_refused(tmp_path):
+  checkpoint.write_config(str(tmp_path), tiny.run_config("contrastive", learning_rate=0.7))  # a run that never saved a step holds nothing
   train("contrastive", str(tmp_path), stop_at=1)
   with pytest.raises(CheckpointError, match="train.learning_rate"):
     train("contrastive", str(tmp_path), learning_rate=0.5)

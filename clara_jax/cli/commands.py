@@ -76,7 +76,8 @@ def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any] |
   if config.init_from:
     opened = checkpoints.open_checkpoint(config.init_from, config.base)
     _same_architecture(Clara(opened.config), model, config.init_from)
-    config = dataclasses.replace(config, base=config.base or opened.base)
+    # A pretrained base is the base of what starts from it.
+    config = dataclasses.replace(config, base=config.base or opened.base or config.init_from)
     before, layout, base_sha256 = opened.weights, opened.layout(), opened.check_base()
   else:
     if tokenizer is None:

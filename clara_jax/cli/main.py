@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
   records.add_argument("--kind", choices=("scp", "instruct", "joint"), required=True, help="joint: for contrastive, too")
   records.add_argument("--rows", nargs="+", required=True, metavar="F", help="JSONL (.gz)")
   records.add_argument("--out", required=True, metavar="DIR", help="the dataset goes to DIR/KIND/VERSION")
-  records.add_argument("--files", type=int, default=32, help="as many as data.shards of the runs, or more")
+  records.add_argument("--files", type=int, default=32, help="default 32; as many as data.shards of the runs, or more")
   records.add_argument("--max-malformed", type=int, default=0, metavar="N", help="bad rows that are passed over and reported")
 
   compress = command("compress", "Documents through the compressor, once, into a store.")

@@ -4,9 +4,12 @@ Reading a file's length costs nothing: it stands in the dataset's own record. A 
 """
 
 import bisect
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -52,7 +55,17 @@ def build(kind: str, paths: Sequence[str], directory: str, files: int, max_malfo
   builder = BUILDERS[kind](paths=paths, malformed=malformed, data_dir=directory)
   if builder.data_path.exists():
     raise DataError(f"{builder.data_path}: is there already; remove it or choose another directory")
-  builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=files, try_download_gcs=False))
+  tfds.display_progress_bar(False)
+  print(f"records: writing {builder.data_path}", file=sys.stderr, flush=True)
+  try:
+    with contextlib.redirect_stdout(sys.stderr):
+      builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=files, try_download_gcs=False))
+  except AssertionError as error:  # how TFDS says that there are fewer rows than files
+    if "number_of_shards" not in str(error):
+      raise
+    raise DataError(f"{', '.join(paths)}: there are fewer rows than --files {files}; choose fewer files") from None
+  finally:
+    shutil.rmtree(os.path.join(directory, "downloads"), ignore_errors=True)  # TFDS makes it, and nothing is downloaded
   info = builder.info.splits["train"]
   return RecordsReport(info.num_examples, malformed.count, info.num_shards, int(info.num_bytes), time.monotonic() - start,
                        os.fspath(builder.data_path))

@@ -79,7 +79,7 @@ class Malformed:
       return
     self._places.add(place)
     if self.count > self.limit:
-      more = f" ({self.count} malformed rows, data.max_malformed={self.limit})" if self.limit else ""
+      more = f" ({self.count} malformed rows, max_malformed={self.limit})" if self.limit else ""
       raise DataError(f"{problem}{more}")
     print(f"malformed row {self.count} of at most {self.limit} is passed over: {problem}", file=sys.stderr, flush=True)
 

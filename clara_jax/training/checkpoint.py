@@ -61,20 +61,35 @@ def write_config(directory: str, config: RunConfig, base_sha256: str | None = No
   """
   folder = epath.Path(directory)
   folder.mkdir(parents=True, exist_ok=True)
+  check_config(directory, config)
+  run = _portable(directory, config, relative_to)
+  values = {"format": FORMAT, "version": VERSION, "stage": stage or config.train.stage, "base": run["base"],
+            "base_sha256": base_sha256, "source": dict(source) if source else None, "run": run}
+  (folder / "config.json").write_text(json.dumps(values, indent=2))
+
+
+def check_config(directory: str, config: RunConfig) -> None:
+  """Refuses to go on in a directory where another run has saved a step.
+
+  Raises:
+    CheckpointError: naming the fields that differ.
+  """
+  folder = epath.Path(directory)
+  steps = folder / "checkpoints"
+  if not is_checkpoint(directory) or not steps.exists() or not any(p.name.isdigit() for p in steps.iterdir()):
+    return
+  before = json.loads(to_json(read_config(directory)[0]))  # through the dataclass: fields that are new here have their defaults
+  if changed := _differences(before, json.loads(json.dumps(_portable(directory, config)))):
+    raise CheckpointError(f"{directory}: holds a run with another configuration ({', '.join(changed)}); choose another --workdir")
+
+
+def _portable(directory: str, config: RunConfig, relative_to: str | None = None) -> dict[str, Any]:
+  """The run with local paths relative to its directory."""
   run = dataclasses.asdict(config)
   for name in ("base", "init_from", "tokenizer"):
     if run[name] and "://" not in run[name]:
       run[name] = os.path.relpath(os.path.abspath(run[name]), os.path.abspath(relative_to or directory))
-  values = {"format": FORMAT, "version": VERSION, "stage": stage or config.train.stage, "base": run["base"],
-            "base_sha256": base_sha256, "source": dict(source) if source else None, "run": run}
-  file = folder / "config.json"
-  if file.exists():
-    before = json.loads(to_json(read_config(directory)[0]))  # through the dataclass: fields that are new here have their defaults
-    changed = _differences(before, json.loads(json.dumps(run)))
-    if changed:
-      raise CheckpointError(f"{directory}: holds a run with another configuration ({', '.join(changed)}); choose another --workdir")
-    return
-  file.write_text(json.dumps(values, indent=2))
+  return run
 
 
 # A run may go on with these changed.

@@ -25,7 +25,7 @@ from clara_jax.model import Weights
 from clara_jax.sharding import batch_ways, put_batch, rows_needed
 from clara_jax.training import cost, optim
 from clara_jax.training import metrics as metrics_lib
-from clara_jax.training.checkpoint import Checkpointer, note_start, write_config
+from clara_jax.training.checkpoint import Checkpointer, check_config, note_start, write_config
 from clara_jax.training.program import Program
 
 STATUS_SECONDS = 60
@@ -121,6 +121,8 @@ def train(
 
     checkpointer, watch = None, metrics_lib.Stopwatch(time.time())
     if workdir is not None:
+      check_config(workdir, config)  # by every process, so that all say the same
+      distributed.barrier("the record is checked")
       if main:
         write_config(workdir, config, base_sha256)
         layout.tokenizer.save_pretrained(str(folder / "tokenizer"))
