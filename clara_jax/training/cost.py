@@ -5,6 +5,7 @@ temporaries are an estimate. Used by `launch/aot.py` and, for the model FLOPs ut
 """
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clara_jax.config import RunConfig
+from clara_jax.config import RunConfig, from_config_dict
 from clara_jax.training import flops, hlo
 from clara_jax.training.program import Program
 
@@ -100,7 +101,7 @@ def temporary_bytes(program: Program) -> int:
   work, gathered weights, gradients, and the logits of one chunk."""
   config = program.config
   clara, model, mesh = config.clara, config.clara.model, program.mesh.shape
-  batch, frozen = program.batch_shapes(), program.frozen_shapes()
+  batch = program.batch_shapes()
   item, tensor = np.dtype(jax.numpy.dtype(model.dtype)).itemsize, mesh["tensor"]
   rows = config.data.batch_size // config.train.accumulate // (mesh["slice"] * mesh["data"] * mesh["fsdp"])
   layer = model.width * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim + 3 * model.width * model.mlp_dim
@@ -125,8 +126,8 @@ def temporary_bytes(program: Program) -> int:
   gathered = 2 * layer * item / tensor if mesh["fsdp"] > 1 else 0
   chunk = min(model.logits_chunk or batch.prompt.labels.shape[1], batch.prompt.labels.shape[1])
   logits = 2 * 4 * rows * chunk * clara.vocab_size / tensor + 2 * clara.vocab_size * model.width * item / tensor
-  del frozen
-  return int(total + peak + gathered + logits + shard_bytes(program.state_shapes().trainable))
+  # XLA holds copies of its own: a fifth more, against compiled TPU programs (docs/pods.md).
+  return int(1.2 * (total + peak + gathered + logits + shard_bytes(program.state_shapes().trainable)))
 
 
 def roofline(chip: Chip, chips: int, flops_per_step: float, memory_bytes: float, interconnect_bytes: float) -> dict[str, float]:
@@ -189,31 +190,29 @@ def analysed(program: Program, chip: Chip) -> dict[str, Any]:
 
 
 def remedies(program: Program, chip: Chip) -> list[str]:
-  """What would make a step fit, by analysis: single changes first, then all together."""
+  """What would make a step fit, by analysis: the changes of one field that do, else all of them together."""
   config = program.config
-  ways = program.mesh.size // program.mesh.shape["tensor"]
-  rows = config.data.batch_size // ways
-
-  def with_(accumulate=None, quantized=False, store=False):
-    model = dataclasses.replace(config.clara.model, base_quantization="int8" if quantized else config.clara.model.base_quantization)
-    return dataclasses.replace(
-        config, clara=dataclasses.replace(config.clara, model=model),
-        train=dataclasses.replace(config.train, accumulate=accumulate or config.train.accumulate),
-        data=dataclasses.replace(config.data, store="STORE" if store else config.data.store))
-
-  options = [(f"config.train.accumulate={a}", {"accumulate": a}) for a in range(config.train.accumulate + 1, rows + 1) if rows % a == 0]
-  if "base" not in program.trained:
-    options.append(("config.clara.model.base_quantization=int8", {"quantized": True}))
+  rows = config.data.batch_size // (program.mesh.size // program.mesh.shape["tensor"])
+  micro = [f"config.train.accumulate={a}" for a in range(config.train.accumulate + 1, rows + 1) if rows % a == 0]
+  others = []
+  if "base" not in program.trained and config.clara.model.base_quantization == "none":
+    others.append("config.clara.model.base_quantization=int8")
   if program.stage.data == "candidates" and not config.data.store:
-    options.append(("config.data.store=DIR (candidates encoded once)", {"store": True}))
-  everything = {k: v for _, o in options for k, v in o.items()}
-  found = []
-  for name, changes in [*options, (" and ".join(n for n, _ in options if n.startswith("config.train") is False or
-                                                n.endswith(f"={everything.get('accumulate')}")), everything)]:
-    other = Program(with_(**changes), 1000, program.mesh)
-    total = shard_bytes((other.state_shapes(), other.frozen_shapes(), other.batch_shapes())) + temporary_bytes(other)
-    if name and total <= 0.95 * chip.memory:
-      found.append(f"{name}: about {total / 2**30:.1f} GiB")
-      if changes is not everything and len(found) == 3:
-        break
-  return list(dict.fromkeys(found)) or ["more chips in config.mesh.fsdp, or a larger config.mesh.tensor"]
+    others.append("config.data.store=DIR")
+
+  def needed(*changes: str) -> float:
+    values = dataclasses.asdict(config)
+    for change in changes:
+      path, value = change.removeprefix("config.").split("=")
+      *groups, field = path.split(".")
+      functools.reduce(dict.__getitem__, groups, values)[field] = int(value) if value.isdigit() else value
+    other = Program(from_config_dict(RunConfig, values), 1000, program.mesh)
+    return shard_bytes((other.state_shapes(), other.frozen_shapes(), other.batch_shapes())) + temporary_bytes(other)
+
+  def enough(*changes: str) -> str | None:
+    size = needed(*changes)
+    return f"{' and '.join(changes)}: about {size / 2**30:.1f} GiB" if size <= 0.95 * chip.memory else None
+
+  alone = [text for change in [*micro, *others] if (text := enough(change))][:3]
+  together = [text for changes in [[*micro[-1:], *others]] if len(changes) > 1 and (text := enough(*changes))]
+  return alone or together or ["more chips in config.mesh.fsdp, or a larger config.mesh.tensor"]
