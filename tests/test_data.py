@@ -10,7 +10,7 @@ import pytest
 
 from clara_jax.config import ClaraConfig, ConfigError, DataConfig, ModelConfig
 from clara_jax.data import prompts, records, schemas
-from clara_jax.data.pipeline import RowEncoder, TrainingBatches, divide, evaluation_batches, pad_prompts, training_batches
+from clara_jax.data.pipeline import RowEncoder, TrainingBatches, evaluation_batches, pad_prompts
 from clara_jax.data.tokens import Layout, PromptTokens
 from tests import tiny
 
@@ -137,12 +137,12 @@ def test_the_last_evaluation_batch_counts_each_row_once():
 
 def test_the_position_is_exact():
   rows = tiny.rows("joint")
-  first = training_batches(rows, encoder("candidates"), seed=3)
+  first = TrainingBatches([[rows]], encoder("candidates"), seed=3)
   for _ in range(5):
     next(first)
   state = first.get_state()
   expected = [next(first) for _ in range(12)]  # over the end of an epoch
-  second = training_batches(rows, encoder("candidates"), seed=3)
+  second = TrainingBatches([[rows]], encoder("candidates"), seed=3)
   second.set_state(state)
   for want in expected:
     got = next(second)
@@ -153,7 +153,7 @@ def test_the_position_is_exact():
 def test_an_epoch_has_every_row_once():
   rows = tiny.rows("joint")
   rows = rows[:len(rows) // 4 * 4]
-  batches = training_batches(rows, encoder("candidates"), seed=0)
+  batches = TrainingBatches([[rows]], encoder("candidates"), seed=0)
   seen = [i for _ in range(len(rows) // 4) for i in next(batches).ids]
   assert sorted(seen) == sorted(r.identifier for r in rows)
 
@@ -162,7 +162,7 @@ def given_batches(data, **fields):
   rows = tiny.rows("scp")
   config = DataConfig(batch_size=8, bucket=16, **data)
   made = RowEncoder(tiny.layout(), "given", config, 2)
-  return TrainingBatches([divide(rows, config.shards)], made, seed=5, **fields)
+  return TrainingBatches([records.divide(rows, config.shards)], made, seed=5, **fields)
 
 
 def test_batches_do_not_depend_on_who_reads_them():

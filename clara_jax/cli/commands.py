@@ -11,7 +11,8 @@ import jax
 from clara_jax import distributed
 from clara_jax.cli import configs
 from clara_jax.config import ConfigError
-from clara_jax.data import records, schemas
+from clara_jax.data import records as records_lib
+from clara_jax.data import schemas
 from clara_jax.data.tokens import Layout
 from clara_jax.evaluation import benchmarks, logit_lens
 from clara_jax.inference.answer import Answerer
@@ -68,8 +69,8 @@ def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any] |
   stages.get(config.train.stage)  # an unknown stage costs no reading
   if not config.data.rows:
     raise ConfigError("data.rows: no training rows are named")
-  sources = records.open_sources(config.data.rows, config.data.shards, config.data.max_malformed)
-  eval_rows = [row for source in records.open_sources(config.data.eval_rows, 1) for row in source[0]]
+  sources = records_lib.open_sources(config.data.rows, config.data.shards, config.data.max_malformed)
+  eval_rows = [row for source in records_lib.open_sources(config.data.eval_rows, 1) for row in source[0]]
   model = Clara(config.clara)
   before: dict[str, Any] = {}
   tokenizer = config.tokenizer or config.base
@@ -113,9 +114,9 @@ def _same_architecture(have: Clara, want: Clara, where: str) -> None:
     raise ConfigError(f"{want.config.num_memory_tokens} memory tokens, but {where} was made with {have.config.num_memory_tokens}")
 
 
-def build_records(options: argparse.Namespace) -> Any:
+def records(options: argparse.Namespace) -> Any:
   """`clara records`."""
-  return records.build(options.kind, options.rows, options.out, options.files, options.max_malformed)
+  return records_lib.build(options.kind, options.rows, options.out, options.files, options.max_malformed)
 
 
 def compress(options: argparse.Namespace) -> Any:

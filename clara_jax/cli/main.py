@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   from clara_jax.cli import commands
   try:
     with _kept_standard_output(options.json):
-      run_command = getattr(commands, {"records": "build_records"}.get(options.command, options.command))
+      run_command = getattr(commands, options.command)
       report = run_command(options, rest) if options.command == "train" else run_command(options)
   except KeyboardInterrupt:
     print("clara: interrupted", file=sys.stderr)

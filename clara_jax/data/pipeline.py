@@ -20,7 +20,7 @@ from absl import flags
 
 from clara_jax.batch import Batch, Prompt, Tokens
 from clara_jax.config import DataConfig
-from clara_jax.data.schemas import DataError, Malformed, Row
+from clara_jax.data.schemas import DataError, Malformed, Row, require_one_question
 from clara_jax.data.tokens import Layout, PromptTokens
 
 MemoryLookup = Callable[[Sequence[str], Sequence[str]], np.ndarray]
@@ -98,8 +98,7 @@ class RowEncoder:
       return
     if len(row.documents) < self.data.candidates:
       raise DataError(f"{row.identifier}: {len(row.documents)} documents, but data.candidates={self.data.candidates}")
-    if row.is_question_list or row.data_type != "qa":
-      raise DataError(f"{row.identifier}: this stage needs one question a row")
+    require_one_question(row)
     if any(p >= self.data.candidates for p in row.gold):
       raise DataError(f"{row.identifier}: pos_index={list(row.gold)}, but only the first data.candidates={self.data.candidates} "
                       "documents are read")
@@ -344,16 +343,6 @@ class _Windows:
     window = [[row for window in windows for row in window[i]] for i in range(len(windows[0]))]
     # As one array: between processes Grain gives every array a piece of shared memory of its own.
     return np.frombuffer(pickle.dumps(window), np.uint8)
-
-
-def training_batches(rows: Sequence[Row], encoder: RowEncoder, seed: int) -> TrainingBatches:
-  """Batches of rows that are in memory, for one process."""
-  return TrainingBatches([divide(rows, encoder.data.shards)], encoder, seed)
-
-
-def divide(rows: Sequence[Row], shards: int) -> list[Sequence[Row]]:
-  """Rows in memory as that many shards."""
-  return [rows] if shards == 1 else [rows[s::shards] for s in range(shards)]
 
 
 def evaluation_batches(rows: Sequence[Row], encoder: RowEncoder, batch_size: int) -> list[Batch]:

@@ -129,9 +129,13 @@ def open_sources(paths: Sequence[str], shards: int, max_malformed: int = 0) -> l
     elif epath.Path(path).is_dir():
       raise DataError(f"{path}: not a dataset of clara records (no {INFO})")
     else:
-      rows = read_rows([path], malformed)
-      sources.append([rows[s::shards] for s in range(shards)])
+      sources.append(divide(read_rows([path], malformed), shards))
   return sources
+
+
+def divide(rows: Sequence[Row], shards: int) -> list[Sequence[Row]]:
+  """Rows in memory, dealt out to that many shards."""
+  return [rows[s::shards] for s in range(shards)]
 
 
 def _tfds() -> Any:

@@ -175,6 +175,16 @@ def _strings(value: Any, where: str, field: str) -> tuple[str, ...]:
   return tuple(values)
 
 
+def require_one_question(row: Row) -> None:
+  """Refuses a row with a list of questions, or without one.
+
+  Raises:
+    DataError: naming the row.
+  """
+  if row.is_question_list or row.data_type != "qa":
+    raise DataError(f"{row.identifier}: this stage needs one question a row")
+
+
 def read_rows(paths: Sequence[str], malformed: Malformed | None = None) -> list[Row]:
   """All rows of the files, in order."""
   malformed = Malformed() if malformed is None else malformed

@@ -34,7 +34,7 @@ class Linear(nn.Module):
     dtype: type of the computation.
     param_dtype: type of the base kernel; adapters are float32.
     use_bias: whether the base adds a bias [features].
-    quantized: the base kernel is int8 with a float32 scale [features] (`training/quantize.py`).
+    quantized: the base kernel is int8 with a float32 scale [features] (made in `training/program.py`).
     initializer_range: standard deviation of a fresh kernel.
 
   Raises:

@@ -20,8 +20,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
+from clara_jax import distributed
 from clara_jax.config import ConfigError, RunConfig, from_config_dict, to_json
 from clara_jax.training.step import TrainState
 
@@ -219,13 +219,13 @@ class Checkpointer:
         print(f"{self._directory}: step {step} cannot be read and is passed over: {str(error).splitlines()[0][:200]}", file=sys.stderr)
     else:
       raise CheckpointError(f"{self._directory}: no saved step can be read; the last: {next(iter(broken.values()))}")
-    if broken and jax.process_index() == 0:
+    if broken and distributed.is_main():
       aside = epath.Path(self._directory) / "broken"
       aside.mkdir(exist_ok=True)
       for step in broken:
         (self._path / str(step)).rename(aside / f"{step}-{int(time.time())}")
     if broken:
-      multihost_utils.sync_global_devices("broken steps are moved")
+      distributed.barrier("broken steps are moved")
       self._manager.reload()
     return TrainState(trainable=restored["weights"], **restored["optimizer"]), restored["progress"]
 

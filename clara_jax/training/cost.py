@@ -61,30 +61,21 @@ def step_flops(program: Program) -> float:
     return flops.count(program.step, program.state_shapes(), program.frozen_shapes(), program.batch_shapes())
 
 
-def model_flops(config: RunConfig, batch: Any) -> float:
-  """FLOPs that a step of these shapes needs by the method, without recomputation: the numerator of the model FLOPs utilisation.
+def model_flops(program: Program, batch: Any) -> float:
+  """FLOPs over all chips that a step of these shapes needs by the method: the numerator of the model FLOPs utilisation.
 
-  Forward 2 for every base weight and token, backward 2 more for the inputs' gradient (frozen weights have none of their own), the
-  compressor forward only where it is frozen; attention 4·T²·D a row and layer forward, twice that backward. Padding counts as tokens.
+  Counted as `step_flops`, with no recomputation. Frozen weights have no gradient of their own. Padding counts as tokens.
+
+  Args:
+    program: the stage.
+    batch: arrays or shapes.
   """
-  clara, stage = config.clara, config.train.stage
-  model = clara.model
-  layer = model.width * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim + 3 * model.width * model.mlp_dim
-
-  def passes(shape, trained):
-    rows, length = math.prod(shape[:-1]), shape[-1]
-    forward = model.num_layers * (2.0 * rows * length * layer + 2.0 * rows * length**2 * model.num_heads * model.head_dim)
-    return forward * (1 + trained)
-
-  # Where the base trains, its own gradient costs as much as the inputs'.
-  backward = 2 if stage == "pretrain" else 1
-  total = passes(batch.prompt.tokens.ids.shape, backward)
-  total += 2.0 * batch.prompt.labels.size * model.width * clara.vocab_size * (1 + backward)
-  if batch.documents is not None:
-    total += passes(batch.documents.ids.shape, batch.question is None)
-  if batch.question is not None:
-    total += passes(batch.question.ids.shape, 1)
-  return total
+  config = program.config
+  model = dataclasses.replace(config.clara.model, remat="none", logits_chunk=0)
+  bare = Program(dataclasses.replace(config, clara=dataclasses.replace(config.clara, model=model)), 1, program.mesh)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.batch_sharding), batch)
+  with bare.context():
+    return flops.count(bare.step, bare.state_shapes(), bare.frozen_shapes(), shapes)
 
 
 def shard_bytes(tree: Any) -> int:

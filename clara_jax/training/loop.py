@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 from clara_jax import distributed
 from clara_jax.batch import Batch
 from clara_jax.config import ClaraConfig, ConfigError, RunConfig
-from clara_jax.data.pipeline import MemoryLookup, RowEncoder, TrainingBatches, divide, evaluation_batches
+from clara_jax.data.pipeline import MemoryLookup, RowEncoder, TrainingBatches, evaluation_batches
+from clara_jax.data.records import divide
 from clara_jax.data.schemas import Row
 from clara_jax.data.tokens import Layout
 from clara_jax.model import Weights
@@ -141,7 +142,7 @@ def train(
     last: dict[str, float] = {}
     step, end = int(state.step), min(steps, stop_at or steps)
     start, stopped, finished = time.monotonic(), None, False
-    window, profile = _Window(config), _Profile(folder if main else None)
+    window, profile = _Window(program, peak is not None), _Profile(folder if main else None)
 
     def apart():
       """What follows trains nothing; steps that are still under way are reported first."""
@@ -235,8 +236,9 @@ def special_token_rows(base: Weights, config: ClaraConfig) -> dict[str, jax.Arra
 class _Window:
   """The steps since the last report."""
 
-  def __init__(self, config: RunConfig):
-    self._config = config
+  def __init__(self, program: Program, counts_flops: bool):
+    self._program, self._counts_flops = program, counts_flops
+    self._flops_of: dict[tuple, float] = {}
     self.clear()
 
   def clear(self) -> None:
@@ -248,7 +250,11 @@ class _Window:
     """One step; nothing waits for the devices."""
     self.steps.append((step, ids, numbers["loss"]))
     self.tokens += sum(t.ids.size for t in (batch.prompt.tokens, batch.documents, batch.question) if t is not None)
-    self.flops += cost.model_flops(self._config, batch)
+    if self._counts_flops:
+      shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+      if shapes not in self._flops_of:
+        self._flops_of[shapes] = cost.model_flops(self._program, batch)
+      self.flops += self._flops_of[shapes]
     self._sum = metrics_lib.add(self._sum, numbers)
 
   def values(self) -> dict[str, float]:
@@ -259,7 +265,7 @@ class _Window:
     """
     for step, ids, loss in self.steps:
       if not np.isfinite(value := float(loss.value)):
-        settings = self._config.train
+        settings = self._program.config.train
         raise NonFiniteLossError(f"{settings.stage}: the loss is {value} at step {step} (seed {settings.seed}), rows {', '.join(ids)}; "
                                  "the last checkpoint is kept")
     return metrics_lib.values(self._sum)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from clara_jax.data.schemas import DataError, Malformed, Row, parse_rows
+from clara_jax.data.schemas import DataError, Malformed, Row, parse_rows, require_one_question
 
 
 class StageRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -31,8 +31,8 @@ class StageRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _info(self) -> tfds.core.DatasetInfo:
     texts = tfds.features.Sequence(tfds.features.Text())
-    return tfds.core.DatasetInfo(builder=self,
-        description=type(self).__doc__,
+    return tfds.core.DatasetInfo(
+        builder=self, description=type(self).__doc__,
         features=tfds.features.FeaturesDict({
             "identifier": tfds.features.Text(), "documents": texts, "document_ids": texts, "questions": texts, "answers": texts,
             "gold": tfds.features.Sequence(np.int32), "data_type": tfds.features.Text(), "is_question_list": np.bool_}))
@@ -75,7 +75,7 @@ class Instruct(StageRows):
 
   def check(self, row: Row) -> None:
     """One question."""
-    _one_question(row)
+    require_one_question(row)
 
 
 class Joint(StageRows):
@@ -84,14 +84,9 @@ class Joint(StageRows):
 
   def check(self, row: Row) -> None:
     """One question, more than one candidate."""
-    _one_question(row)
+    require_one_question(row)
     if len(row.documents) < 2:
       raise DataError(f"{row.identifier}: {len(row.documents)} candidate document, expected more")
-
-
-def _one_question(row: Row) -> None:
-  if row.data_type != "qa" or row.is_question_list:
-    raise DataError(f"{row.identifier}: this stage needs one question a row")
 
 
 BUILDERS: dict[str, type[StageRows]] = {"scp": Scp, "instruct": Instruct, "joint": Joint}
