@@ -13,7 +13,7 @@ quickstart: $(VENV)/.quickstart$(ACCEL)
 	$(BIN)/clara quickstart --workdir $(WORKDIR) $(ARGS)
 
 test: $(VENV)/.test$(ACCEL)
-	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

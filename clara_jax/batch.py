@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import struct
 
 Array = Any  # numpy on the host, jax.Array on devices
+GOLD = 8  # gold documents of a question, at most, where candidates are retrieved from a corpus
 
 
 @struct.dataclass
@@ -47,6 +48,7 @@ class Batch:
     memories: [B, N, M, D] memory tokens read from a store; None where documents are given.
     question: [B, L] encoder inputs of the query reasoner (joint, contrastive).
     is_gold: [B, N] bool, the gold documents among the candidates: a label for the contrastive stage, a metric elsewhere.
+    gold_slots: [B, GOLD] int32, the gold documents' slots in a `Corpus` from which the candidates are retrieved; -1 fills up.
     valid: [B] float32, 0 for rows that only fill up the last batch of an evaluation.
   """
 
@@ -55,4 +57,20 @@ class Batch:
   memories: Array | None = None
   question: Tokens | None = None
   is_gold: Array | None = None
+  gold_slots: Array | None = None
   valid: Array | None = None
+
+
+@struct.dataclass
+class Corpus:
+  """All documents of a store on the devices, divided along the whole mesh.
+
+  Attributes:
+    memories: [S, M, D] memory tokens; slots beyond the documents are zeros.
+    scale: [S] float32, 1 / norm of a document's flattened memory tokens; 0 for an empty slot.
+    candidates: N, how many are retrieved for a question.
+  """
+
+  memories: Array
+  scale: Array
+  candidates: int = struct.field(pytree_node=False)

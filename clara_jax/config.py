@@ -184,7 +184,9 @@ class DataConfig:
   """Where rows come from and how they are batched.
 
   `candidates` is N of the joint and contrastive stages. `store` names a memory store with the candidates' memory tokens; without one
-  they are compressed in the step. Texts are padded to multiples of `bucket` (prompts), `document_bucket` and `label_bucket`.
+  they are compressed in the step. With `retrieve='store'` the joint stage takes the N nearest documents of the whole store, which lies
+  on the devices, in place of those that a row names. Texts are padded to multiples of `bucket` (prompts), `document_bucket` and
+  `label_bucket`.
 
   Attributes:
     rows: JSONL files (.gz allowed) or directories of `clara records` (ArrayRecord); one after the other, or mixed by `weights`.
@@ -205,6 +207,7 @@ class DataConfig:
   eval_batch_size: int = 32
   candidates: int = 20
   store: str | None = None
+  retrieve: Literal["row", "store"] = "row"
   label_documents: bool = False
   bucket: int = 64
   document_bucket: int = 16
@@ -219,6 +222,8 @@ class DataConfig:
     for name in ("batch_size", "shards", "length_window", "bucket", "document_bucket", "label_bucket"):
       if getattr(self, name) < 1:
         raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1")
+    if self.retrieve == "store" and not self.store:
+      raise ConfigError("data.retrieve='store': data.store names no store")
     if self.batch_size % self.shards:
       raise ConfigError(f"data.batch_size={self.batch_size} is not a multiple of data.shards={self.shards}")
     if self.weights and (len(self.weights) != len(self.rows) or min(self.weights) <= 0):

@@ -9,7 +9,7 @@ import pytest
 from clara_jax.batch import Tokens
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.tokens import Layout
-from clara_jax.inference.generate import generate
+from clara_jax.inference.generate import make_generate
 from tests.test_golden import load
 
 
@@ -25,8 +25,8 @@ def expected(golden):
 
 def continuations(model, weights, layout, prompts, memories, eos_id=None, new=12):
   tokens = pad_tokens(prompts, layout.pad_id, 1)
-  ids = generate(model, weights, Tokens(jnp.asarray(tokens.ids), jnp.asarray(tokens.lengths)), memories, new,
-                 layout.eos_id if eos_id is None else eos_id, layout.pad_id)
+  generate = make_generate(model, new, layout.eos_id if eos_id is None else eos_id, layout.pad_id)
+  ids = generate(weights, Tokens(jnp.asarray(tokens.ids), jnp.asarray(tokens.lengths)), memories)
   return np.asarray(ids).tolist()
 
 

@@ -20,10 +20,10 @@ ROOT = pathlib.Path(clara_jax.__file__).parent
 FLOORS = [
     {"axes", "config", "batch"}, {"data"}, {"ops"}, {"nn"}, {"model", "sharding", "distributed"},
     {"training", "inference", "memory", "retrieval"},
-    {"evaluation", "interop"}, {"quickstart"}, {"cli"}, {"__main__", "__init__"},
+    {"evaluation", "interop"}, {"serving"}, {"quickstart"}, {"cli"}, {"__main__", "__init__"},
 ]
 # On one floor, rooms may look at each other only where it is said here.
-SAME_FLOOR = {("config", "axes"), ("inference", "memory"), ("inference", "retrieval")}
+SAME_FLOOR = {("config", "axes"), ("inference", "memory"), ("inference", "retrieval"), ("retrieval", "memory"), ("training", "memory")}
 
 
 def floor(room):

@@ -10,7 +10,7 @@ import jax
 
 from clara_jax import distributed
 from clara_jax.cli import configs
-from clara_jax.config import ConfigError
+from clara_jax.config import ConfigError, MeshConfig
 from clara_jax.data import records as records_lib
 from clara_jax.data import schemas
 from clara_jax.data.tokens import Layout
@@ -20,6 +20,7 @@ from clara_jax.interop import checkpoints, hf
 from clara_jax.interop import convert as convert_lib
 from clara_jax.interop.keymap import KeyMapError
 from clara_jax.memory.compress import compress_corpus
+from clara_jax.memory.quantise import quantise
 from clara_jax.memory.store import MemoryStore, StoreError
 from clara_jax.model import Clara, MissingWeightsError
 from clara_jax.nn.linear import MissingAdapterError
@@ -121,27 +122,68 @@ def records(options: argparse.Namespace) -> Any:
 
 def compress(options: argparse.Namespace) -> Any:
   """`clara compress`."""
+  process, processes = options.process or 0, options.processes or 1
+  if not 0 <= process < processes:
+    raise ConfigError(f"--process {process}: expected 0 to {processes - 1}")
+  if options.distributed:
+    distributed.initialize(None, None, None)
+    process, processes = jax.process_index(), jax.process_count()
   checkpoint = _checkpoint(options, "compressor")
   return compress_corpus(checkpoint.model, checkpoint.layout, checkpoint.weights, schemas.read_documents(options.documents),
-                         options.store, batch_size=options.batch_size, shard_size=options.shard_size)
+                         options.store, form=options.form, text=not options.no_text, replace=options.replace,
+                         batch_size=options.batch_size, shard_size=options.shard_size, workers=options.workers, process=process,
+                         processes=processes, mesh=MeshConfig(data=-1, fsdp=options.fsdp))
 
 
 def index(options: argparse.Namespace) -> dict[str, Any]:
   """`clara index`."""
   start = time.monotonic()
-  vectors = index_lib.unit_vectors(MemoryStore(options.store).memories())
-  built = index_lib.build(options.kind, vectors)
-  index_lib.save(built, options.kind, options.store)
-  return {"documents": len(vectors), "dimension": vectors.shape[1], "bytes": index_lib.saved_bytes(options.store),
-          "seconds": time.monotonic() - start, "kind": options.kind}
+  store = MemoryStore(options.store)
+  built, changed = index_lib.bring_up_to_date(options.kind, store, options.dimensions)
+  index_lib.save(built, options.kind, store, options.dimensions)
+  full = store.manifest.num_memory_tokens * store.manifest.width
+  return {"documents": len(built), "changed": changed, "dimension": options.dimensions or full,
+          "bytes": index_lib.saved_bytes(options.store), "seconds": time.monotonic() - start, "kind": options.kind}
+
+
+def store(options: argparse.Namespace) -> dict[str, Any]:
+  """`clara store ACTION`."""
+  opened = MemoryStore(options.store)
+  if options.action == "verify":
+    return opened.verify()
+  if options.action == "delete":
+    if not options.ids:
+      raise ConfigError("clara store delete: --ids names a file with one id a line")
+    with open(options.ids, encoding="utf-8") as file:
+      deleted = opened.delete(line.strip() for line in file if line.strip())
+    return {"deleted": deleted, "documents": len(opened)}
+  if options.action == "compact":
+    opened.compact()
+  elif options.action == "quantise":
+    if not options.to or not options.form:
+      raise ConfigError("clara store quantise: --to names the new store, --form its form")
+    opened = quantise(opened, options.to, options.form, options.sub_width)
+  return {**dataclasses.asdict(opened.manifest), "compression_rate": opened.manifest.compression_rate, "documents": len(opened),
+          "bytes": opened.nbytes(), "bytes_per_document": opened.nbytes() / max(1, len(opened))}
 
 
 def ask(options: argparse.Namespace) -> dict[str, Any]:
   """`clara ask`."""
-  checkpoint = _checkpoint(options, "compressor", "query_reasoner", "generator")
-  answerer = Answerer(checkpoint.model, checkpoint.layout, checkpoint.weights, MemoryStore(options.store),
-                      directory=options.store, top_k=options.top_k, max_new_tokens=options.max_new_tokens)
+  answerer = _answerer(options)
   return {"answers": [dataclasses.asdict(a) for a in answerer.answer(options.questions)]}
+
+
+def serve(options: argparse.Namespace) -> None:
+  """`clara serve`."""
+  from clara_jax.serving import server
+  server.run(_answerer(options), options.host, options.port, server.Limits(
+      batch=options.max_batch, wait_ms=options.max_wait_ms, waiting=options.max_waiting, seconds=options.timeout))
+
+
+def _answerer(options: argparse.Namespace) -> Answerer:
+  checkpoint = _checkpoint(options, "compressor", "query_reasoner", "generator")
+  return Answerer(checkpoint.model, checkpoint.layout, checkpoint.weights, MemoryStore(options.store), top_k=options.top_k,
+                  max_new_tokens=options.max_new_tokens)
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:

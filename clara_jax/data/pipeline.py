@@ -12,19 +12,27 @@ import pickle
 import random
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 from absl import flags
 
-from clara_jax.batch import Batch, Prompt, Tokens
+from clara_jax.batch import GOLD, Batch, Prompt, Tokens
 from clara_jax.config import DataConfig
 from clara_jax.data.schemas import DataError, Malformed, Row, require_one_question
 from clara_jax.data.tokens import Layout, PromptTokens
 
-MemoryLookup = Callable[[Sequence[str], Sequence[str]], np.ndarray]
-"""(texts of n documents, their ids or nothing) -> memory tokens [n, M, D]."""
+
+class MemoryLookup(Protocol):
+  """Documents of a store, by id or, where ids are empty, by text."""
+
+  def __call__(self, texts: Sequence[str], ids: Sequence[str] = ()) -> np.ndarray:
+    """Memory tokens [n, M, D]."""
+
+  def slots(self, texts: Sequence[str], ids: Sequence[str] = ()) -> np.ndarray:
+    """Places among the documents of the store, [n]; -1 where there is none."""
+
 
 _CACHED_DOCUMENTS = 200_000
 
@@ -96,6 +104,11 @@ class RowEncoder:
     """
     if self.kind != "candidates":
       return
+    if self.data.retrieve == "store":
+      require_one_question(row)
+      if len(row.gold) > GOLD:
+        raise DataError(f"{row.identifier}: {len(row.gold)} gold documents, at most {GOLD} are counted with data.retrieve='store'")
+      return
     if len(row.documents) < self.data.candidates:
       raise DataError(f"{row.identifier}: {len(row.documents)} documents, but data.candidates={self.data.candidates}")
     require_one_question(row)
@@ -117,17 +130,26 @@ class RowEncoder:
     if self.kind == "given":
       prompt = layout.row_prompt(row, layout.slots(len(row.documents)), rng.randrange(1 << 16))
       return encoded | {"prompt": prompt, "documents": [self._document(d) for d in row.documents]}
-    documents = row.documents[:self.data.candidates]
-    is_gold = np.zeros(len(documents), bool)
-    is_gold[list(row.gold)] = True
     encoded |= {
         "prompt": layout.answer_prompt(row.questions[0], self.top_k, row.answers[0], row.identifier),
         "question": layout.query(row.questions[0]),
-        "is_gold": is_gold,
     }
+    if self.data.retrieve == "store":
+      return encoded | {"gold_slots": self._gold_slots(row)}
+    documents = row.documents[:self.data.candidates]
+    encoded["is_gold"] = np.isin(np.arange(len(documents)), row.gold)
     if self.memories is None:
       return encoded | {"documents": [self._document(d) for d in documents]}
     return encoded | {"memories": self.memories(documents, row.document_ids[:len(documents)])}
+
+  def _gold_slots(self, row: Row) -> np.ndarray:
+    """[GOLD] int32; -1 fills up."""
+    slots = np.full(GOLD, -1, np.int32)
+    texts, ids = ([values[p] for p in row.gold] if values else [] for values in (row.documents, row.document_ids))
+    slots[:len(row.gold)] = self.memories.slots(texts, ids)
+    if (slots[:len(row.gold)] < 0).any():
+      raise DataError(f"{row.identifier}: a gold document is not in the store")
+    return slots
 
   def sizes(self, rows: Sequence[dict], train: bool = True) -> np.ndarray:
     """How large a batch of these rows is: int32 [prompt length, labels, documents a row, document length, question length]."""
@@ -150,7 +172,7 @@ class RowEncoder:
     pad, data = self.layout.pad_id, self.data
     length, labels, most, document_length, question_length = self.sizes(rows, train) if sizes is None else sizes
     text_bucket = min(data.bucket, data.document_bucket)
-    documents = memories = question = is_gold = None
+    documents = memories = question = is_gold = gold_slots = None
     if "documents" in rows[0]:
       filler = np.zeros(0, np.int32)
       padded = [d for r in rows for d in [*r["documents"], *[filler] * (most - len(r["documents"]))]]
@@ -160,12 +182,15 @@ class RowEncoder:
       memories = np.stack([r["memories"] for r in rows])
     if "question" in rows[0]:
       question = pad_tokens([r["question"] for r in rows], pad, text_bucket, question_length)
+    if "is_gold" in rows[0]:
       is_gold = np.stack([r["is_gold"] for r in rows])
+    if "gold_slots" in rows[0]:
+      gold_slots = np.stack([r["gold_slots"] for r in rows])
     valid = np.array([r.get("valid", 1.0) for r in rows], np.float32)
     prompts = [r["prompt"] for r in rows]
     prompt = pad_prompts(prompts, [self._label_start(p, train) for p in prompts], pad, padded_length(length, data.bucket),
                          label_width(labels, data))
-    return Batch(prompt, documents, memories, question, is_gold, valid)
+    return Batch(prompt, documents, memories, question, is_gold, gold_slots, valid)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,5 +381,7 @@ def evaluation_batches(rows: Sequence[Row], encoder: RowEncoder, batch_size: int
     filler["prompt"] = PromptTokens(filler["prompt"].ids, len(filler["prompt"].ids))  # no labels
     if "is_gold" in filler:
       filler["is_gold"] = np.zeros_like(filler["is_gold"])
+    if "gold_slots" in filler:
+      filler["gold_slots"] = np.full_like(filler["gold_slots"], -1)
     batches.append(encoder.collate(encoded + [filler] * (batch_size - len(encoded)), train=False))
   return batches

@@ -70,6 +70,7 @@ class Layout:
     self.bos_id = tokenizer.bos_token_id
     self.pad_id = self.bos_id
     self._encode = tokenizer.backend_tokenizer.encode
+    self._encode_batch = tokenizer.backend_tokenizer.encode_batch_fast
 
   def ids(self, text: str) -> list[int]:
     """Token ids of a text in which special tokens may stand as text."""
@@ -77,9 +78,14 @@ class Layout:
 
   def encoder_input(self, text: str, max_length: int) -> np.ndarray:
     """`<ENC> <s> text </s> MEM…`, [<= max_length + 3 + M] int32."""
-    ids = self.ids(f"<ENC>{self.tokenizer.bos_token}{text}{self.tokenizer.eos_token}")[:max_length + EXTRA_TOKENS]
+    return self._with_memory_tokens(self.ids(self._wrapped(text)), max_length)
+
+  def _wrapped(self, text: str) -> str:
+    return f"<ENC>{self.tokenizer.bos_token}{text}{self.tokenizer.eos_token}"
+
+  def _with_memory_tokens(self, ids: list[int], max_length: int) -> np.ndarray:
     first = self.config.model.vocab_size
-    return np.array(ids + list(range(first, first + self.config.num_memory_tokens)), np.int32)
+    return np.array(ids[:max_length + EXTRA_TOKENS] + list(range(first, first + self.config.num_memory_tokens)), np.int32)
 
   def is_cut(self, encoder_input: np.ndarray) -> bool:
     """Whether an encoder input has lost the end of its text (and so its `</s>`)."""
@@ -88,6 +94,11 @@ class Layout:
   def document(self, text: str) -> np.ndarray:
     """A document's encoder input."""
     return self.encoder_input(text, self.config.doc_max_length)
+
+  def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Encoder inputs of many documents, tokenised by all cores."""
+    encoded = self._encode_batch([self._wrapped(t) for t in texts], add_special_tokens=False)
+    return [self._with_memory_tokens(e.ids, self.config.doc_max_length) for e in encoded]
 
   def query(self, text: str) -> np.ndarray:
     """A question's encoder input."""

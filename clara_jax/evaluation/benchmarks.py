@@ -118,8 +118,9 @@ def stage_loss(model: Clara, layout: Layout, weights: dict[str, Any], stage_name
 
 
 def _scores(model, weights, batch):
-  memories = stages.candidate_memories(model, weights, batch)
-  scores = model.score(model.encode_query(weights, batch.question), memories)
+  query = model.encode_query(weights, batch.question)
+  memories = stages.candidates(model, weights, batch, query).memories
+  scores = model.score(query, memories)
   return scores, model.select(scores, memories)[1]
 
 

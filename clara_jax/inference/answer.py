@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,20 +12,38 @@ from clara_jax.batch import Tokens
 from clara_jax.config import ConfigError
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.tokens import Layout
-from clara_jax.inference.generate import make_generate
+from clara_jax.inference.generate import Greedy, make_stream
 from clara_jax.memory.store import MemoryStore, StoreError, fingerprint
 from clara_jax.model import Clara
 from clara_jax.retrieval import index as index_lib
 
 
 @dataclasses.dataclass(frozen=True)
+class Question:
+  """A question, and what it may differ in from others of its batch.
+
+  Attributes:
+    text: the question.
+    top_k: K; None for the answerer's.
+    ids: documents that may be found; None for all.
+    max_new_tokens: of its answer; None for the answerer's.
+  """
+
+  text: str
+  top_k: int | None = None
+  ids: tuple[str, ...] | None = None
+  max_new_tokens: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Found:
-  """A retrieved document with its cosine."""
+  """A retrieved document with its cosine; `tokens` is the length of its text, 0 where the store keeps none."""
 
   id: str
   score: float
   title: str
   text: str
+  tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +65,7 @@ class Answerer:
     index: over the store; None loads the one beside it.
     top_k: K; by default the configuration's.
     max_new_tokens: longest answer.
+    stream_every: tokens between two calls of `on_text`.
 
   Raises:
     StoreError: the store was made by another compressor.
@@ -54,37 +73,113 @@ class Answerer:
   """
 
   def __init__(self, model: Clara, layout: Layout, weights: dict[str, Any], store: MemoryStore, *,
-               index: index_lib.Index | None = None, directory: str | None = None, top_k: int | None = None,
-               max_new_tokens: int = 64):
+               index: index_lib.Index | None = None, top_k: int | None = None, max_new_tokens: int = 64, stream_every: int = 4):
     made_by = fingerprint(weights)
     if store.manifest.compressor != made_by:
       raise StoreError(f"the store was made by compressor {store.manifest.compressor}, this checkpoint's is {made_by}")
-    self._model, self._layout, self._weights, self._store = model, layout, weights, store
-    self._index = index or index_lib.load(directory, index_lib.unit_vectors(store.memories()))
-    self._top_k = top_k or model.config.top_k
-    if self._top_k > len(store):
-      raise ConfigError(f"top_k={self._top_k} documents of a store with {len(store)}")
+    self.model, self.layout, self.weights, self.store = model, layout, weights, store
+    self.top_k, self.max_new_tokens = top_k or model.config.top_k, max_new_tokens
+    if self.top_k > len(store):
+      raise ConfigError(f"top_k={self.top_k} documents of a store with {len(store)}")
+    self._index = index or index_lib.load(store)
     self._encode = jax.jit(model.encode_query)
-    self._generate = make_generate(model, max_new_tokens, layout.eos_id, layout.pad_id)
+    greedy = Greedy(model, max_new_tokens, layout.eos_id, layout.pad_id)
+    self._stream = make_stream(greedy, stream_every)
+    self._whole = make_stream(greedy, max_new_tokens)
 
-  def answer(self, questions: Sequence[str]) -> list[Answer]:
-    """Answers several questions as one batch."""
+  def search(self, questions: Sequence[Question]) -> list[list[Found]]:
+    """The documents nearest to each question, best first."""
+    rows, scores = self._search(questions, self._queries(questions))
+    return self._found(rows, scores)
+
+  def nearest_memories(self, vectors: np.ndarray, k: int) -> np.ndarray:
+    """The memory tokens nearest to flattened queries: [Q, M·D] -> [Q, k, M·D] float32 (the released code's retrieval protocol)."""
+    unit = index_lib.unit_vectors(vectors)
+    rows, _ = self._index.search(unit, k)
+    return self.store.memories(rows.reshape(-1)).astype(np.float32).reshape(*rows.shape, -1)
+
+  def answer(self, questions: Sequence[Question | str], on_text: Callable[[int, str], None] | None = None,
+             on_found: Callable[[int, list[Found]], None] | None = None) -> list[Answer]:
+    """Answers several questions as one batch.
+
+    Args:
+      questions: what is asked.
+      on_text: called with the place of a question and its answer so far, every few tokens.
+      on_found: called with the place of a question and its documents, before the answer is made.
+
+    Raises:
+      ConfigError: a question names ids of which none is in the store, or more documents than there are.
+      DataError: a question does not fit the prompt.
+    """
+    asked = [Question(q) if isinstance(q, str) else q for q in questions]
     clock = [time.perf_counter()]
-    tokens = pad_tokens([self._layout.query(q) for q in questions], self._layout.pad_id, 16)
-    query = np.asarray(self._encode(self._weights, tokens), np.float32)
+    query = self._queries(asked)
     clock.append(time.perf_counter())
-    rows, scores = self._index.search(index_lib.unit_vectors(query), self._top_k)
-    memories = self._store.memories(rows.reshape(-1)).astype(np.float32).reshape(*rows.shape, *query.shape[1:])
+    rows, scores = self._search(asked, query)
+    found = self._found(rows, scores)
+    if on_found:
+      for place, documents in enumerate(found):
+        on_found(place, documents)
+    memories = np.zeros((_padded(len(asked)), rows.shape[1], *query.shape[1:]), np.float32)
+    memories[:len(asked)][rows >= 0] = self.store.memories(rows[rows >= 0])
     clock.append(time.perf_counter())
-    texts = answer_from_memories(self._layout, self._generate, self._weights, questions, memories)
+    texts = self._texts(asked, (rows >= 0).sum(1), memories, on_text)
     clock.append(time.perf_counter())
     timings = dict(zip(("encode", "search", "generate"), np.round(np.diff(clock) * 1e3, 2).tolist(), strict=True))
-    answers = []
-    for question, text, found, score in zip(questions, texts, rows, scores, strict=True):
-      documents = [self._store.documents[r] for r in found]
-      answers.append(Answer(question, text, [
-          Found(d.id, round(float(s), 4), d.title, d.text) for d, s in zip(documents, score, strict=True)], timings))
-    return answers
+    return [Answer(q.text, text, documents, timings) for q, text, documents in zip(asked, texts, found, strict=True)]
+
+  def _queries(self, questions: Sequence[Question]) -> np.ndarray:
+    tokens = [self.layout.query(q.text) for q in questions]
+    tokens += tokens[:1] * (_padded(len(tokens)) - len(tokens))
+    query = self._encode(self.weights, pad_tokens(tokens, self.layout.pad_id, _QUERY_BUCKET))
+    return np.asarray(query, np.float32)[:len(questions)]
+
+  def _search(self, questions: Sequence[Question], query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and scores [Q, K], K the largest that is asked for; -1 beyond a question's own."""
+    ks = np.array([q.top_k or self.top_k for q in questions])
+    if ks.max() > len(self.store):
+      raise ConfigError(f"top_k={ks.max()} documents of a store with {len(self.store)}")
+    vectors = index_lib.unit_vectors(query)
+    rows = np.full((len(questions), ks.max()), -1, np.int64)
+    scores = np.full(rows.shape, -np.inf, np.float32)
+    free = [i for i, q in enumerate(questions) if q.ids is None]
+    if free:
+      rows[free], scores[free] = self._index.search(vectors[free], int(ks.max()))
+    for i, question in enumerate(questions):
+      if question.ids is not None:
+        among = self.store.locate(question.ids)
+        if not (among >= 0).any():
+          raise ConfigError(f"none of the {len(question.ids)} ids is in the store")
+        rows[i], scores[i] = (x[0] for x in self._index.search(vectors[i:i + 1], int(ks.max()), among[among >= 0]))
+    rows[np.arange(ks.max()) >= ks[:, None]] = -1
+    return rows, scores
+
+  def _found(self, rows: np.ndarray, scores: np.ndarray) -> list[list[Found]]:
+    documents = iter(self.store.documents(rows[rows >= 0]))
+    return [[Found((d := next(documents)).id, round(float(score), 4), d.title, d.text, len(self.layout.ids(d.text)))
+             for row, score in zip(*pair, strict=True) if row >= 0] for pair in zip(rows, scores, strict=True)]
+
+  def _texts(self, questions: Sequence[Question], counts: np.ndarray, memories: np.ndarray,
+             on_text: Callable[[int, str], None] | None) -> list[str]:
+    layout = self.layout
+    prompts = [layout.answer_prompt(q.text, int(k), where=f"question {q.text!r:.60}").ids for q, k in zip(questions, counts, strict=True)]
+    prompts += prompts[:1] * (len(memories) - len(prompts))
+    limits = [min(q.max_new_tokens or self.max_new_tokens, self.max_new_tokens) for q in questions]
+    texts = [""] * len(questions)
+    for ids in (self._stream if on_text else self._whole)(self.weights, pad_tokens(prompts, layout.pad_id, _PROMPT_BUCKET), memories):
+      for place, (row, limit) in enumerate(zip(ids, limits, strict=False)):
+        texts[place] = layout.text(row[:limit])
+        if on_text:
+          on_text(place, texts[place])
+    return texts
+
+
+# Few different shapes, few compilations: texts are padded to multiples of these, batches to powers of two.
+_QUERY_BUCKET, _PROMPT_BUCKET = 32, 64
+
+
+def _padded(rows: int) -> int:
+  return 1 << (rows - 1).bit_length()
 
 
 def answer_from_memories(layout: Layout, generate: Any, weights: dict[str, Any], questions: Sequence[str], memories: Any

@@ -1,9 +1,16 @@
-"""Greedy answers: one prefill and one compiled decode loop over a preallocated cache."""
+"""Greedy answers: one prefill and one compiled decode loop over a preallocated cache.
 
-import functools
+`make_generate` is the two in one program; `make_stream` stops every few tokens, so that answers can be shown while they grow.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 
 from clara_jax.batch import Tokens
 from clara_jax.config import ModelConfig, Role
@@ -17,54 +24,102 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> KeyValues:
   return KeyValues(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
-def generate(model: Clara, weights: Weights, prompt: Tokens, memories: jax.Array | None, max_new_tokens: int, eos_id: int,
-             pad_id: int, role: Role | None = "generator") -> jax.Array:
-  """Greedy continuations; jit-able with everything but the arrays static (`make_generate`).
+@struct.dataclass
+class Decoding:
+  """Answers on their way.
 
-  Args:
+  Attributes:
+    step: number of tokens of each answer so far (int32).
+    token: [B] int32, the last of them.
+    stopped: [B] bool, whether a row has ended.
+    answer: [B, max_new_tokens] int32; `pad_id` beyond the end.
+    lengths: [B] int32, of the prompts.
+    cache: keys and values of everything before.
+  """
+
+  step: jax.Array
+  token: jax.Array
+  stopped: jax.Array
+  answer: jax.Array
+  lengths: jax.Array
+  cache: KeyValues
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+  """Greedy decoding for one model.
+
+  Attributes:
     model: the method.
-    weights: its weights.
-    prompt: ids [B, T], right-padded.
-    memories: [B, K, M, D] for the memory slots, or None.
-    max_new_tokens: length of the answer; the loop ends when every row has stopped.
+    max_new_tokens: length of the longest answer.
     eos_id: ends a row.
     pad_id: fills a row after its end.
     role: the generator, or None for the plain base.
-
-  Returns:
-    [B, max_new_tokens] int32; rows hold `eos_id` where they end and `pad_id` after it.
   """
-  batch, length = prompt.ids.shape
-  x = model.embed(weights, prompt.ids) if memories is None else model.splice(weights, prompt.ids, memories)
-  positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-  cache = empty_cache(model.config.model, batch, length + max_new_tokens)
-  hidden, cache = model.hidden(weights, role, x, positions=positions, cache=cache)
-  last = jnp.take_along_axis(hidden, (prompt.lengths - 1)[:, None, None], axis=1)[:, 0]
-  first = jnp.argmax(model.logits(weights, last), axis=-1).astype(jnp.int32)
-  answer = jnp.full((batch, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(first)
 
-  def unfinished(state):
-    step, _, stopped, _, _ = state
-    return (step < max_new_tokens) & ~stopped.all()
+  model: Clara
+  max_new_tokens: int
+  eos_id: int
+  pad_id: int
+  role: Role | None = "generator"
 
-  def decode(state):
-    # The token chosen last stands at position lengths + step - 1; its slot in the cache held padding until now.
-    step, token, stopped, answer, cache = state
-    position = (prompt.lengths + step - 1)[:, None]
-    hidden, cache = model.hidden(weights, role, model.embed(weights, token[:, None]), positions=position, cache=cache)
-    token = jnp.argmax(model.logits(weights, hidden[:, 0]), axis=-1).astype(jnp.int32)
-    token = jnp.where(stopped, pad_id, token)
-    return step + 1, token, stopped | (token == eos_id), answer.at[:, step].set(token), cache
+  def prefill(self, weights: Weights, prompt: Tokens, memories: jax.Array | None) -> Decoding:
+    """Reads the prompts and chooses the first token of each answer.
 
-  state = (jnp.int32(1), first, first == eos_id, answer, cache)
-  return jax.lax.while_loop(unfinished, decode, state)[3]
+    Args:
+      weights: the model's.
+      prompt: ids [B, T], right-padded.
+      memories: [B, K, M, D] for the memory slots, or None.
+    """
+    model, (batch, length) = self.model, prompt.ids.shape
+    x = model.embed(weights, prompt.ids) if memories is None else model.splice(weights, prompt.ids, memories)
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    cache = empty_cache(model.config.model, batch, length + self.max_new_tokens)
+    hidden, cache = model.hidden(weights, self.role, x, positions=positions, cache=cache)
+    last = jnp.take_along_axis(hidden, (prompt.lengths - 1)[:, None, None], axis=1)[:, 0]
+    first = jnp.argmax(model.logits(weights, last), axis=-1).astype(jnp.int32)
+    answer = jnp.full((batch, self.max_new_tokens), self.pad_id, jnp.int32).at[:, 0].set(first)
+    return Decoding(jnp.int32(1), first, first == self.eos_id, answer, prompt.lengths, cache)
+
+  def decode(self, weights: Weights, state: Decoding, until: jax.Array | int) -> Decoding:
+    """Goes on until every row has stopped or has `until` tokens."""
+    model = self.model
+
+    def unfinished(s):
+      return (s.step < until) & ~s.stopped.all()
+
+    def one(s):
+      # The token chosen last stands at position lengths + step - 1; its slot in the cache held padding until now.
+      position = (s.lengths + s.step - 1)[:, None]
+      hidden, cache = model.hidden(weights, self.role, model.embed(weights, s.token[:, None]), positions=position, cache=s.cache)
+      token = jnp.argmax(model.logits(weights, hidden[:, 0]), axis=-1).astype(jnp.int32)
+      token = jnp.where(s.stopped, self.pad_id, token)
+      return Decoding(s.step + 1, token, s.stopped | (token == self.eos_id), s.answer.at[:, s.step].set(token), s.lengths, cache)
+
+    return jax.lax.while_loop(unfinished, one, state)
+
+  def __call__(self, weights: Weights, prompt: Tokens, memories: jax.Array | None) -> jax.Array:
+    """Whole answers: [B, max_new_tokens] int32; rows hold `eos_id` where they end and `pad_id` after it."""
+    return self.decode(weights, self.prefill(weights, prompt, memories), self.max_new_tokens).answer
 
 
 def make_generate(model: Clara, max_new_tokens: int, eos_id: int, pad_id: int, role: Role | None = "generator"):
-  """`generate` compiled: (weights, prompt, memories) -> ids."""
-  return jax.jit(functools.partial(
-      _generate, model=model, max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=pad_id, role=role))
+  """Whole answers, compiled: (weights, prompt, memories) -> ids [B, max_new_tokens]; see `Greedy`."""
+  return jax.jit(Greedy(model, max_new_tokens, eos_id, pad_id, role).__call__)
 
 
-def _generate(weights, prompt, memories, **static):
-  return generate(static.pop("model"), weights, prompt, memories, **static)
+def make_stream(greedy: Greedy, every: int) -> Callable[..., Any]:
+  """Answers that grow: (weights, prompt, memories) -> iterator of ids [B, max_new_tokens] after the first token, and then after every
+  `every` more of them."""
+  prefill = jax.jit(greedy.prefill)
+  decode = jax.jit(greedy.decode, donate_argnums=1)
+
+  def stream(weights, prompt, memories):
+    state = prefill(weights, prompt, memories)
+    yield np.asarray(state.answer)
+    until = 1
+    while until < greedy.max_new_tokens and not bool(state.stopped.all()):
+      until = min(until + every, greedy.max_new_tokens)
+      state = decode(weights, state, until)
+      yield np.asarray(state.answer)
+  return stream

@@ -1,95 +1,205 @@
-"""A corpus through the frozen compressor, once, into a store."""
+"""A corpus through the frozen compressor, once, into a store.
 
+Three things go on at once: texts are tokenised ahead, the devices compress, and what they have made is written by a thread.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
+import itertools
+import multiprocessing
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from clara_jax.config import ConfigError, MeshConfig
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.schemas import Document
 from clara_jax.data.tokens import Layout
 from clara_jax.memory.store import Manifest, MemoryStore, fingerprint
 from clara_jax.model import Clara
-from clara_jax.sharding import activation_rules, batch_sharding, make_mesh
+from clara_jax.sharding import activation_rules, batch_sharding, batch_ways, make_mesh, tree_shardings
+
+GROUPS = ("base", "memory_embedding", "compressor")
 
 
 @dataclasses.dataclass(frozen=True)
 class CompressReport:
-  """documents: in the store now; skipped: there already; cut: of the new ones, longer than doc_max_length, whose end was left out;
-  bytes: of memory tokens; documents_per_second: of the new ones."""
+  """documents: in the store now; skipped: there already; replaced: there with another text; cut: of the new ones, longer than
+  doc_max_length, whose end was left out; bytes: of memory tokens on disk; documents_per_second: of the new ones."""
 
   documents: int
   skipped: int
+  replaced: int
   cut: int
   bytes: int
   seconds: float
   documents_per_second: float
 
 
-def manifest_of(model: Clara, weights: dict[str, Any]) -> Manifest:
-  """What a store made by these weights says of itself."""
+def manifest_of(model: Clara, weights: dict[str, Any], form: str | None = None, text: bool = True) -> Manifest:
+  """What a store made by these weights says of itself; by default its form is the type of the computation."""
   config = model.config
-  return Manifest(fingerprint(weights), config.num_memory_tokens, config.model.width, config.model.dtype)
+  return Manifest(fingerprint(weights), config.num_memory_tokens, config.model.width, config.doc_max_length,
+                  form or config.model.dtype, text)
 
 
 def compress_corpus(model: Clara, layout: Layout, weights: dict[str, Any], documents: Iterable[Document], directory: str, *,
-                    batch_size: int = 64, shard_size: int = 4096, bucket: int = 32, progress: bool = True
-                    ) -> CompressReport:
+                    form: str | None = None, text: bool = True, replace: bool = False, batch_size: int = 64,
+                    shard_size: int = 4096, bucket: int = 32, workers: int = 0, process: int = 0, processes: int = 1,
+                    mesh: MeshConfig | None = None, progress: bool = True) -> CompressReport:
   """Writes the documents' memory tokens into the store; those that it has are skipped, so that a stopped run goes on.
+
+  Several processes may work on one corpus, each with devices of its own: every block of `shard_size` documents belongs to one of them.
 
   Args:
     model, layout, weights: the compressor.
-    documents: the corpus.
+    documents: the corpus; all processes get the same.
     directory: of the store.
-    batch_size: documents a pass; rounded up to a multiple of the devices.
-    shard_size: documents a file.
+    form: of a new store (`forms.NAMES`, except 'pq').
+    text: whether a new store keeps the documents' text.
+    replace: whether a document that is there with another title or text is compressed anew.
+    batch_size: documents a pass; rounded up to a multiple of the parts that the mesh divides a batch into.
+    shard_size: documents a segment; sorted by length within.
     bucket: lengths are padded to a multiple of it.
+    workers: processes that tokenise ahead; 0 does it in a thread.
+    process, processes: which part of the corpus is this process's.
+    mesh: of this process's devices; by default each has the whole compressor and a part of the batch.
     progress: whether lines go to standard error.
+
+  Raises:
+    StoreError: the store was made by another compressor or in another form.
   """
   start = time.monotonic()
-  store = MemoryStore(directory, manifest_of(model, weights))
-  mesh = make_mesh()
-  batch_size = -(-batch_size // mesh.size) * mesh.size
+  store = MemoryStore(directory, manifest_of(model, weights, form, text), writer=process)
+  if replace and not store.manifest.text:
+    raise ConfigError(f"{directory}: the store keeps no text, so that changed documents cannot be told from others")
+  devices = make_mesh(mesh, jax.local_devices())
+  batch_size = -(-batch_size // batch_ways(devices)) * batch_ways(devices)
+  sharding = batch_sharding(devices)
   compress = jax.jit(model.compress)
-  skipped = made = cut = 0
-  waiting: list[Document] = []
+  chunks = _Chunks(documents, store, shard_size, replace, process, processes)
+  made = cut = 0
+  config = model.config
 
-  def write():
-    nonlocal made, cut
-    # Sorted by length, a batch has little padding; the shard keeps the corpus's order.
-    inputs = [layout.document(d.text) for d in waiting]
-    cut += sum(layout.is_cut(x) for x in inputs)
+  def dispatch(inputs: list[np.ndarray]) -> tuple[np.ndarray, list[jax.Array]]:
+    """Sorted by length, a batch has little padding; the segment keeps the corpus's order."""
     order = np.argsort([len(x) for x in inputs], kind="stable")
-    config = model.config
-    memories = np.empty((len(waiting), config.num_memory_tokens, config.model.width), np.float32)
+    parts = []
     for first in range(0, len(order), batch_size):
       chosen = order[first:first + batch_size]
       padded = [inputs[i] for i in chosen] + [inputs[chosen[0]]] * (batch_size - len(chosen))
-      tokens = jax.device_put(pad_tokens(padded, layout.pad_id, bucket), batch_sharding(mesh))
-      memories[chosen] = np.asarray(compress(weights, tokens)[:len(chosen)], np.float32)
-    store.append(waiting, memories)
-    made += len(waiting)
-    waiting.clear()
-    if progress:
-      print(f"compress: {len(store)} documents in the store, {made / (time.monotonic() - start):.0f} documents/s", file=sys.stderr,
-            flush=True)
+      parts.append(compress(placed, jax.device_put(pad_tokens(padded, layout.pad_id, bucket), sharding)))
+    return order, parts
 
-  with jax.set_mesh(mesh), activation_rules():
-    for document in documents:
-      if document.id in store:
-        skipped += 1
-        continue
-      waiting.append(document)
-      if len(waiting) == shard_size:
-        write()
-    if waiting:
-      write()
+  def write(chunk: list[Document], order: np.ndarray, parts: list[jax.Array]) -> None:
+    nonlocal made
+    memories = np.empty((len(chunk), config.num_memory_tokens, config.model.width), np.float32)
+    for first, part in zip(range(0, len(order), batch_size), parts, strict=True):
+      chosen = order[first:first + batch_size]
+      memories[chosen] = np.asarray(part)[:len(chosen)]
+    store.upsert(chunk, memories)
+    made += len(chunk)
+    if progress:
+      print(f"compress: {made} new documents, {chunks.skipped} were there, {made / (time.monotonic() - start):.0f} documents/s",
+            file=sys.stderr, flush=True)
+
+  writing: concurrent.futures.Future | None = None
+  with contextlib.closing(store), jax.set_mesh(devices), activation_rules(), concurrent.futures.ThreadPoolExecutor(1) as writer:
+    placed = _place(model, weights, devices)
+    for chunk, inputs in _tokenised(chunks, layout, workers):
+      cut += sum(layout.is_cut(x) for x in inputs)
+      work = dispatch(inputs)
+      if writing:
+        writing.result()
+      writing = writer.submit(write, chunk, *work)
+    if writing:
+      writing.result()
+  if processes > 1:
+    store = MemoryStore(directory)  # with what the others have written
   seconds = time.monotonic() - start
   if cut and progress:
-    print(f"compress: {cut} of {made} documents are longer than doc_max_length={model.config.doc_max_length} tokens; their ends are "
+    print(f"compress: {cut} of {made} documents are longer than doc_max_length={config.doc_max_length} tokens; their ends are "
           "left out", file=sys.stderr)
-  return CompressReport(len(store), skipped, cut, store.nbytes(), seconds, made / max(seconds, 1e-9))
+  return CompressReport(len(store), chunks.skipped, chunks.replaced, cut, store.nbytes(), seconds, made / max(seconds, 1e-9))
+
+
+def _place(model: Clara, weights: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """The compressor's weights where the mesh wants them, once."""
+  boxed = jax.eval_shape(lambda: model.init_boxed(jax.random.key(0), GROUPS))
+  shardings = tree_shardings(boxed, mesh)
+  return {group: jax.tree.map(jax.device_put, weights[group], shardings[group]) for group in GROUPS}
+
+
+class _Chunks:
+  """Lists of `size` documents that the store lacks, in this process's part of the corpus."""
+
+  def __init__(self, documents: Iterable[Document], store: MemoryStore, size: int, replace: bool, process: int, processes: int):
+    self._documents, self._store, self._size, self._replace = iter(documents), store, size, replace
+    self._process, self._processes = process, processes
+    # Rows as they were at the start: the writer adds to the store meanwhile.
+    self._find = store.locate
+    self.skipped = self.replaced = 0
+
+  def __iter__(self) -> Iterator[list[Document]]:
+    waiting: list[Document] = []
+    for number in itertools.count():
+      block = list(itertools.islice(self._documents, self._size))
+      if not block:
+        break
+      if number % self._processes != self._process:
+        continue
+      waiting += self._lacking(block)
+      while len(waiting) >= self._size:
+        yield waiting[:self._size]
+        waiting = waiting[self._size:]
+    if waiting:
+      yield waiting
+
+  def _lacking(self, block: list[Document]) -> list[Document]:
+    rows = self._find([d.id for d in block])
+    there = np.flatnonzero(rows >= 0)
+    changed = set()
+    if self._replace and len(there):
+      stored = self._store.documents(rows[there])
+      changed = {int(i) for i, old in zip(there, stored, strict=True) if old != block[i]}
+    self.skipped += len(there) - len(changed)
+    self.replaced += len(changed)
+    return [d for i, d in enumerate(block) if rows[i] < 0 or i in changed]
+
+
+def _tokenised(chunks: Iterable[list[Document]], layout: Layout, workers: int) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
+  """Chunks with their encoder inputs, made ahead by processes or by a thread."""
+  if workers:
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads of JAX
+    pool: Any = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (layout,))
+    task = _encode_in_worker
+  else:
+    pool, task = concurrent.futures.ThreadPoolExecutor(1), layout.documents
+  ahead: collections.deque = collections.deque()
+  with pool:
+    for chunk in chunks:
+      ahead.append((chunk, pool.submit(task, [d.text for d in chunk])))
+      if len(ahead) > workers + 1:
+        chunk, future = ahead.popleft()
+        yield chunk, future.result()
+    while ahead:
+      chunk, future = ahead.popleft()
+      yield chunk, future.result()
+
+
+_layout_of_worker: Layout | None = None
+
+
+def _start_worker(layout: Layout) -> None:
+  global _layout_of_worker
+  _layout_of_worker = layout
+
+
+def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
+  return _layout_of_worker.documents(texts)

@@ -1,32 +1,48 @@
 """The memory store: every document of a corpus as memory tokens, encoded once.
 
-    DIR/manifest.json             compressor's hash, M, D, dtype
-    DIR/memories-00000.npy        [n, M, D], memory-mapped when read
-    DIR/documents-00000.jsonl     id, title, text of the same n documents
+    DIR/manifest.json                        what made it, M, D, form, generation
+    DIR/codebook.npy                         of a product-quantised store
+    DIR/segments-0/000017-003/segment.json   number of documents, ids that are deleted, checksums of the files beside it
+                             /documents.array_record   id, title and text of each document, as JSON
+                             /memories.array_record    its memory tokens, in the store's form (`forms.py`)
+                             /keys.npy       [n, 2] uint64, hashes of the ids
 
-A shard counts when its documents file is there: both files are written beside and renamed, memories first. A store that was
-interrupted goes on with the documents that it lacks; one made by another compressor is refused.
+A segment is written by one process (003 is its number) and never changed. It counts when its segment.json is there, which is written
+last: a store that was interrupted goes on with the documents that it lacks. The order of the segments is the order of time: an id
+that comes again replaces the earlier document, an id that a later segment deletes is gone. `compact` writes what is left into the
+segments of the next generation and then changes the manifest, which makes it the one that counts.
+
+A document's *row* is its place in that order; it stays the same until `compact`. Ids are known by a 128-bit hash.
 """
 
+import collections
 import dataclasses
+import fcntl
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
+from array_record.python import array_record_module
 from etils import epath
 
 from clara_jax.data.schemas import Document
+from clara_jax.memory import forms
 
-VERSION = 1
+VERSION = 2
+BLOCK = 4096  # documents that are read at once when a whole store is walked through
+_OPEN_FILES = 128
+_MAX_RUNS = 32
+_FILES = ("documents.array_record", "memories.array_record", "keys.npy")
 
 
 class StoreError(ValueError):
-  """A directory is not a memory store, or not one of this compressor."""
+  """A directory is not a memory store, or not one of this compressor, or it is damaged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +53,26 @@ class Manifest:
     compressor: `fingerprint` of the weights that made it.
     num_memory_tokens: M.
     width: D.
-    dtype: type of the memory tokens, 'float32' or 'bfloat16'.
+    doc_max_length: tokens of a document, the rest was cut off.
+    form: of the memory tokens (`forms.NAMES`).
+    text: whether the documents' text is kept.
     version: of this layout.
+    generation: of the segments that count.
   """
 
   compressor: str
   num_memory_tokens: int
   width: int
-  dtype: str
+  doc_max_length: int
+  form: str
+  text: bool = True
   version: int = VERSION
+  generation: int = 0
+
+  @property
+  def compression_rate(self) -> float:
+    """Tokens of the longest document for each memory token."""
+    return self.doc_max_length / self.num_memory_tokens
 
 
 def fingerprint(weights: dict[str, Any]) -> str:
@@ -58,25 +85,34 @@ def fingerprint(weights: dict[str, Any]) -> str:
   return digest.hexdigest()[:16]
 
 
+def keys_of(ids: Iterable[str]) -> np.ndarray:
+  """Hashes of ids, [n, 2] uint64."""
+  digests = b"".join(hashlib.blake2b(i.encode(), digest_size=16).digest() for i in ids)
+  return np.frombuffer(digests, np.uint64).reshape(-1, 2)
+
+
 class MemoryStore:
   """Reads and extends a store.
 
   Args:
     directory: where it is.
     manifest: what the store must hold, to create or extend it; None opens an existing store as it is.
+    writer: number of this process among those that write at the same time.
+    codebook: of a new product-quantised store.
 
   Raises:
     StoreError: there is no store, or its manifest is another.
   """
 
-  def __init__(self, directory: str, manifest: Manifest | None = None):
+  def __init__(self, directory: str, manifest: Manifest | None = None, *, writer: int = 0,
+               codebook: forms.ProductQuantised | None = None):
     self.directory = directory
-    self._folder = epath.Path(directory)
+    self._folder, self._writer, self._lock = epath.Path(directory), writer, None
     file = self._folder / "manifest.json"
     if file.exists():
-      found = Manifest(**json.loads(file.read_text()))
+      found = _read_manifest(file)
       for field in dataclasses.fields(Manifest):
-        if manifest is not None and getattr(found, field.name) != getattr(manifest, field.name):
+        if manifest is not None and field.name != "generation" and getattr(found, field.name) != getattr(manifest, field.name):
           raise StoreError(f"{directory}: the store has {field.name}={getattr(found, field.name)!r}, this checkpoint makes "
                            f"{getattr(manifest, field.name)!r}; choose another --store")
       manifest = found
@@ -84,53 +120,36 @@ class MemoryStore:
       raise StoreError(f"{directory}: not a memory store (no manifest.json); make one with clara compress")
     else:
       self._folder.mkdir(parents=True, exist_ok=True)
+      if codebook is not None:
+        _write(self._folder / "codebook.npy", codebook.to_bytes())
       _write(file, json.dumps(dataclasses.asdict(manifest), indent=2).encode())
     self.manifest = manifest
-    self._dtype = np.dtype(ml_dtypes.bfloat16) if manifest.dtype == "bfloat16" else np.dtype(manifest.dtype)
-    self.documents: list[Document] = []
-    self._row_of: dict[str, int] = {}
-    self._shards: list[np.ndarray] = []
-    self._starts: list[int] = []
-    while (self._folder / f"documents-{len(self._shards):05}.jsonl").exists():
-      self._open_shard(len(self._shards))
+    centres = (self._folder / "codebook.npy").read_bytes() if manifest.form == "pq" else None
+    self.form = forms.make(manifest.form, manifest.num_memory_tokens, manifest.width, centres)
+    self._readers: collections.OrderedDict[str, Any] = collections.OrderedDict()
+    self._read_segments()
+
+  def __reduce__(self):  # opened again in worker processes
+    return MemoryStore, (self.directory,)
+
+  # ---- what is there ---------------------------------------------------------------------------------------------------------
 
   def __len__(self) -> int:
-    return len(self.documents)
+    return len(self.rows)
 
   def __contains__(self, identifier: str) -> bool:
-    return identifier in self._row_of
+    return self.locate([identifier])[0] >= 0
 
-  def _open_shard(self, index: int) -> None:
-    lines = (self._folder / f"documents-{index:05}.jsonl").read_text().splitlines()
-    documents = [Document(**json.loads(line)) for line in lines]
-    path = self._folder / f"memories-{index:05}.npy"
-    try:
-      # numpy's format does not know bfloat16; its bits are stored as uint16.
-      memories = np.load(os.fspath(path), mmap_mode="r").view(self._dtype)
-    except (OSError, ValueError) as error:
-      raise StoreError(f"{path}: not readable: {error}") from None
-    expected = (len(documents), self.manifest.num_memory_tokens, self.manifest.width)
-    if memories.shape != expected:
-      raise StoreError(f"{path}: expected shape {expected}, got {memories.shape}")
-    self._starts.append(len(self.documents))
-    self._shards.append(memories)
-    for document in documents:
-      self._row_of[document.id] = len(self.documents)
-      self.documents.append(document)
+  @property
+  def rows(self) -> np.ndarray:
+    """Rows of all documents, ascending: [n] int64."""
+    if self._rows is None:
+      self._rows = np.sort(self._keys.rows())
+    return self._rows
 
-  def append(self, documents: Sequence[Document], memories: np.ndarray) -> None:
-    """Adds a shard, whole or not at all. memories: [n, M, D]."""
-    index = len(self._shards)
-    bits = np.ascontiguousarray(memories.astype(self._dtype))
-    if self.manifest.dtype == "bfloat16":
-      bits = bits.view(np.uint16)
-    part = self._folder / f"memories-{index:05}.npy.part"
-    with part.open("wb") as file:
-      np.save(file, bits)
-    part.replace(self._folder / f"memories-{index:05}.npy")
-    lines = "".join(json.dumps(dataclasses.asdict(d), ensure_ascii=False) + "\n" for d in documents)
-    _write(self._folder / f"documents-{index:05}.jsonl", lines.encode())
-    self._open_shard(index)
+  def locate(self, ids: Sequence[str]) -> np.ndarray:
+    """Rows of documents by id, [n] int64; -1 where there is none."""
+    return self._keys.find(keys_of(ids))
 
   def row(self, identifier: str) -> int:
     """The row of a document.
@@ -138,42 +157,320 @@ class MemoryStore:
     Raises:
       KeyError: there is no such id.
     """
-    return self._row_of[identifier]
+    row = int(self.locate([identifier])[0])
+    if row < 0:
+      raise KeyError(identifier)
+    return row
+
+  def documents(self, rows: Iterable[int] | None = None) -> list[Document]:
+    """Documents of rows, or all of them; without text where the store keeps none."""
+    rows = self.rows if rows is None else np.asarray(list(rows), np.int64)
+    found: list[Any] = [None] * len(rows)
+    for segment, places, local in self._parts(rows):
+      for place, record in zip(places, self._records(segment, _FILES[0], local), strict=True):
+        found[place] = Document(**json.loads(record))
+    return found
 
   def memories(self, rows: Iterable[int] | None = None) -> np.ndarray:
-    """Memory tokens [n, M, D] of rows, or of all documents."""
-    if rows is None:
-      if not self._shards:
-        return np.zeros((0, self.manifest.num_memory_tokens, self.manifest.width), self._dtype)
-      return np.concatenate(self._shards)
-    rows = list(rows)
-    out = np.empty((len(rows), self.manifest.num_memory_tokens, self.manifest.width), self._dtype)
-    for i, row in enumerate(rows):
-      shard = int(np.searchsorted(self._starts, row, side="right")) - 1
-      out[i] = self._shards[shard][row - self._starts[shard]]
+    """Memory tokens [n, M, D] of rows, or of all documents; float32 or bfloat16."""
+    rows = self.rows if rows is None else np.asarray(list(rows), np.int64)
+    return self.form.decode(self.codes(rows))
+
+  def codes(self, rows: np.ndarray) -> np.ndarray:
+    """Memory tokens in the store's form: [n, nbytes] uint8.
+
+    Raises:
+      StoreError: a file is damaged.
+    """
+    out = np.empty((len(rows), self.form.nbytes), np.uint8)
+    for segment, places, local in self._parts(rows):
+      for place, record in zip(places, self._records(segment, _FILES[1], local), strict=True):
+        out[place] = np.frombuffer(record, np.uint8)
     return out
 
-  def nbytes(self) -> int:
-    """Bytes of memory tokens."""
-    return sum(shard.nbytes for shard in self._shards)
+  def blocks(self, size: int = BLOCK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Walks through the store: (rows [n], memory tokens [n, M, D])."""
+    for start in range(0, len(self), size):
+      rows = self.rows[start:start + size]
+      yield rows, self.memories(rows)
 
-  def __reduce__(self):  # opened again in worker processes
-    return MemoryStore, (self.directory,)
+  def nbytes(self) -> int:
+    """Bytes of the memory tokens' files."""
+    return sum((s.folder / _FILES[1]).stat().length for s in self._segments if s.documents)
 
   def lookup(self) -> "MemoryLookup":
     """Memory tokens of documents by id, or by text where a row names no ids."""
     return MemoryLookup(self)
+
+  def verify(self) -> dict[str, int]:
+    """Reads everything once: checksums, counts, ids.
+
+    Raises:
+      StoreError: naming the file that is damaged.
+    """
+    for segment in self._segments:
+      record = json.loads((segment.folder / "segment.json").read_text())
+      for name, expected in record["checksums"].items():
+        if (found := _checksum(segment.folder / name)) != expected:
+          raise StoreError(f"{segment.folder / name}: its checksum is {found}, expected {expected}")
+    for start in range(0, len(self), BLOCK):
+      rows = self.rows[start:start + BLOCK]
+      ids = [d.id for d in self.documents(rows)]
+      if not np.array_equal(self.locate(ids), rows):
+        raise StoreError(f"{self.directory}: the ids of rows {rows[0]} to {rows[-1]} are not those of their keys")
+      self.codes(rows)
+    return {"documents": len(self), "segments": len(self._segments), "dead": self._end - len(self), "bytes": self.nbytes()}
+
+  # ---- changes ---------------------------------------------------------------------------------------------------------------
+
+  def append(self, documents: Sequence[Document], memories: np.ndarray) -> np.ndarray:
+    """Adds documents, all or none.
+
+    Args:
+      documents: with ids that the store does not have.
+      memories: [n, M, D].
+
+    Returns:
+      Their rows.
+
+    Raises:
+      StoreError: an id is there already, or another process writes with this writer's number.
+    """
+    there = np.flatnonzero(self.locate([d.id for d in documents]) >= 0)
+    if len(there):
+      raise StoreError(f"{self.directory}: the id {documents[there[0]].id!r} is there already; upsert replaces a document")
+    return self.upsert(documents, memories)
+
+  def upsert(self, documents: Sequence[Document], memories: np.ndarray) -> np.ndarray:
+    """As `append`; an id that is there is replaced."""
+    expected = (len(documents), self.manifest.num_memory_tokens, self.manifest.width)
+    if memories.shape != expected:
+      raise StoreError(f"{self.directory}: expected memory tokens of shape {expected}, got {memories.shape}")
+    if len({d.id for d in documents}) < len(documents):
+      raise StoreError(f"{self.directory}: an id comes twice in one call")
+    if not self.manifest.text:
+      documents = [dataclasses.replace(d, text="") for d in documents]
+    records = (json.dumps(dataclasses.asdict(d), ensure_ascii=False).encode() for d in documents)
+    return self._write_segment(records, self.form.encode(memories), keys_of(d.id for d in documents))
+
+  def delete(self, ids: Iterable[str]) -> int:
+    """Deletes documents; returns how many there were. The files shrink with `compact`."""
+    ids = list(dict.fromkeys(ids))
+    there = [i for i, row in zip(ids, self.locate(ids), strict=True) if row >= 0]
+    if there:
+      self._write_segment((), np.zeros((0, self.form.nbytes), np.uint8), keys_of(()), deleted=there)
+    return len(there)
+
+  def compact(self, segment_size: int = BLOCK) -> None:
+    """Writes the documents that are left, in order, into new segments, and removes the old ones. Rows are counted anew.
+
+    No other process may write; one that reads has to open the store again.
+    """
+    old, rows = self._segments_folder(), self.rows
+    new = Manifest(**{**dataclasses.asdict(self.manifest), "generation": self.manifest.generation + 1})
+    target = _Folder(self._segments_folder(new.generation), self._writer)
+    if target.path.exists():
+      shutil.rmtree(os.fspath(target.path))  # of a compaction that was stopped
+    for start in range(0, len(rows), segment_size):
+      chosen = rows[start:start + segment_size]
+      records = [json.dumps(dataclasses.asdict(d), ensure_ascii=False).encode() for d in self.documents(chosen)]
+      target.write(records, self.codes(chosen), keys_of(json.loads(r)["id"] for r in records))
+    target.path.mkdir(parents=True, exist_ok=True)
+    _write(self._folder / "manifest.json", json.dumps(dataclasses.asdict(new), indent=2).encode())
+    self.manifest = new
+    self._close_readers()
+    shutil.rmtree(os.fspath(old), ignore_errors=True)
+    self._read_segments()
+
+  # ---- files -----------------------------------------------------------------------------------------------------------------
+
+  def _segments_folder(self, generation: int | None = None) -> Any:
+    return self._folder / f"segments-{self.manifest.generation if generation is None else generation}"
+
+  def _read_segments(self) -> None:
+    self._segments: list[_Segment] = []
+    self._starts: list[int] = []
+    self._end, self._rows = 0, None
+    self._keys = _Keys()
+    keys, rows = [], []
+    for segment in _Folder(self._segments_folder(), self._writer).segments():
+      more_keys, more_rows = self._add(segment)
+      keys.append(more_keys)
+      rows.append(more_rows)
+    if keys:
+      self._keys.put(np.concatenate(keys), np.concatenate(rows))
+
+  def _add(self, segment: "_Segment") -> tuple[np.ndarray, np.ndarray]:
+    """Takes a segment in; returns its keys with their rows, -1 for deleted ones."""
+    self._segments.append(segment)
+    self._starts.append(self._end)
+    rows = np.arange(self._end, self._end + segment.documents)
+    self._end += segment.documents
+    self._rows = None
+    return (np.concatenate([keys_of(segment.deleted), segment.keys()]),
+            np.concatenate([np.full(len(segment.deleted), -1), rows]))
+
+  def _write_segment(self, records: Iterable[bytes], codes: np.ndarray, keys: np.ndarray, deleted: Sequence[str] = ()) -> np.ndarray:
+    if self._lock is None:
+      self._lock = _lock(self._folder / f"writer-{self._writer:03}.lock")
+    folder = _Folder(self._segments_folder(), self._writer)
+    changed = self._add(folder.write(records, codes, keys, deleted))
+    self._keys.put(*changed)
+    return changed[1][len(deleted):]
+
+  def _parts(self, rows: np.ndarray) -> Iterator[tuple["_Segment", np.ndarray, np.ndarray]]:
+    """Groups rows by segment: (segment, places among `rows`, rows within the segment)."""
+    rows = np.asarray(rows, np.int64)
+    if len(rows) and not 0 <= rows.min() <= rows.max() < self._end:
+      raise IndexError(f"{self.directory}: expected rows from 0 to {self._end - 1}, got {rows.min()} … {rows.max()}")
+    segments = np.searchsorted(self._starts, rows, side="right") - 1
+    order = np.argsort(segments, kind="stable")
+    for places in np.split(order, np.flatnonzero(np.diff(segments[order])) + 1) if len(rows) else ():
+      number = segments[places[0]]
+      yield self._segments[number], places, rows[places] - self._starts[number]
+
+  def _records(self, segment: "_Segment", name: str, local: np.ndarray) -> list[bytes]:
+    path = os.fspath(segment.folder / name)
+    try:
+      if path not in self._readers:
+        if len(self._readers) >= _OPEN_FILES:
+          self._readers.popitem(last=False)[1].close()
+        self._readers[path] = array_record_module.ArrayRecordReader(path)
+      self._readers.move_to_end(path)
+      return self._readers[path].read(local.tolist())
+    except (RuntimeError, ValueError, IndexError) as error:
+      raise StoreError(f"{path}: not readable: {error}; a store that was compacted meanwhile has to be opened again") from None
+
+  def _close_readers(self) -> None:
+    for reader in self._readers.values():
+      reader.close()
+    self._readers.clear()
+
+  def close(self) -> None:
+    """Closes the files and lets another process write with this number."""
+    self._close_readers()
+    if self._lock is not None:
+      self._lock.close()
+      self._lock = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Segment:
+  folder: Any
+  documents: int
+  deleted: tuple[str, ...] = ()
+
+  def keys(self) -> np.ndarray:
+    if not self.documents:
+      return keys_of(())
+    path = self.folder / _FILES[2]
+    try:
+      keys = np.load(os.fspath(path))
+    except (OSError, ValueError) as error:
+      raise StoreError(f"{path}: not readable: {error}") from None
+    if keys.shape != (self.documents, 2):
+      raise StoreError(f"{path}: expected shape {(self.documents, 2)}, got {keys.shape}")
+    return keys
+
+
+@dataclasses.dataclass(frozen=True)
+class _Folder:
+  """The segments of one generation."""
+
+  path: Any
+  writer: int
+
+  def segments(self) -> list[_Segment]:
+    """Those that count, in the order of time."""
+    if not self.path.exists():
+      return []
+    found = []
+    for folder in sorted(self.path.iterdir(), key=lambda f: f.name):
+      record = folder / "segment.json"
+      if record.exists():
+        values = json.loads(record.read_text())
+        found.append(_Segment(folder, values["documents"], tuple(values["deleted"])))
+    return found
+
+  def write(self, records: Iterable[bytes], codes: np.ndarray, keys: np.ndarray, deleted: Sequence[str] = ()) -> _Segment:
+    """One more segment."""
+    numbers = [int(f.name.split("-")[0]) for f in self.path.iterdir() if (f / "segment.json").exists()] if self.path.exists() else []
+    folder = self.path / f"{max(numbers, default=-1) + 1:06}-{self.writer:03}"
+    if folder.exists():
+      shutil.rmtree(os.fspath(folder))  # its segment.json was never written
+    folder.mkdir(parents=True)
+    checksums = {}
+    if len(codes):
+      _write_records(folder / _FILES[0], records)
+      _write_records(folder / _FILES[1], (code.tobytes() for code in codes))
+      np.save(os.fspath(folder / _FILES[2]), keys)
+      checksums = {name: _checksum(folder / name) for name in _FILES}
+    record = {"documents": len(codes), "deleted": list(deleted), "checksums": checksums}
+    _write(folder / "segment.json", json.dumps(record).encode())
+    return _Segment(folder, len(codes), tuple(deleted))
+
+
+class _Keys:
+  """Which row an id has. Sorted arrays of hashes, newest first, merged when they become many."""
+
+  def __init__(self):
+    self._runs: list[tuple[np.ndarray, np.ndarray]] = []
+
+  def put(self, keys: np.ndarray, rows: np.ndarray) -> None:
+    """keys: [n, 2] uint64, rows: [n], -1 for an id that is gone; of equal keys the last counts."""
+    self._runs = [_last_of_each(keys, rows), *self._runs]  # a new list: another thread may be searching the old one
+    if len(self._runs) > _MAX_RUNS:
+      self._merge()
+
+  def _merge(self) -> None:
+    if len(self._runs) > 1:
+      keys, rows = (np.concatenate([run[i] for run in reversed(self._runs)]) for i in (0, 1))
+      self._runs = [_last_of_each(keys, rows)]
+
+  def find(self, keys: np.ndarray) -> np.ndarray:
+    """Rows of keys, -1 where there is none."""
+    found = np.full(len(keys), -1, np.int64)
+    unknown = np.arange(len(keys))
+    for run_keys, run_rows in self._runs:
+      if not len(unknown):
+        break
+      places = np.searchsorted(run_keys[:, 0], keys[unknown, 0])
+      is_here = np.zeros(len(unknown), bool)
+      # Two ids that share the first half of their hash stand side by side.
+      while True:
+        inside = places < len(run_keys)
+        candidates = np.where(inside, places, 0)
+        same = inside & (run_keys[candidates, 0] == keys[unknown, 0])
+        is_here |= (equal := same & (run_keys[candidates, 1] == keys[unknown, 1]))
+        found[unknown[equal]] = run_rows[places[equal]]
+        if not (on := same & ~is_here).any():
+          break
+        places = places + on
+      unknown = unknown[~is_here]
+    return found
+
+  def rows(self) -> np.ndarray:
+    """Rows of all ids that are there."""
+    self._merge()
+    return self._runs[0][1][self._runs[0][1] >= 0] if self._runs else np.zeros(0, np.int64)
+
+
+def _last_of_each(keys: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  order = np.lexsort((np.arange(len(keys)), keys[:, 1], keys[:, 0]))
+  keys, rows = keys[order], rows[order]
+  is_last = np.append((keys[1:] != keys[:-1]).any(1), True)[:len(keys)]
+  return keys[is_last], rows[is_last]
 
 
 class MemoryLookup:
   """What the joint stage reads its candidates with (`pipeline.MemoryLookup`)."""
 
   def __init__(self, store: MemoryStore):
-    self._store = store
+    self.store = store
     self._row_of_text: dict[str, int] | None = None
 
   def __reduce__(self):
-    return MemoryLookup, (self._store,)
+    return MemoryLookup, (self.store,)
 
   def __call__(self, texts: Sequence[str], ids: Sequence[str] = ()) -> np.ndarray:
     """Memory tokens [n, M, D].
@@ -181,17 +478,60 @@ class MemoryLookup:
     Raises:
       StoreError: a document is not in the store.
     """
-    if not ids and self._row_of_text is None:
-      self._row_of_text = {d.text: i for i, d in enumerate(self._store.documents)}
-    rows = [self._store._row_of.get(i) for i in ids] if ids else [self._row_of_text.get(t) for t in texts]
-    if None in rows:
-      missing = rows.index(None)
-      what = f"the id {ids[missing]!r}" if ids else f"the document {texts[missing][:60]!r}"
-      raise StoreError(f"{self._store.directory}: the store lacks {what}; compress it first")
-    return self._store.memories(rows)
+    rows = self.rows(texts, ids)
+    if (missing := np.flatnonzero(rows < 0)).size:
+      first = missing[0]
+      what = f"the id {ids[first]!r}" if ids else f"the document {texts[first][:60]!r}"
+      raise StoreError(f"{self.store.directory}: the store lacks {what}; compress it first")
+    return self.store.memories(rows)
+
+  def slots(self, texts: Sequence[str], ids: Sequence[str] = ()) -> np.ndarray:
+    """Places of documents in `store.rows`, [n] int64, -1 where there is none."""
+    rows = self.rows(texts, ids)
+    return np.where(rows < 0, -1, np.searchsorted(self.store.rows, rows))
+
+  def rows(self, texts: Sequence[str], ids: Sequence[str] = ()) -> np.ndarray:
+    """Rows of documents [n] int64, -1 where there is none."""
+    if ids:
+      return self.store.locate(ids)
+    if self._row_of_text is None:
+      if not self.store.manifest.text:
+        raise StoreError(f"{self.store.directory}: the store keeps no text; rows need doc_ids")
+      self._row_of_text = {d.text: int(row) for row, d in zip(self.store.rows, self.store.documents(), strict=True)}
+    return np.array([self._row_of_text.get(t, -1) for t in texts], np.int64)
+
+
+def _read_manifest(file: Any) -> Manifest:
+  values = json.loads(file.read_text())
+  if values.get("version") != VERSION:
+    raise StoreError(f"{file}: a store of version {values.get('version')}, expected {VERSION}; compress the corpus again")
+  return Manifest(**values)
+
+
+def _write_records(path: Any, records: Iterable[bytes]) -> None:
+  writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1,zstd:3")
+  for record in records:
+    writer.write(record)
+  writer.close()
+
+
+def _checksum(path: Any) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(file: Any, content: bytes) -> None:
-  part = file.parent / f"{file.name}.part"
+  part = file.parent / f"{file.name}.{os.getpid()}.part"
   part.write_bytes(content)
   part.replace(file)
+
+
+def _lock(path: Any) -> io.IOBase:
+  """Held until the file is closed or its process ends, however it ends."""
+  file = open(os.fspath(path), "ab")
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.close()
+    raise StoreError(f"{path}: another process writes to this store with this number; give each a --process of its own") from None
+  return file

@@ -211,8 +211,8 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0, sizes: Sizes
   start = time.monotonic()
   memory_store = MemoryStore(store)
   kind = "scann" if index_lib.available("scann") else "exact"
-  index = index_lib.build(kind, index_lib.unit_vectors(memory_store.memories()))
-  index_lib.save(index, kind, store)
+  index = index_lib.build(kind, memory_store)
+  index_lib.save(index, kind, memory_store)
   stages.seconds["index"] = round(time.monotonic() - start, 1)
   answerer = Answerer(after.model, after.layout, after.weights, memory_store, index=index, max_new_tokens=4)
   shown = [r for r in world.question_rows(1, True, 40, seed=7)]
@@ -222,7 +222,7 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0, sizes: Sizes
   stages.seconds["ask"] = round(time.monotonic() - start, 1)
 
   curves = {name: report_lib.read_metrics(stages.directory(name), "eval") for name in RETRIEVAL}
-  tokens = sum(len(layout.ids(d.text)) for d in memory_store.documents) / len(memory_store)
+  tokens = sum(len(layout.ids(d.text)) for d in memory_store.documents()) / len(memory_store)
   report = {
       "scp": {"answer_em": scp_scores["em"]},
       "joint": {

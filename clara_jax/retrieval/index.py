@@ -1,17 +1,24 @@
-"""Search behind one protocol: unit vectors in, rows and cosines out.
+"""Search behind one protocol: unit vectors in, the store's rows and cosines out.
 
-Vectors are flattened memory tokens, normalised; the inner product is then the score of the paper (Eq. 3.1).
+Vectors are flattened memory tokens, normalised; the inner product is then the score of the paper (Eq. 3.1). An index lies beside its
+store, in DIR/index, and says of which rows it is.
 """
 
+import hashlib
 import importlib.util
 import json
+import shutil
 from typing import Protocol
 
 import numpy as np
 from etils import epath
 
+from clara_jax.memory.store import MemoryStore
+
 KINDS = ("exact", "scann")
 FOLDER = "index"
+# More changed documents than this share, and the index is built anew.
+CHANGED = 0.2
 
 
 class MissingIndexError(ValueError):
@@ -19,16 +26,37 @@ class MissingIndexError(ValueError):
 
 
 class Index(Protocol):
-  """Finds the nearest vectors."""
+  """Finds the nearest vectors.
 
-  def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """queries: [Q, M·D] float32 -> (rows [Q, k] int, cosines [Q, k] float32), best first."""
+  Attributes:
+    rows: of the documents in it, ascending.
+  """
+
+  rows: np.ndarray
+
+  def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+    """Adds documents: rows [n] int64 that are not in it, their unit vectors [n, d]."""
+
+  def remove(self, rows: np.ndarray) -> None:
+    """Removes documents."""
+
+  def search(self, queries: np.ndarray, k: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest documents, best first.
+
+    Args:
+      queries: [Q, d] float32.
+      k: how many.
+      among: rows that may be found; None for all.
+
+    Returns:
+      (rows [Q, k] int64, scores [Q, k] float32); where there are fewer than k, row -1 and score -inf.
+    """
 
   def save(self, directory: str) -> None:
-    """Writes what `load` needs."""
+    """Writes what loading needs."""
 
   def __len__(self) -> int:
-    """The number of vectors."""
+    """The number of documents."""
 
 
 def unit_vectors(memories: np.ndarray) -> np.ndarray:
@@ -42,25 +70,60 @@ def available(kind: str) -> bool:
   return kind == "exact" or importlib.util.find_spec("scann") is not None
 
 
-def build(kind: str, vectors: np.ndarray) -> Index:
-  """An index of that kind over unit vectors [n, d].
+def build(kind: str, store: MemoryStore, dimensions: int | None = None) -> Index:
+  """An index over all documents of a store.
+
+  Args:
+    kind: 'exact' or 'scann'.
+    store: whose memory tokens it searches.
+    dimensions: d' of a learned projection; None searches the full vectors.
 
   Raises:
-    MissingIndexError: an unknown kind, or no vectors.
+    MissingIndexError: an unknown kind, or no documents.
+    ConfigError: what it needs is not installed, or `dimensions` does not fit.
   """
   if kind not in KINDS:
     raise MissingIndexError(f"index kind {kind!r}: expected one of {list(KINDS)}")
-  if not len(vectors):
-    raise MissingIndexError("the store has no documents to index")
-  return _module(kind).build(vectors)
+  if not len(store):
+    raise MissingIndexError(f"{store.directory}: the store has no documents to index")
+  if dimensions is None:
+    return _build(kind, store, None)
+  from clara_jax.retrieval import projection as projections
+  sample = np.random.default_rng(0).permutation(store.rows)[:projections.SAMPLE]
+  projection = projections.learn(_vectors_of(store)(np.sort(sample)), dimensions)
+  return projections.ProjectedIndex(_build(kind, store, projection), projection, _vectors_of(store))
 
 
-def save(index: Index, kind: str, store: str) -> None:
+def _vectors_of(store: MemoryStore):
+  return lambda rows: unit_vectors(store.memories(rows))
+
+
+def _build(kind: str, store: MemoryStore, projection) -> Index:
+  full, dimension = _vectors_of(store), store.manifest.num_memory_tokens * store.manifest.width
+  vectors_of = full if projection is None else lambda rows: projection.of_documents(full(rows))
+  dimension = dimension if projection is None else len(projection.components)
+  if kind == "exact":
+    from clara_jax.retrieval import exact
+    index = exact.ExactIndex(dimension)
+    index.fill(store.rows, vectors_of)
+    return index
+  from clara_jax.retrieval import scann
+  vectors = np.empty((len(store), dimension), np.float32)
+  for start in range(0, len(store), 4096):
+    vectors[start:start + 4096] = vectors_of(store.rows[start:start + 4096])
+  return scann.build(store.rows, vectors)
+
+
+def save(index: Index, kind: str, store: MemoryStore, dimensions: int | None = None) -> None:
   """Saves an index beside its store."""
-  folder = epath.Path(store) / FOLDER
-  folder.mkdir(parents=True, exist_ok=True)
+  folder = epath.Path(store.directory) / FOLDER
+  if folder.exists():
+    shutil.rmtree(str(folder))
+  folder.mkdir(parents=True)
   index.save(str(folder))
-  (folder / "index.json").write_text(json.dumps({"kind": kind, "documents": len(index)}))
+  (folder / "index.json").write_text(json.dumps({
+      "kind": kind, "dimensions": dimensions, "documents": len(index), "generation": store.manifest.generation,
+      "rows": _digest(index.rows)}))
 
 
 def saved_bytes(store: str) -> int:
@@ -68,28 +131,60 @@ def saved_bytes(store: str) -> int:
   return sum(file.stat().length for file in (epath.Path(store) / FOLDER).iterdir())
 
 
-def load(store: str, vectors: np.ndarray) -> Index:
+def load(store: MemoryStore) -> Index:
   """The index beside a store.
 
-  Args:
-    store: the store's directory.
-    vectors: the store's unit vectors; the exact index keeps none of its own.
-
   Raises:
-    MissingIndexError: there is none, or the store has grown since.
+    MissingIndexError: there is none, or the store has changed since.
   """
-  file = epath.Path(store) / FOLDER / "index.json"
-  if not file.exists():
-    raise MissingIndexError(f"{store}: has no index; make one with clara index --store {store}")
-  saved = json.loads(file.read_text())
-  if saved["documents"] != len(vectors):
-    raise MissingIndexError(f"{store}: the index has {saved['documents']} documents, the store {len(vectors)}; run clara index again")
-  return _module(saved["kind"]).load(str(file.parent), vectors)
+  saved = _saved(store)
+  if saved is None:
+    raise MissingIndexError(f"{store.directory}: has no index; make one with clara index --store {store.directory}")
+  if saved["generation"] != store.manifest.generation or saved["rows"] != _digest(store.rows):
+    raise MissingIndexError(f"{store.directory}: the store has changed since its index was made ({saved['documents']} documents then, "
+                            f"{len(store)} now); run clara index again")
+  return _load(store, saved)
 
 
-def _module(kind: str):
-  if kind == "exact":
-    from clara_jax.retrieval import exact
-    return exact
-  from clara_jax.retrieval import scann
-  return scann
+def _load(store: MemoryStore, saved: dict) -> Index:
+  folder = str(epath.Path(store.directory) / FOLDER)
+  projection = None
+  if saved["dimensions"] is not None:
+    from clara_jax.retrieval import projection as projections
+    projection = projections.load(folder)
+  if saved["kind"] == "exact":
+    index = _build("exact", store, projection)  # the store has the vectors
+  else:
+    from clara_jax.retrieval import scann
+    index = scann.load(folder)
+  return index if projection is None else projections.ProjectedIndex(index, projection, _vectors_of(store))
+
+
+def bring_up_to_date(kind: str, store: MemoryStore, dimensions: int | None = None) -> tuple[Index, int]:
+  """The saved index with the store's changes, or a new one where there is none or much has changed.
+
+  Returns:
+    (index, number of documents that were added or removed; all of them for a new one).
+  """
+  saved = _saved(store)
+  like = saved is not None and (saved["kind"], saved["dimensions"], saved["generation"]) == (kind, dimensions, store.manifest.generation)
+  if not like or kind == "exact":
+    return build(kind, store, dimensions), len(store)
+  index = _load(store, saved)
+  gone, new = np.setdiff1d(index.rows, store.rows), np.setdiff1d(store.rows, index.rows)
+  if len(gone) + len(new) > CHANGED * len(store):
+    return build(kind, store, dimensions), len(store)
+  if len(gone):
+    index.remove(gone)
+  for start in range(0, len(new), 4096):
+    index.add(new[start:start + 4096], _vectors_of(store)(new[start:start + 4096]))
+  return index, len(gone) + len(new)
+
+
+def _saved(store: MemoryStore) -> dict | None:
+  file = epath.Path(store.directory) / FOLDER / "index.json"
+  return json.loads(file.read_text()) if file.exists() else None
+
+
+def _digest(rows: np.ndarray) -> str:
+  return hashlib.blake2b(np.ascontiguousarray(rows, np.int64).tobytes(), digest_size=16).hexdigest()

@@ -1,15 +1,22 @@
 """ScaNN (arXiv 1908.10396): partition, score with anisotropic quantisation, re-rank exactly."""
 
 import math
+import os
 from typing import Any
 
 import numpy as np
 
 from clara_jax.config import ConfigError
 
-# Below this many vectors a tree has nothing to divide, and brute force is exact and fast (ScaNN's docs/algorithms.md).
-SMALL = 20_000
+# ScaNN's docs/algorithms.md: brute force below 20,000 vectors, quantised scores of all of them below 100,000, a tree from there on.
+BRUTE_FORCE_BELOW = 20_000
+TREE_FROM = 100_000
 NEIGHBOURS = 10
+# The share of leaves that is searched, and how many of what they hold is re-ranked with exact scores.
+LEAVES_SEARCHED = 0.03
+REORDERED = 200
+# A filter keeps whatever it lets through of that many times as many neighbours.
+OVERSAMPLING = 4
 
 
 def _library():
@@ -21,38 +28,89 @@ def _library():
 
 
 class ScannIndex:
-  """A ScaNN searcher."""
+  """A ScaNN searcher, with the store's row of each of its points."""
 
-  def __init__(self, searcher: Any, size: int):
-    self._searcher, self._size = searcher, size
+  def __init__(self, searcher: Any, rows: np.ndarray):
+    self._searcher, self._rows = searcher, np.asarray(rows, np.int64)
 
-  def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+  @property
+  def rows(self) -> np.ndarray:
     """See `index.Index`."""
-    rows, scores = self._searcher.search_batched(np.asarray(queries, np.float32), final_num_neighbors=min(k, self._size))
-    return np.asarray(rows, np.int64), np.asarray(scores)
+    return np.sort(self._rows)
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+    """See `index.Index`; the partition stays as it was trained, so build anew after the corpus has changed much."""
+    self._searcher.searcher.upsert([None] * len(rows), np.asarray(vectors, np.float32), len(rows))
+    self._rows = np.concatenate([self._rows, rows])
+
+  def remove(self, rows: np.ndarray) -> None:
+    """See `index.Index`."""
+    # ScaNN fills the place of a removed point with the last one, one after the other.
+    places = np.sort(np.flatnonzero(np.isin(self._rows, rows)))[::-1]
+    for place in places:
+      self._rows[place] = self._rows[-1]
+      self._rows = self._rows[:-1]
+    self._searcher.searcher.delete(places.tolist())
+
+  def search(self, queries: np.ndarray, k: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """See `index.Index`. With a filter, more and more neighbours are asked for until enough of them pass."""
+    queries = np.asarray(queries, np.float32)
+    rows, scores = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
+    if among is None:
+      found = min(k, len(self))
+      if found:
+        rows[:, :found], scores[:, :found] = self._search(queries, found)
+      return rows, scores
+    possible = int(np.isin(self._rows, among).sum())
+    unfinished, asked = np.arange(len(queries)), min(len(self), k * OVERSAMPLING)
+    while len(unfinished) and possible:
+      found, cosines = self._search(queries[unfinished], asked)
+      passed = np.isin(found, among)
+      for query, keep, r, s in zip(unfinished, passed, found, cosines, strict=True):
+        r, s = r[keep][:k], s[keep][:k]
+        rows[query, :len(r)], scores[query, :len(s)] = r, s
+      unfinished = unfinished[(rows[unfinished] >= 0).sum(1) < min(k, possible)]
+      if asked == len(self):
+        break
+      asked = min(len(self), asked * OVERSAMPLING)
+    return rows, scores
+
+  def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    # Where much is asked for, all leaves are searched and everything found is re-ranked.
+    much = {"leaves_to_search": 1 << 20} if k > REORDERED else {}
+    places, scores = self._searcher.search_batched_parallel(
+        queries, final_num_neighbors=k, pre_reorder_num_neighbors=max(k, REORDERED), **much)
+    places, scores = np.asarray(places, np.int64), np.asarray(scores)
+    there = np.isfinite(scores) & (places < len(self._rows)) & (places >= 0)
+    return np.where(there, self._rows[np.where(there, places, 0)], -1), np.where(there, scores, -np.inf)
 
   def save(self, directory: str) -> None:
     """ScaNN's own files; they name each other relative to the directory, so that a store can be moved."""
     self._searcher.serialize(directory, relative_path=True)
-
-  def __len__(self) -> int:
-    return self._size
+    np.save(os.path.join(directory, "rows.npy"), self._rows)
 
 
-def build(vectors: np.ndarray) -> ScannIndex:
-  """Parameters by ScaNN's own guidance: brute force for small sets, else √n leaves, of which a tenth is searched, and re-ranking.
+def build(rows: np.ndarray, vectors: np.ndarray) -> ScannIndex:
+  """An index with parameters by ScaNN's own guidance for the number of vectors.
 
   Args:
-    vectors: [n, d] unit vectors.
+    rows: [n].
+    vectors: [n, d] float32.
   """
+  n = len(vectors)
   builder = _library().builder(vectors, NEIGHBOURS, "dot_product")
-  if len(vectors) < SMALL:
-    return ScannIndex(builder.score_brute_force().build(), len(vectors))
-  leaves = round(math.sqrt(len(vectors)))
-  builder = builder.tree(num_leaves=leaves, num_leaves_to_search=max(1, leaves // 10), training_sample_size=min(len(vectors), 250_000))
-  return ScannIndex(builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(100).build(), len(vectors))
+  if n < BRUTE_FORCE_BELOW:
+    return ScannIndex(builder.score_brute_force().build(), rows)
+  if n >= TREE_FROM:
+    leaves = round(math.sqrt(n))
+    builder = builder.tree(num_leaves=leaves, num_leaves_to_search=max(1, round(LEAVES_SEARCHED * leaves)),
+                           training_sample_size=min(n, 250_000), soar_lambda=1.5)
+  return ScannIndex(builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(REORDERED).build(), rows)
 
 
-def load(directory: str, vectors: np.ndarray) -> ScannIndex:
+def load(directory: str) -> ScannIndex:
   """A saved searcher."""
-  return ScannIndex(_library().load_searcher(directory), len(vectors))
+  return ScannIndex(_library().load_searcher(directory), np.load(os.path.join(directory, "rows.npy")))

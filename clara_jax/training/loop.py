@@ -22,9 +22,10 @@ from clara_jax.data.pipeline import MemoryLookup, RowEncoder, TrainingBatches, e
 from clara_jax.data.records import divide
 from clara_jax.data.schemas import Row
 from clara_jax.data.tokens import Layout
+from clara_jax.memory.store import MemoryStore
 from clara_jax.model import Weights
 from clara_jax.sharding import batch_ways, put_batch, rows_needed
-from clara_jax.training import cost, optim
+from clara_jax.training import corpus, cost, optim
 from clara_jax.training import metrics as metrics_lib
 from clara_jax.training.checkpoint import Checkpointer, check_config, note_start, write_config
 from clara_jax.training.program import Program
@@ -117,6 +118,9 @@ def train(
     state = program.initial_state({g: weights.pop(g) for g in program.trained})
     frozen = weights
     carried = {g: w for g, w in frozen.items() if g != "base"}
+    if data.retrieve == "store":
+      store = MemoryStore(data.store)
+      frozen["corpus"] = corpus.place(corpus.shapes(config.clara, data, program.mesh, store), store)
     if "base" in frozen:
       carried["special_tokens"] = jax.jit(functools.partial(special_token_rows, config=config.clara))(frozen["base"])
 
@@ -223,6 +227,7 @@ def train(
           print(f"stopped at step {stopped}; the same command goes on from there", file=sys.stderr)
       batches.close()
       reporter.close()
+    frozen.pop("corpus", None)
     return Result({**frozen, **state.trainable}, {"step": step, **last, **(history[-1][1] if history else {})}, history,
                   time.monotonic() - start, stopped)
 

@@ -16,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clara_jax import sharding
-from clara_jax.batch import Batch, Prompt, Tokens
+from clara_jax.batch import GOLD, Batch, Prompt, Tokens
 from clara_jax.config import ConfigError, RunConfig
 from clara_jax.data.pipeline import label_width, padded_length
 from clara_jax.data.tokens import EXTRA_TOKENS
+from clara_jax.memory.store import MemoryStore
 from clara_jax.model import Clara, Weights
-from clara_jax.training import optim, stages
+from clara_jax.training import corpus, optim, stages
 from clara_jax.training.step import TrainState, evaluation_step, init_state, train_step
 
 
@@ -60,6 +61,8 @@ class Program:
       raise ConfigError(f"clara.model.base_quantization={config.clara.model.base_quantization!r}: stage {self.stage.name!r} trains "
                         "the base")
     sharding.check_heads(config.clara.model, self.mesh)
+    if config.data.retrieve == "store" and (self.stage.data != "candidates" or settings.stage == "contrastive"):
+      raise ConfigError(f"data.retrieve='store': stage {self.stage.name!r} takes the rows' own candidates")
     self.optimizer = optim.make_optimizer(settings, steps, self.trained)
     self.batch_sharding = sharding.batch_sharding(self.mesh)
     self.step = jax.jit(functools.partial(train_step, self.model, self.stage, self.optimizer, settings.accumulate), donate_argnums=0,
@@ -95,7 +98,10 @@ class Program:
   def frozen_shapes(self) -> dict[str, Any]:
     """Shapes of the groups that this stage needs and does not train, with their shardings."""
     needed = {"base", *self.stage.starts}
-    return {g: self.weights_shapes(g) for g in sorted(needed - set(self.trained))}
+    found = {g: self.weights_shapes(g) for g in sorted(needed - set(self.trained))}
+    if self.config.data.retrieve == "store":
+      found["corpus"] = corpus.shapes(self.config.clara, self.config.data, self.mesh, MemoryStore(self.config.data.store))
+    return found
 
   def batch_shapes(self) -> Batch:
     """The largest batch: every text and every prompt as long as the configuration allows."""
@@ -114,17 +120,20 @@ class Program:
     length = padded_length(clara.decoder_max_length, data.bucket)
     labels = label_width(length - (0 if self.stage.data == "text" else k * (m + 1)), data)
     prompt = Prompt(tokens(b, length=length), array(b, labels), array(b, labels), array(b, labels, dtype=np.float32))
-    documents = memories = question = is_gold = None
+    documents = memories = question = is_gold = gold_slots = None
     if self.stage.data == "given":
       documents = tokens(b, k, length=text(clara.doc_max_length))
     elif self.stage.data == "candidates":
       question = tokens(b, length=text(clara.query_max_length))
-      is_gold = array(b, data.candidates, dtype=bool)
-      if data.store:
-        memories = array(b, data.candidates, m, clara.model.width, dtype=jnp.dtype(clara.model.dtype))
+      if data.retrieve == "store":  # the corpus is an argument of its own
+        gold_slots = array(b, GOLD)
       else:
-        documents = tokens(b, data.candidates, length=text(clara.doc_max_length))
-    return Batch(prompt, documents, memories, question, is_gold, array(b, dtype=np.float32))
+        is_gold = array(b, data.candidates, dtype=bool)
+        if data.store:
+          memories = array(b, data.candidates, m, clara.model.width, dtype=jnp.dtype(clara.model.dtype))
+        else:
+          documents = tokens(b, data.candidates, length=text(clara.doc_max_length))
+    return Batch(prompt, documents, memories, question, is_gold, gold_slots, array(b, dtype=np.float32))
 
   # ---- arrays ----------------------------------------------------------------------------------------------------------------
 

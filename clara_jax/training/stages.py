@@ -18,6 +18,7 @@ from clara_jax.batch import Batch, Prompt
 from clara_jax.config import ConfigError, TrainConfig
 from clara_jax.model import Clara, Weights
 from clara_jax.ops import losses
+from clara_jax.ops.nearest import nearest, take
 from clara_jax.ops.topk import push
 from clara_jax.training.metrics import Mean, Metrics
 
@@ -136,20 +137,51 @@ def given_documents_loss(model: Clara, trainable: Weights, frozen: Weights, batc
   return terms, {"ce": ce, "mse": mse, "answers": Mean.of(right, _valid(batch))}
 
 
-def candidate_memories(model: Clara, weights: Weights, batch: Batch) -> jax.Array:
-  """[B, N, M, D] memory tokens of the candidates: from the store, or compressed here by the frozen compressor."""
-  if batch.memories is not None:
-    return batch.memories.astype(model.config.model.dtype)
-  return jax.lax.stop_gradient(model.compress(weights, batch.documents))
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+  """The documents that a question's are selected from.
+
+  Attributes:
+    memories: [B, N, M, D].
+    is_gold: [B, N] bool, or None where it is not known.
+    num_gold: [B] int32, the question's gold documents, among these or not.
+  """
+
+  memories: jax.Array
+  is_gold: jax.Array | None
+  num_gold: jax.Array | None
 
 
-def recall(scores: jax.Array, is_gold: jax.Array, valid: jax.Array) -> Metrics:
-  """Recall@1, 3 and 5 = |top-k ∩ gold| / |gold|, over rows that have gold documents. scores, is_gold: [B, N]."""
+def candidates(model: Clara, weights: Weights, batch: Batch, query: jax.Array) -> Candidates:
+  """A row's own N candidates, read from the store or compressed here by the frozen compressor; or the N nearest of a whole corpus.
+
+  Args:
+    model, weights: the method; with `weights['corpus']`, a `Corpus`, the nearest are retrieved from it.
+    batch: the rows.
+    query: [B, M, D].
+  """
+  if "corpus" not in weights:
+    memories = batch.memories
+    if memories is None:
+      memories = jax.lax.stop_gradient(model.compress(weights, batch.documents))
+    count = None if batch.is_gold is None else batch.is_gold.sum(-1)
+    return Candidates(memories.astype(model.config.model.dtype), batch.is_gold, count)
+  # Which documents are near is no function that a gradient goes through; their scores are, in `select`.
+  corpus = jax.lax.stop_gradient(weights["corpus"])
+  flat = corpus.memories.reshape(corpus.memories.shape[0], -1)
+  at = jax.lax.stop_gradient(query).reshape(query.shape[0], -1).astype(jnp.float32)
+  slots, _ = nearest(flat, corpus.scale, at, corpus.candidates)
+  memories = take(flat, slots).reshape(*slots.shape, *corpus.memories.shape[1:])
+  gold = batch.gold_slots
+  return Candidates(memories.astype(model.config.model.dtype), (slots[:, :, None] == gold[:, None]).any(-1), (gold >= 0).sum(-1))
+
+
+def recall(scores: jax.Array, found: Candidates, valid: jax.Array) -> Metrics:
+  """Recall@1, 3 and 5 = |top-k ∩ gold| / |gold|, over rows that have gold documents. scores: [B, N]."""
   order = jnp.argsort(-scores, axis=-1)
-  found = jnp.take_along_axis(is_gold, order, axis=-1).astype(jnp.float32)
-  count = is_gold.sum(-1)
-  weight = valid * (count > 0)
-  return {f"recall_at_{k}": Mean.of(found[:, :k].sum(-1) / jnp.maximum(count, 1), weight) for k in (1, 3, 5)}
+  taken = jnp.take_along_axis(found.is_gold, order, axis=-1).astype(jnp.float32)
+  weight = valid * (found.num_gold > 0)
+  return {f"recall_at_{k}": Mean.of(taken[:, :k].sum(-1) / jnp.maximum(found.num_gold, 1), weight) for k in (1, 3, 5)}
 
 
 def joint_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batch, rng: jax.Array | None
@@ -157,17 +189,18 @@ def joint_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batch, 
   """CE of the answer from the K best of N candidates; the straight-through top-k teaches the query reasoner (paper §3.2)."""
   weights = {**frozen, **trainable}
   query_key, answer_key, nested_key = (None, None, None) if rng is None else jax.random.split(rng, 3)
-  memories = candidate_memories(model, weights, batch)
-  scores = model.score(model.encode_query(weights, batch.question, query_key), memories)
-  selected, indices = model.select(scores, memories)
+  query = model.encode_query(weights, batch.question, query_key)
+  found = candidates(model, weights, batch, query)
+  scores = model.score(query, found.memories)
+  selected, indices = model.select(scores, found.memories)
   if nested_key is not None and model.config.nested_dropout:
     selected = nested_dropout(selected, model.config.nested_dropout, nested_key)
   states = model.answer_states(weights, batch.prompt, selected, dropout=answer_key)
   ce, right = answer_terms(model, weights, states, batch.prompt)
   metrics = {"ce": ce, "answers": Mean.of(right, _valid(batch))}
-  if batch.is_gold is not None:
-    metrics |= recall(scores, batch.is_gold, _valid(batch))
-    metrics["answers_given_gold"] = Mean.of(right, _valid(batch) * gold_selected(indices, batch.is_gold))
+  if found.is_gold is not None:
+    metrics |= recall(scores, found, _valid(batch))
+    metrics["answers_given_gold"] = Mean.of(right, _valid(batch) * gold_selected(indices, found))
   return {"ce": ce}, metrics
 
 
@@ -193,10 +226,10 @@ def nested_dropout(selected: jax.Array, rate: float, rng: jax.Array) -> jax.Arra
   return jnp.where((jnp.arange(k) < kept[:, None])[..., None, None], selected, 0)
 
 
-def gold_selected(indices: jax.Array, is_gold: jax.Array) -> jax.Array:
-  """Whether every gold document of a row is among the selected: indices [B, K], is_gold [B, N] -> [B] bool."""
-  taken = jnp.take_along_axis(is_gold, indices, axis=-1).sum(-1)
-  return (taken == is_gold.sum(-1)) & (taken > 0)
+def gold_selected(indices: jax.Array, found: Candidates) -> jax.Array:
+  """Whether every gold document of a row is among the selected: indices [B, K] -> [B] bool."""
+  taken = jnp.take_along_axis(found.is_gold, indices, axis=-1).sum(-1)
+  return (taken == found.num_gold) & (taken > 0)
 
 
 def joint_diagnostics(model: Clara, weights: Weights, batch: Batch) -> Metrics:
@@ -205,11 +238,12 @@ def joint_diagnostics(model: Clara, weights: Weights, batch: Batch) -> Metrics:
   `push_first` and `push_top3` are the shares of such rows in which the gold document is pulled up more strongly than all other
   candidates, or than all but two. Chance is 1/N and 3/N.
   """
-  if batch.is_gold is None:
+  query = model.encode_query(weights, batch.question)
+  found = candidates(model, weights, batch, query)
+  if found.is_gold is None:
     return {}
-  memories = candidate_memories(model, weights, batch)
-  scores = model.score(model.encode_query(weights, batch.question), memories)
-  selected, indices = model.select(scores, memories)
+  scores = model.score(query, found.memories)
+  selected, indices = model.select(scores, found.memories)
 
   def loss(selected):
     mean, _ = answer_terms(model, weights, model.answer_states(weights, batch.prompt, selected), batch.prompt)
@@ -217,10 +251,10 @@ def joint_diagnostics(model: Clara, weights: Weights, batch: Batch) -> Metrics:
 
   config = model.config
   pushes = jax.vmap(lambda s, m, i, d: push(s, m, i, d, config.temperature, config.masking))(
-      scores, memories, indices, jax.grad(loss)(selected))
-  gold = jnp.argmax(batch.is_gold, axis=-1)
+      scores, found.memories, indices, jax.grad(loss)(selected))
+  gold = jnp.argmax(found.is_gold, axis=-1)
   place = (pushes > jnp.take_along_axis(pushes, gold[:, None], axis=-1)).sum(-1)
-  missed = _valid(batch) * ~gold_selected(indices, batch.is_gold) * batch.is_gold.any(-1)
+  missed = _valid(batch) * ~gold_selected(indices, found) * found.is_gold.any(-1)
   ordered = jnp.sort(scores, axis=-1)
   return {"push_first": Mean.of(place == 0, missed), "push_top3": Mean.of(place < 3, missed),
           "score_spread": Mean.of(ordered[:, -1] - ordered[:, 0], _valid(batch))}
@@ -230,11 +264,12 @@ def contrastive_loss(model: Clara, trainable: Weights, frozen: Weights, batch: B
                      ) -> tuple[Metrics, Metrics]:
   """Retrieval with labels (the paper's Sup-Instruct baseline): the ceiling that the joint stage is held against."""
   weights = {**frozen, **trainable}
-  memories = candidate_memories(model, weights, batch)
-  scores = model.score(model.encode_query(weights, batch.question, rng), memories)
+  query = model.encode_query(weights, batch.question, rng)
+  found = candidates(model, weights, batch, query)
+  scores = model.score(query, found.memories)
   has_gold = batch.is_gold.any(-1).sum().astype(jnp.float32)
   loss = Mean(losses.contrastive(scores, batch.is_gold, model.config.temperature) * has_gold, has_gold)
-  return {"contrastive": loss}, {"contrastive": loss} | recall(scores, batch.is_gold, _valid(batch))
+  return {"contrastive": loss}, {"contrastive": loss} | recall(scores, found, _valid(batch))
 
 
 def pretrain_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batch, rng: jax.Array | None

@@ -1,0 +1,181 @@
+"""In which form a store keeps memory tokens: as they are, in eight bits, or product-quantised. A document is a row of bytes.
+
+| form       | bytes a document    |                                                              |
+|------------|---------------------|--------------------------------------------------------------|
+| `float32`  | 4 · M·D             |                                                              |
+| `bfloat16` | 2 · M·D             |                                                              |
+| `int8`     | M·D + 2 · M         | a float16 scale for each memory token                        |
+| `pq`       | M·D / `sub_width`   | the nearest of 256 learned centres for each part of a vector |
+
+Product quantisation: Jégou, Douze and Schmid, 2011.
+"""
+
+import dataclasses
+import io
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+from clara_jax.config import ConfigError
+
+NAMES = ("float32", "bfloat16", "int8", "pq")
+CENTRES = 256
+# Beyond this many vectors for each centre, faiss itself draws a sample.
+TRAINING_VECTORS = 256 * CENTRES
+_TINY = 1e-6  # smaller scales are not float16 any more
+
+
+class Form(Protocol):
+  """Memory tokens to bytes and back.
+
+  Attributes:
+    name: one of `NAMES`.
+    nbytes: bytes a document.
+  """
+
+  name: str
+  nbytes: int
+
+  def encode(self, memories: np.ndarray) -> np.ndarray:
+    """[n, M, D] float32 -> [n, nbytes] uint8."""
+
+  def decode(self, codes: np.ndarray) -> np.ndarray:
+    """[n, nbytes] uint8 -> [n, M, D], float32 or bfloat16."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+  """Numbers as they are."""
+
+  name: str
+  num_memory_tokens: int
+  width: int
+
+  @property
+  def _dtype(self) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, self.name, self.name))
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes a document."""
+    return self.num_memory_tokens * self.width * self._dtype.itemsize
+
+  def encode(self, memories: np.ndarray) -> np.ndarray:
+    """See `Form`."""
+    return np.ascontiguousarray(memories.astype(self._dtype)).reshape(len(memories), -1).view(np.uint8)
+
+  def decode(self, codes: np.ndarray) -> np.ndarray:
+    """See `Form`."""
+    return codes.view(self._dtype).reshape(-1, self.num_memory_tokens, self.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8:
+  """Eight bits a number; the largest of each memory token is 127."""
+
+  num_memory_tokens: int
+  width: int
+  name: str = "int8"
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes a document."""
+    return self.num_memory_tokens * (self.width + 2)
+
+  def encode(self, memories: np.ndarray) -> np.ndarray:
+    """See `Form`."""
+    x = np.asarray(memories, np.float32)
+    scale = np.maximum(np.abs(x).max(-1, keepdims=True) / 127, _TINY).astype(np.float16)
+    numbers = np.clip(np.rint(x / scale.astype(np.float32)), -127, 127).astype(np.int8)
+    return np.concatenate([numbers.view(np.uint8), scale.view(np.uint8)], -1).reshape(len(x), -1)
+
+  def decode(self, codes: np.ndarray) -> np.ndarray:
+    """See `Form`."""
+    parts = codes.reshape(len(codes), self.num_memory_tokens, self.width + 2)
+    scale = np.ascontiguousarray(parts[..., self.width:]).view(np.float16).astype(np.float32)
+    return parts[..., :self.width].view(np.int8) * scale
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductQuantised:
+  """codebook: [M·D / sub_width, 256, sub_width] float32."""
+
+  num_memory_tokens: int
+  width: int
+  codebook: np.ndarray
+  name: str = "pq"
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes a document."""
+    return len(self.codebook)
+
+  def encode(self, memories: np.ndarray) -> np.ndarray:
+    """See `Form`."""
+    quantizer = _quantizer(self.num_memory_tokens * self.width, self.codebook.shape[2])
+    _faiss().copy_array_to_vector(self.codebook.reshape(-1), quantizer.centroids)
+    quantizer.sync_transposed_centroids()
+    return quantizer.compute_codes(_flat(memories))
+
+  def decode(self, codes: np.ndarray) -> np.ndarray:
+    """See `Form`."""
+    return self.codebook[np.arange(len(self.codebook)), codes].reshape(len(codes), self.num_memory_tokens, self.width)
+
+  def to_bytes(self) -> bytes:
+    """The codebook as a .npy file."""
+    file = io.BytesIO()
+    np.save(file, self.codebook)
+    return file.getvalue()
+
+
+def learn_pq(memories: np.ndarray, sub_width: int) -> ProductQuantised:
+  """Learns centres for every `sub_width` dimensions (extra `compact`: faiss).
+
+  Args:
+    memories: [n, M, D], a sample of the corpus.
+    sub_width: dimensions that share a byte.
+
+  Raises:
+    ConfigError: M·D is not a multiple of sub_width, or there are fewer documents than centres.
+  """
+  n, m, d = memories.shape
+  if sub_width < 1 or m * d % sub_width:
+    raise ConfigError(f"sub_width={sub_width}: expected a divisor of M·D = {m}·{d}")
+  if n < CENTRES:
+    raise ConfigError(f"pq learns {CENTRES} centres and needs as many documents at least, got {n}")
+  quantizer = _quantizer(m * d, sub_width)
+  quantizer.train(_flat(memories))
+  centres = _faiss().vector_to_array(quantizer.centroids).reshape(m * d // sub_width, CENTRES, sub_width)
+  return ProductQuantised(m, d, np.ascontiguousarray(centres))
+
+
+def make(name: str, num_memory_tokens: int, width: int, codebook: bytes | None = None) -> Form:
+  """A form by its name; `codebook` is what `ProductQuantised.to_bytes` gave.
+
+  Raises:
+    ConfigError: no such form.
+  """
+  if name not in NAMES:
+    raise ConfigError(f"form {name!r}: expected one of {list(NAMES)}")
+  if name == "pq":
+    if codebook is None:
+      raise ConfigError("form 'pq' is learned from a store that is there: clara store quantize")
+    return ProductQuantised(num_memory_tokens, width, np.load(io.BytesIO(codebook)))
+  return Int8(num_memory_tokens, width) if name == "int8" else Plain(name, num_memory_tokens, width)
+
+
+def _flat(memories: np.ndarray) -> np.ndarray:
+  return np.ascontiguousarray(memories, np.float32).reshape(len(memories), -1)
+
+
+def _quantizer(dimensions: int, sub_width: int):
+  return _faiss().ProductQuantizer(dimensions, dimensions // sub_width, 8)
+
+
+def _faiss():
+  try:
+    import faiss
+  except ImportError:
+    raise ConfigError("this needs faiss: pip install -e '.[compact]'") from None
+  return faiss

@@ -1,0 +1,1 @@
+"""HTTP: retrieve and answer."""

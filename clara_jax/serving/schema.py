@@ -1,0 +1,123 @@
+"""What clients may send and what they get, as pydantic models; the OpenAPI description is made from them."""
+
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import Field
+
+TEXT = 4_000  # characters of a question
+IDS = 10_000
+QUERIES = 256
+MOST_DOCUMENTS = 100
+
+Text = Annotated[str, Field(min_length=1, max_length=TEXT, description="a question")]
+Id = Annotated[str, Field(min_length=1, max_length=1_000)]
+Count = Annotated[int, Field(ge=1, le=MOST_DOCUMENTS, description="number of documents")]
+
+
+class _Strict(pydantic.BaseModel):
+  model_config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class SearchRequest(_Strict):
+  """Documents for a question."""
+
+  question: Text
+  k: Count | None = None
+  ids: Annotated[list[Id], Field(min_length=1, max_length=IDS, description="only these documents may be found")] | None = None
+
+
+class AnswerRequest(SearchRequest):
+  """An answer from the documents that a question finds; `stream`: as lines of JSON while it grows."""
+
+  max_new_tokens: Annotated[int, Field(ge=1, le=4_096)] | None = None
+  stream: bool = False
+
+
+class LensRequest(_Strict):
+  """The words that a question's memory tokens stand for."""
+
+  question: Text
+  top: Annotated[int, Field(ge=1, le=100)] = 20
+
+
+class QueriesRequest(_Strict):
+  """The released code's retrieval protocol: flattened query memory tokens, [B][M·D]."""
+
+  queries: Annotated[list[list[float]], Field(min_length=1, max_length=QUERIES)]
+  k: Count
+
+
+class Document(pydantic.BaseModel):
+  """A document, its cosine, and its length in tokens."""
+
+  id: str
+  score: float
+  title: str
+  text: str
+  tokens: int
+
+
+class SearchResponse(pydantic.BaseModel):
+  """Best first."""
+
+  question: str
+  documents: list[Document]
+
+
+class AnswerResponse(SearchResponse):
+  """`timings_ms` are those of the pass that the question shared with others."""
+
+  answer: str
+  memory_tokens: int
+  timings_ms: dict[str, float]
+
+
+class LensResponse(pydantic.BaseModel):
+  """(word, logit), best first."""
+
+  tokens: list[tuple[str, float]]
+
+
+class QueriesResponse(pydantic.BaseModel):
+  """[B][k][M·D]"""
+
+  retrieved_embeddings: list[list[list[float]]]
+
+
+class Error(pydantic.BaseModel):
+  """What was wrong."""
+
+  error: str
+
+
+ENDPOINTS = {
+    "/queries": (QueriesRequest, QueriesResponse),
+    "/search": (SearchRequest, SearchResponse),
+    "/answer": (AnswerRequest, AnswerResponse),
+    "/lens": (LensRequest, LensResponse),
+}
+ERRORS = {400: "no JSON", 413: "too large", 415: "another type than application/json", 422: "a field is missing, unknown or out of bounds",
+          429: "too many requests are waiting", 503: "took longer than the server allows, or it is stopping"}
+
+
+def openapi(version: str) -> dict[str, Any]:
+  """The OpenAPI 3.1 description."""
+  models = [m for pair in ENDPOINTS.values() for m in pair] + [Error]
+  _, definitions = pydantic.json_schema.models_json_schema(
+      [(m, "validation") for m in models], ref_template="#/components/schemas/{model}")
+
+  def content(model):
+    return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}}
+
+  paths: dict[str, Any] = {}
+  for path, (request, response) in ENDPOINTS.items():
+    responses = {str(status): {"description": text, **content(Error)} for status, text in ERRORS.items()}
+    paths[path] = {"post": {
+        "summary": request.__doc__, "requestBody": {"required": True, **content(request)},
+        "responses": {"200": {"description": response.__doc__, **content(response)}, **responses}}}
+  paths["/healthz"] = {"get": {"summary": "Whether the server takes requests.", "responses": {
+      "200": {"description": "it does"}, "503": {"description": "it is stopping"}}}}
+  paths["/metrics"] = {"get": {"summary": "For Prometheus.", "responses": {"200": {"description": "metrics"}}}}
+  return {"openapi": "3.1.0", "info": {"title": "clara_jax", "version": version}, "paths": paths,
+          "components": {"schemas": definitions["$defs"]}}

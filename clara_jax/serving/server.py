@@ -1,0 +1,340 @@
+"""The HTTP server: Starlette routes over one `Answerer`; uvicorn runs them.
+
+Bound to this machine unless told otherwise. Nothing that a client sends is opened as a path, unpickled or used as a template.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import importlib.resources
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+import prometheus_client
+import pydantic
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+import clara_jax
+from clara_jax.config import ConfigError
+from clara_jax.data.schemas import DataError
+from clara_jax.evaluation import logit_lens
+from clara_jax.inference.answer import Answer, Answerer, Found, Question
+from clara_jax.serving import schema
+from clara_jax.serving.batcher import Batcher, OverloadedError
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What the server takes.
+
+  Attributes:
+    batch: questions a pass.
+    wait_ms: how long the first question of a pass waits for others.
+    waiting: requests that may wait; more are refused (429).
+    seconds: that a request may take (503 beyond).
+    body: bytes of a request.
+  """
+
+  batch: int = 32
+  wait_ms: float = 4.0
+  waiting: int = 512
+  seconds: float = 60.0
+  body: int = 64 << 20
+
+
+class _RefusedError(Exception):
+  def __init__(self, status: int, text: str):
+    super().__init__(text)
+    self.status = status
+
+
+class _Metrics:
+  """For Prometheus, in a registry of their own."""
+
+  def __init__(self):
+    self.registry = prometheus_client.CollectorRegistry()
+    common = {"registry": self.registry, "namespace": "clara"}
+    self.requests = prometheus_client.Counter("requests", "Requests by path and status.", ["path", "status"], **common)
+    self.seconds = prometheus_client.Histogram("request_seconds", "Time from a request to the end of its answer.", ["path"],
+                                               buckets=_SECONDS, **common)
+    self.sizes = prometheus_client.Histogram("batch_size", "Questions a pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), **common)
+    self.delays = prometheus_client.Histogram("queue_seconds", "Time that a question waits for its pass.", buckets=_SECONDS, **common)
+    self.documents = prometheus_client.Gauge("documents", "Documents in the store.", **common)
+
+
+class Service:
+  """The application's state: an answerer, one thread for its devices, and the queues before it."""
+
+  def __init__(self, answerer: Answerer, limits: Limits):
+    self.answerer, self.limits, self.metrics = answerer, limits, _Metrics()
+    self.metrics.documents.set(len(answerer.store))
+    self.stopping = False
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "devices")
+    options = {"size": limits.batch, "wait_ms": limits.wait_ms, "waiting": limits.waiting, "sizes": self.metrics.sizes,
+               "delays": self.metrics.delays}
+    self.answers = Batcher(self._answer, self._thread, **options)
+    self.searches = Batcher(self._search, self._thread, **options)
+    # Whole batches come in one request; they are not joined.
+    self.others = Batcher(lambda calls, _: [_attempt(call) for call in calls], self._thread, **{**options, "size": 1, "wait_ms": 0})
+    self._batchers = (self.answers, self.searches, self.others)
+
+  @contextlib.asynccontextmanager
+  async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+    """Starts the queues; at the end, what waits is still answered."""
+    del app
+    for batcher in self._batchers:
+      batcher.start()
+    yield
+    self.stopping = True
+    for batcher in self._batchers:
+      await batcher.stop()
+    self._thread.shutdown()
+
+  def warm_up(self) -> None:
+    """Compiles every size of batch for questions and prompts of the usual length."""
+    question, size = Question("Who is it?"), 1
+    while True:
+      self.answerer.answer([question] * size)
+      self.answerer.answer([question] * size, on_text=lambda *_: None)
+      if size >= self.limits.batch:
+        break
+      size = min(2 * size, self.limits.batch)
+
+  def _answer(self, questions: Sequence[Question], emits: Sequence[Any]) -> list[Answer | Exception]:
+    streamed = any(emits)
+
+    def emit(place, **line):
+      if emits[place]:
+        emits[place](line)
+    on_text = (lambda place, text: emit(place, answer=text)) if streamed else None
+    on_found = (lambda place, found: emit(place, documents=[dataclasses.asdict(f) for f in found])) if streamed else None
+    try:
+      return list(self.answerer.answer(questions, on_text, on_found))
+    except (ConfigError, DataError) as error:
+      if len(questions) == 1:
+        return [error]
+      # One that does not fit must not harm the others.
+      return [self._answer([q], [e])[0] for q, e in zip(questions, emits, strict=True)]
+
+  def _search(self, questions: Sequence[Question], emits: Sequence[Any]) -> list[list[Found] | Exception]:
+    try:
+      return self.answerer.search(questions)
+    except (ConfigError, DataError) as error:
+      return [error] if len(questions) == 1 else [self._search([q], [None])[0] for q in questions]
+
+  # ---- routes ----------------------------------------------------------------------------------------------------------------
+
+  async def answer(self, request: Request) -> Response:
+    """POST /answer."""
+    wanted = await self._read(request, schema.AnswerRequest)
+    question = self._question(wanted, wanted.max_new_tokens)
+    if wanted.stream:
+      return await self._stream_answer(question)
+    return JSONResponse(self._whole(await self._within_time(self.answers.submit(question))))
+
+  async def search(self, request: Request) -> Response:
+    """POST /search."""
+    wanted = await self._read(request, schema.SearchRequest)
+    found = await self._within_time(self.searches.submit(self._question(wanted)))
+    return JSONResponse({"question": wanted.question, "documents": [dataclasses.asdict(f) for f in found]})
+
+  async def queries(self, request: Request) -> Response:
+    """POST /queries: the released code's protocol."""
+    wanted = await self._read(request, schema.QueriesRequest)
+    manifest = self.answerer.store.manifest
+    dimension = manifest.num_memory_tokens * manifest.width
+    lengths = {len(q) for q in wanted.queries}
+    if lengths != {dimension}:
+      raise _RefusedError(422, f"queries: expected vectors of M·D = {manifest.num_memory_tokens}·{manifest.width} = {dimension} numbers, "
+                               f"got {sorted(lengths)}")
+    self._check_count(wanted.k)
+    found = await self._within_time(self.others.submit(
+        lambda: orjson.dumps({"retrieved_embeddings": self.answerer.nearest_memories(np.array(wanted.queries, np.float32), wanted.k)},
+                             option=orjson.OPT_SERIALIZE_NUMPY)))
+    return Response(found, media_type="application/json")
+
+  async def lens(self, request: Request) -> Response:
+    """POST /lens."""
+    wanted = await self._read(request, schema.LensRequest)
+    a = self.answerer
+    found = await self._within_time(self.others.submit(
+        lambda: logit_lens.queries(a.model, a.layout, a.weights, [wanted.question], wanted.top)[0]["tokens"]))
+    return JSONResponse({"tokens": found})
+
+  async def health(self, request: Request) -> Response:
+    """GET /healthz."""
+    status = "stopping" if self.stopping else "ok"
+    return JSONResponse({"status": status, "documents": len(self.answerer.store), "version": clara_jax.__version__},
+                        503 if self.stopping else 200)
+
+  async def metrics_page(self, request: Request) -> Response:
+    """GET /metrics."""
+    return Response(prometheus_client.generate_latest(self.metrics.registry), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+  async def description(self, request: Request) -> Response:
+    """GET /openapi.json."""
+    return JSONResponse(schema.openapi(clara_jax.__version__))
+
+  async def page(self, request: Request) -> Response:
+    """GET /."""
+    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _PAGE_MAY})
+
+  # ---- parts of them ---------------------------------------------------------------------------------------------------------
+
+  async def _read(self, request: Request, model: type[pydantic.BaseModel]) -> Any:
+    """The checked body."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+      raise _RefusedError(415, f"expected content-type application/json, got {kind or 'none'!r:.60}")
+    body = bytearray()
+    async for part in request.stream():
+      body += part
+      if len(body) > self.limits.body:
+        raise _RefusedError(413, f"the request is larger than {self.limits.body} bytes")
+    try:
+      values = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+      raise _RefusedError(400, f"not JSON: {error}") from None
+    try:
+      return model.model_validate(values)
+    except pydantic.ValidationError as error:
+      problems = [f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors(include_url=False, include_input=False)[:5]]
+      raise _RefusedError(422, "; ".join(problems)) from None
+
+  def _check_count(self, k: int | None) -> None:
+    if k is not None and k > len(self.answerer.store):
+      raise _RefusedError(422, f"k: {k} documents of a store with {len(self.answerer.store)}")
+
+  def _question(self, wanted: schema.SearchRequest, max_new_tokens: int | None = None) -> Question:
+    self._check_count(wanted.k)
+    if max_new_tokens is not None and max_new_tokens > self.answerer.max_new_tokens:
+      raise _RefusedError(422, f"max_new_tokens: at most {self.answerer.max_new_tokens} here")
+    return Question(wanted.question, wanted.k, tuple(wanted.ids) if wanted.ids else None, max_new_tokens)
+
+  async def _within_time(self, result: Any) -> Any:
+    try:
+      async with asyncio.timeout(self.limits.seconds):
+        return await result
+    except TimeoutError:
+      raise _RefusedError(503, f"no result within {self.limits.seconds:g} s") from None
+    except OverloadedError as error:
+      raise _RefusedError(429, f"{error}; try again later") from None
+    except (ConfigError, DataError) as error:
+      raise _RefusedError(422, str(error)) from None
+
+  def _whole(self, answer: Answer) -> dict[str, Any]:
+    return {**dataclasses.asdict(answer), "memory_tokens": self.answerer.store.manifest.num_memory_tokens}
+
+  async def _stream_answer(self, question: Question) -> Response:
+    """Lines of JSON: documents, then answers that grow, then the whole response with `done`. A refusal comes before the first line."""
+    lines: asyncio.Queue = asyncio.Queue()
+    task = asyncio.create_task(self._within_time(self.answers.submit(question, lines.put_nowait)))
+    task.add_done_callback(lambda _: lines.put_nowait(None))
+    first = await lines.get()
+    if first is None:
+      task.result()  # raises
+
+    async def body():
+      line = first
+      while line is not None:
+        yield orjson.dumps(line) + b"\n"
+        line = await lines.get()
+      try:
+        yield orjson.dumps({**self._whole(task.result()), "done": True}) + b"\n"
+      except _RefusedError as error:
+        yield orjson.dumps({"error": str(error)}) + b"\n"
+    return StreamingResponse(body(), media_type="application/x-ndjson")
+
+
+def _attempt(call: Any) -> Any:
+  try:
+    return call()
+  except (ConfigError, DataError) as error:
+    return error
+
+
+_PAGE_MAY = "default-src 'self'; img-src data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+_PAGE = importlib.resources.files("clara_jax.serving").joinpath("page/index.html").read_text(encoding="utf-8")
+
+
+class _Counted:
+  """Counts requests and their time, until the last byte of the answer."""
+
+  def __init__(self, app: Any, service: Service):
+    self._app, self._metrics = app, service.metrics
+
+  async def __call__(self, scope, receive, send):
+    if scope["type"] != "http":
+      return await self._app(scope, receive, send)
+    start, status = time.monotonic(), 500
+
+    async def sent(message):
+      nonlocal status
+      if message["type"] == "http.response.start":
+        status = message["status"]
+      await send(message)
+    try:
+      return await self._app(scope, receive, sent)
+    finally:
+      path = scope["path"] if scope["path"] in _PATHS else "other"
+      self._metrics.requests.labels(path, str(status)).inc()
+      self._metrics.seconds.labels(path).observe(time.monotonic() - start)
+
+
+_PATHS = {*schema.ENDPOINTS, "/", "/healthz", "/metrics", "/openapi.json"}
+
+
+def make_app(answerer: Answerer, limits: Limits = Limits()) -> Starlette:
+  """The ASGI application; `app.state.service` is its `Service`."""
+  service = Service(answerer, limits)
+
+  async def refused(request: Request, error: Exception) -> Response:
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+    return JSONResponse({"error": str(error)}, error.status, headers)
+
+  async def gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
+
+  async def no_such(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": f"{error.status_code}: {request.method} {request.url.path:.100}; see /openapi.json"}, error.status_code,
+                        error.headers)
+
+  def route(path, handler, method):
+    return Route(path, handler, methods=[method])
+  app = Starlette(
+      routes=[route("/queries", service.queries, "POST"), route("/search", service.search, "POST"),
+              route("/answer", service.answer, "POST"), route("/lens", service.lens, "POST"), route("/healthz", service.health, "GET"),
+              route("/metrics", service.metrics_page, "GET"), route("/openapi.json", service.description, "GET"),
+              route("/", service.page, "GET")],
+      exception_handlers={_RefusedError: refused, ClientDisconnect: gone, 404: no_such, 405: no_such},
+      lifespan=service.lifespan)
+  app.state.service = service
+  app.add_middleware(_Counted, service=service)
+  return app
+
+
+def run(answerer: Answerer, host: str, port: int, limits: Limits = Limits()) -> None:
+  """Serves until SIGTERM or SIGINT; what was accepted is answered first."""
+  app = make_app(answerer, limits)
+  print("serve: compiling", file=sys.stderr, flush=True)
+  app.state.service.warm_up()
+  server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=int(limits.seconds) + 5,
+                                         timeout_keep_alive=30, limit_concurrency=None, backlog=2048))
+  print(f"serve: http://{host}:{port}", file=sys.stderr, flush=True)
+  with contextlib.suppress(KeyboardInterrupt):
+    server.run()
+  metrics = app.state.service.metrics.requests.collect()[0].samples
+  counts = {f"{s.labels['path']} {s.labels['status']}": int(s.value) for s in metrics if s.name.endswith("_total")}
+  print(f"serve: stopped; requests by path and status: {json.dumps(counts)}", file=sys.stderr, flush=True)
