@@ -6,7 +6,10 @@ QUICKSTART = ["matplotlib>=3.9", "scann>=1.4.2; platform_system == 'Linux'"]
 RECORDS = ["tensorflow-datasets>=4.9.9", "importlib_resources>=6.0"]  # the latter is imported by the former, which does not say so
 TENSORBOARD = ["tensorboardX>=2.6"]
 INT8 = ["qwix>=0.1.8"]
+COMPACT = ["faiss-cpu>=1.11"]
+SERVE = ["starlette>=0.46", "uvicorn>=0.34", "pydantic>=2.10", "orjson>=3.10", "prometheus-client>=0.21"]
 TEST = ["pytest>=8.3", "pytest-xdist>=3.6", "chex>=0.1.90", "hypothesis>=6.100", "bm25s>=0.2", "peft>=0.17",
+        "httpx>=0.28", "playwright>=1.50",
         "libtpu; platform_system == 'Linux'"]  # compiles TPU programs; no TPU is needed
 
 setuptools.setup(
@@ -18,9 +21,10 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_namespace_packages(include=["clara_jax", "clara_jax.*"]),
-    package_data={"clara_jax": ["pretrained/**/*"]},
+    package_data={"clara_jax": ["pretrained/**/*", "serving/page/*"]},
     install_requires=[
         "absl-py>=2.1",
+        "array_record>=0.7",
         "etils[epath]>=1.12",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18",
@@ -45,7 +49,9 @@ setuptools.setup(
         "records": RECORDS,
         "tensorboard": TENSORBOARD,
         "int8": INT8,
-        "test": [*TEST, *QUICKSTART, *RECORDS, *TENSORBOARD, *INT8, "torch>=2.6"],
+        "compact": COMPACT,
+        "serve": SERVE,
+        "test": [*TEST, *QUICKSTART, *RECORDS, *TENSORBOARD, *INT8, *COMPACT, *SERVE, "torch>=2.6"],
         "lint": ["ruff>=0.9"],
     },
     entry_points={"console_scripts": ["clara = clara_jax.cli.main:run"]},

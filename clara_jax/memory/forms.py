@@ -21,8 +21,6 @@ from clara_jax.config import ConfigError
 
 NAMES = ("float32", "bfloat16", "int8", "pq")
 CENTRES = 256
-# Beyond this many vectors for each centre, faiss itself draws a sample.
-TRAINING_VECTORS = 256 * CENTRES
 _TINY = 1e-6  # smaller scales are not float16 any more
 
 
@@ -148,6 +146,11 @@ def learn_pq(memories: np.ndarray, sub_width: int) -> ProductQuantised:
   quantizer.train(_flat(memories))
   centres = _faiss().vector_to_array(quantizer.centroids).reshape(m * d // sub_width, CENTRES, sub_width)
   return ProductQuantised(m, d, np.ascontiguousarray(centres))
+
+
+def training_sample(num_memory_tokens: int, width: int) -> int:
+  """How many documents the centres are learned on: 256 for each centre, or as many as fit 2 GiB, but never fewer than faiss wants."""
+  return min(256 * CENTRES, max(39 * CENTRES, 2**29 // (num_memory_tokens * width)))
 
 
 def make(name: str, num_memory_tokens: int, width: int, codebook: bytes | None = None) -> Form:

@@ -25,7 +25,8 @@ def quantise(store: MemoryStore, directory: str, form: str, sub_width: int = 4, 
   manifest = dataclasses.replace(store.manifest, form=form, generation=0)
   codebook = None
   if form == "pq":
-    sample = np.sort(np.random.default_rng(0).permutation(store.rows)[:forms.TRAINING_VECTORS])
+    count = forms.training_sample(manifest.num_memory_tokens, manifest.width)
+    sample = np.sort(np.random.default_rng(0).permutation(store.rows)[:count])
     codebook = forms.learn_pq(store.memories(sample), sub_width)
   new = MemoryStore(directory, manifest, codebook=codebook)
   if len(new):

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.resources
 import json
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -333,6 +334,7 @@ def run(answerer: Answerer, host: str, port: int, limits: Limits = Limits()) -> 
   server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=int(limits.seconds) + 5,
                                          timeout_keep_alive=30, limit_concurrency=None, backlog=2048))
   print(f"serve: http://{host}:{port}", file=sys.stderr, flush=True)
+  signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn, having stopped, raises the signal once more
   with contextlib.suppress(KeyboardInterrupt):
     server.run()
   metrics = app.state.service.metrics.requests.collect()[0].samples

@@ -1,0 +1,116 @@
+"""64 clients on one server: every answer checked, latencies and requests a second, one by one and in shared passes.
+
+    clara quickstart --workdir quickstart && python benchmarks/serving.py --workdir quickstart
+
+Clients mix short and long questions, 1 to 3 documents, whole and streamed answers. Client and server share the machine. Prints one JSON
+object.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import numpy as np
+
+from clara_jax.data.world import World
+from clara_jax.inference.answer import Answerer, Question
+from clara_jax.interop import checkpoints
+from clara_jax.memory.store import MemoryStore
+from clara_jax.quickstart.recipe import Sizes
+
+PORT = 5017
+FILLERS = ("", "Please tell me. ", "Please tell me. Please tell me. ")
+
+
+def expected(workdir: str, questions: int) -> list[tuple[dict, str, list[str]]]:
+  """Requests with their right answers and documents, made without a server."""
+  checkpoint = checkpoints.load(os.path.join(workdir, "stages", "joint"))
+  answerer = Answerer(checkpoint.model, checkpoint.layout, checkpoint.weights, MemoryStore(os.path.join(workdir, "store")), max_new_tokens=4)
+  rng = random.Random(0)
+  asked = []
+  for row in World(Sizes().world).question_rows(1, True, questions):
+    asked.append({"question": rng.choice(FILLERS) + row["question"], "k": rng.choice((1, 2, 3)), "stream": rng.random() < 0.25})
+  made = []
+  for start in range(0, len(asked), 32):
+    batch = asked[start:start + 32]
+    for request, answer in zip(batch, answerer.answer([Question(r["question"], r["k"]) for r in batch]), strict=True):
+      made.append((request, answer.answer, [d.id for d in answer.documents]))
+  return made
+
+
+async def client(http: httpx.AsyncClient, requests: list, rng: random.Random, until: float, log: dict) -> None:
+  """One request after the other."""
+  while time.monotonic() < until:
+    request, answer, documents = rng.choice(requests)
+    start = time.monotonic()
+    try:
+      response = await http.post("/answer", json=request)
+    except httpx.HTTPError as error:
+      log["errors"].append(repr(error))
+      continue
+    log["seconds"].append(time.monotonic() - start)
+    if response.status_code != 200:
+      log["errors"].append(response.text)
+      continue
+    got = json.loads(response.text.splitlines()[-1])
+    if got["question"] != request["question"] or got["answer"] != answer or [d["id"] for d in got["documents"]] != documents:
+      log["wrong"].append((request, answer, got["answer"]))
+
+
+async def load(requests: list, clients: int, seconds: float) -> dict:
+  """All clients at once."""
+  log: dict = {"seconds": [], "errors": [], "wrong": []}
+  limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+  async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", timeout=120, limits=limits) as http:
+    until = time.monotonic() + seconds
+    await asyncio.gather(*(client(http, requests, random.Random(i), until, log) for i in range(clients)))
+  took = np.array(log["seconds"])
+  return {"requests": len(took), "requests_per_second": round(len(took) / seconds, 1), "errors": len(log["errors"]),
+          "wrong_answers": len(log["wrong"]), "p50_ms": round(1e3 * np.percentile(took, 50), 1),
+          "p99_ms": round(1e3 * np.percentile(took, 99), 1), "examples": log["errors"][:2] + log["wrong"][:2]}
+
+
+def served(workdir: str, batch: int):
+  """`clara serve`, ready."""
+  process = subprocess.Popen([sys.executable, "-m", "clara_jax", "serve", "--checkpoint", os.path.join(workdir, "stages", "joint"), "--store",
+                              os.path.join(workdir, "store"), "--port", str(PORT), "--max-batch", str(batch), "--max-new-tokens", "4"])
+  while True:
+    try:
+      httpx.get(f"http://127.0.0.1:{PORT}/healthz")
+      return process
+    except httpx.TransportError:
+      if process.poll() is not None:
+        raise SystemExit("the server did not start") from None
+      time.sleep(0.2)
+
+
+def main() -> None:
+  """Prints one JSON object."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--workdir", required=True, help="of clara quickstart")
+  parser.add_argument("--seconds", type=float, default=60)
+  parser.add_argument("--clients", type=int, default=64)
+  options = parser.parse_args()
+  requests = expected(options.workdir, 300)
+  report = {"clients": options.clients, "seconds": options.seconds, "cores": os.cpu_count()}
+  for batch in (1, 32):
+    process = served(options.workdir, batch)
+    asyncio.run(load(requests, options.clients, 5))  # shapes that come up now and then are compiled
+    report[f"batch {batch}"] = asyncio.run(load(requests, options.clients, options.seconds))
+    alone = asyncio.run(load(requests, 1, 5))
+    report[f"batch {batch}"]["alone_p50_ms"] = alone["p50_ms"]
+    process.send_signal(signal.SIGTERM)
+    report[f"batch {batch}"]["exit_status"] = process.wait()
+    print(report, file=sys.stderr, flush=True)
+  print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+  main()

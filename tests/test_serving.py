@@ -1,0 +1,276 @@
+"""The server: right answers to everybody, clear refusals, nothing lost at the end."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("uvicorn")
+
+import uvicorn
+
+from clara_jax.data.schemas import Document
+from clara_jax.inference.answer import Answerer
+from clara_jax.memory.compress import compress_corpus
+from clara_jax.memory.store import MemoryStore
+from clara_jax.model import Clara
+from clara_jax.retrieval import index
+from clara_jax.serving import schema, server
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def answerer(tmp_path_factory):
+  folder = str(tmp_path_factory.mktemp("served"))
+  documents = [Document(d["id"], d["text"], d["title"]) for d in tiny.world().documents(False)[:20]]
+  compress_corpus(Clara(tiny.config()), tiny.layout(), tiny.weights(), documents, folder, bucket=64, progress=False)
+  store = MemoryStore(folder)
+  return Answerer(Clara(tiny.config()), tiny.layout(), tiny.weights(), store, index=index.build("exact", store), max_new_tokens=6,
+                  stream_every=2)
+
+
+@contextlib.contextmanager
+def running(answerer, limits):
+  """A real server on loopback."""
+  port = free_port()
+  app = server.make_app(answerer, limits)
+  running_server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+  thread = threading.Thread(target=running_server.run)
+  thread.start()
+  while not running_server.started:
+    time.sleep(0.01)
+  with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+    yield client, app.state.service
+  running_server.should_exit = True
+  thread.join()
+
+
+@pytest.fixture(scope="module")
+def client(answerer):
+  with running(answerer, server.Limits(batch=4)) as (client, _):
+    yield client
+
+
+def question(person=0):
+  return [r["question"] for r in tiny.world().question_rows(1)][person]
+
+
+def test_answers_are_those_of_the_command(client, answerer):
+  expected = answerer.answer([question()])[0]
+  given_ = client.post("/answer", json={"question": question()}).json()
+  assert given_["answer"] == expected.answer and given_["question"] == question()
+  assert [d["id"] for d in given_["documents"]] == [d.id for d in expected.documents]
+  assert given_["memory_tokens"] == 2 and given_["documents"][0]["tokens"] > 2 and set(given_["timings_ms"]) == {"encode", "search", "generate"}
+  one = client.post("/answer", json={"question": question(), "k": 1, "max_new_tokens": 1, "ids": [expected.documents[1].id]}).json()
+  assert [d["id"] for d in one["documents"]] == [expected.documents[1].id]
+
+
+def test_streamed_answers_grow(client):
+  whole = client.post("/answer", json={"question": question(3)}).json()
+  lines = [json.loads(line) for line in client.post("/answer", json={"question": question(3), "stream": True}).text.splitlines()]
+  assert lines[0]["documents"] == whole["documents"] and lines[-1]["done"] and lines[-1]["answer"] == whole["answer"]
+  texts = [line["answer"] for line in lines[1:]]
+  assert len(texts) >= 3 and all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+
+
+def test_the_released_protocol(client, answerer):
+  rng = np.random.default_rng(0)
+  queries = rng.normal(size=(3, 32))
+  found = client.post("/queries", json={"queries": queries.tolist(), "k": 4}).json()["retrieved_embeddings"]
+  assert np.shape(found) == (3, 4, 32)
+  everything = answerer.store.memories().reshape(-1, 32)
+  order = np.argsort(-index.unit_vectors(queries) @ index.unit_vectors(everything).T, axis=1)[:, :4]
+  np.testing.assert_allclose(found, everything[order], rtol=1e-6)
+
+
+def test_search_and_lens(client):
+  found = client.post("/search", json={"question": question(), "k": 3}).json()
+  scores = [d["score"] for d in found["documents"]]
+  assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+  tokens = client.post("/lens", json={"question": question(), "top": 5}).json()["tokens"]
+  assert len(tokens) >= 5 and isinstance(tokens[0][0], str)
+
+
+def test_everybody_gets_his_own_answer(answerer):
+  """Sixteen clients at once, in shared passes, streamed and not."""
+  questions = [question(i) for i in range(16)]
+  expected = {q: answerer.answer([q])[0] for q in questions}
+  wrong = []
+  with running(answerer, server.Limits(batch=8, wait_ms=20)) as (client, service):
+    def ask(q, stream):
+      response = client.post("/answer", json={"question": q, "stream": stream})
+      got = json.loads(response.text.splitlines()[-1])
+      if (got["question"], got["answer"], got["documents"][0]["id"]) != (q, expected[q].answer, expected[q].documents[0].id):
+        wrong.append(got)
+    for _ in range(3):
+      threads = [threading.Thread(target=ask, args=(q, i % 3 == 0)) for i, q in enumerate(questions)]
+      for thread in threads:
+        thread.start()
+      for thread in threads:
+        thread.join()
+    metrics = client.get("/metrics").text
+    assert not wrong
+    assert 'clara_requests_total{path="/answer",status="200"} 48.0' in metrics and "clara_documents 20.0" in metrics
+    passes = float(next(line.split()[-1] for line in metrics.splitlines() if line.startswith("clara_batch_size_count")))
+    assert passes < 48
+
+
+def test_back_pressure_and_time_outs(answerer):
+  with running(answerer, server.Limits(batch=1, waiting=2, seconds=5)) as (client, service):
+    release = threading.Event()
+    blocked = service.others.submit
+    thread = threading.Thread(target=service._thread.submit, args=(release.wait,))
+    thread.start()
+    statuses = []
+
+    def ask():
+      statuses.append(client.post("/search", json={"question": question()}).status_code)
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for t in threads:
+      t.start()
+    time.sleep(0.5)
+    assert statuses.count(429) >= 4 and 500 not in statuses
+    release.set()
+    for t in threads:
+      t.join()
+    assert statuses.count(200) >= 3 and set(statuses) == {200, 429}
+    refused = client.get("/healthz")
+    assert refused.status_code == 200 and blocked
+  with running(answerer, server.Limits(seconds=0.2)) as (client, service):
+    release = threading.Event()
+    service._thread.submit(release.wait)
+    late = client.post("/search", json={"question": question()})
+    assert late.status_code == 503 and "within 0.2 s" in late.json()["error"]
+    release.set()
+    assert client.post("/search", json={"question": question()}).status_code in (200, 503)
+
+
+BAD = [
+    ("/answer", {"question": ""}, 422, "question"),
+    ("/answer", {}, 422, "question: Field required"),
+    ("/answer", {"question": "q", "k": 0}, 422, "k: "),
+    ("/answer", {"question": "q", "k": True}, 422, "k: "),
+    ("/answer", {"question": "q", "k": 90}, 422, "k: 90 documents of a store with 20"),
+    ("/answer", {"question": "q", "unknown": 1}, 422, "unknown: "),
+    ("/answer", {"question": "q", "ids": ["nobody"]}, 422, "none of the 1 ids"),
+    ("/answer", {"question": "q", "ids": ["nobody"], "stream": True}, 422, "none of the 1 ids"),
+    ("/answer", {"question": "q", "max_new_tokens": 7}, 422, "max_new_tokens: at most 6"),
+    ("/answer", {"question": "word " * 500}, 422, "the window decoder_max_length"),
+    ("/search", {"question": "q" * 5000}, 422, "question: "),
+    ("/queries", {"queries": [[1.0] * 31], "k": 1}, 422, "expected vectors of M·D = 2·16 = 32 numbers"),
+    ("/queries", {"queries": [], "k": 1}, 422, "queries: "),
+    ("/queries", {"queries": [[1.0] * 32], "k": 21}, 422, "k: 21"),
+    ("/answer", [], 422, "body: "),
+]
+
+
+@pytest.mark.parametrize("path, body, status, message", BAD, ids=lambda v: str(v)[:30])
+def test_bad_requests(client, path, body, status, message):
+  response = client.post(path, json=body)
+  assert response.status_code == status and message in response.json()["error"]
+
+
+def test_bad_bodies_and_paths(client, answerer):
+  for content, kind, status in ((b"{", "application/json", 400), (b"\xff", "application/json", 400), (b"{}", "text/plain", 415),
+                                (b'{"queries": [[NaN]], "k": 1}', "application/json", 400)):
+    response = client.post("/queries", content=content, headers={"content-type": kind})
+    assert response.status_code == status and response.json()["error"]
+  assert client.get("/answer").status_code == 405 and client.get("/../../etc/passwd").status_code == 404
+  with running(answerer, server.Limits(body=1000)) as (small, _):
+    assert small.post("/answer", json={"question": "q" * 2000}).status_code == 413
+
+
+_json = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40),
+                     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4), max_leaves=12)
+_fields = st.fixed_dictionaries({}, optional={
+    "question": _json | st.text(min_size=1, max_size=60), "k": _json | st.integers(-2, 200), "ids": _json | st.lists(st.text(), max_size=3),
+    "queries": _json | st.lists(st.lists(st.floats(), max_size=40), max_size=3), "max_new_tokens": _json, "stream": _json, "top": _json})
+
+
+@settings(max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(path=st.sampled_from(sorted(schema.ENDPOINTS)), body=_json | _fields | st.binary(max_size=200))
+def test_a_thousand_odd_requests(client, path, body):
+  """Whatever comes: an answer or a clear refusal, never a fault of the server."""
+  content = body if isinstance(body, bytes) else json.dumps(body).encode()
+  response = client.post(path, content=content, headers={"content-type": "application/json"})
+  assert response.status_code == 200 or (400 <= response.status_code < 500 and response.json()["error"]), (response.status_code, body)
+
+
+def test_the_description_names_everything(client):
+  described = client.get("/openapi.json").json()
+  assert set(schema.ENDPOINTS) <= set(described["paths"])
+  assert described["components"]["schemas"]["QueriesRequest"]["properties"]["k"]["maximum"] == schema.MOST_DOCUMENTS
+  assert client.get("/healthz").json()["documents"] == 20
+
+
+_SERVE = """
+import sys
+from clara_jax.inference.answer import Answerer
+from clara_jax.memory.store import MemoryStore
+from clara_jax.model import Clara
+from clara_jax.retrieval import index
+from clara_jax.serving import server
+from tests import tiny
+store = MemoryStore(sys.argv[1])
+answerer = Answerer(Clara(tiny.config()), tiny.layout(), tiny.weights(), store, index=index.build("exact", store), max_new_tokens=6)
+server.run(answerer, "127.0.0.1", int(sys.argv[2]), server.Limits(batch=4))
+"""
+
+
+def test_sigterm_under_load_loses_nothing(answerer):
+  """Requests that the server has read are answered; others see that it is gone."""
+  port = free_port()
+  process = subprocess.Popen([sys.executable, "-c", _SERVE, answerer.store.directory, str(port)], cwd=ROOT, text=True,
+                             env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+  address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+  while True:
+    with contextlib.suppress(httpx.TransportError):
+      if httpx.get(address + "/healthz").status_code == 200:
+        break
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.1)
+  complete, broken, gone = [], [], []
+
+  def ask():
+    while not gone:
+      try:
+        with httpx.stream("POST", address + "/answer", json={"question": question()}, timeout=60) as response:
+          try:
+            complete.append(json.loads(response.read())["answer"])
+          except (httpx.TransportError, ValueError) as error:
+            broken.append(error)
+      except httpx.TransportError as error:  # no response has begun
+        gone.append(error)
+
+  threads = [threading.Thread(target=ask) for _ in range(8)]
+  for thread in threads:
+    thread.start()
+  time.sleep(1.5)
+  process.send_signal(signal.SIGTERM)
+  for thread in threads:
+    thread.join()
+  _, err = process.communicate(timeout=60)
+  counts = json.loads(err.rsplit("path and status: ", 1)[1])
+  assert process.returncode == 0 and not broken
+  # Every request that the server began has come back complete.
+  assert counts["/answer 200"] == len(complete) > 8 and set(counts) <= {"/answer 200", "/healthz 200"}
