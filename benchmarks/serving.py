@@ -32,7 +32,8 @@ FILLERS = ("", "Please tell me. ", "Please tell me. Please tell me. ")
 def expected(workdir: str, questions: int) -> list[tuple[dict, str, list[str]]]:
   """Requests with their right answers and documents, made without a server."""
   checkpoint = checkpoints.load(os.path.join(workdir, "stages", "joint"))
-  answerer = Answerer(checkpoint.model, checkpoint.layout, checkpoint.weights, MemoryStore(os.path.join(workdir, "store")), max_new_tokens=4)
+  store = MemoryStore(os.path.join(workdir, "store"))
+  answerer = Answerer(checkpoint.model, checkpoint.layout, checkpoint.weights, store, max_new_tokens=4)
   rng = random.Random(0)
   asked = []
   for row in World(Sizes().world).question_rows(1, True, questions):
@@ -79,8 +80,9 @@ async def load(requests: list, clients: int, seconds: float) -> dict:
 
 def served(workdir: str, batch: int):
   """`clara serve`, ready."""
-  process = subprocess.Popen([sys.executable, "-m", "clara_jax", "serve", "--checkpoint", os.path.join(workdir, "stages", "joint"), "--store",
-                              os.path.join(workdir, "store"), "--port", str(PORT), "--max-batch", str(batch), "--max-new-tokens", "4"])
+  checkpoint, store = os.path.join(workdir, "stages", "joint"), os.path.join(workdir, "store")
+  process = subprocess.Popen([sys.executable, "-m", "clara_jax", "serve", "--checkpoint", checkpoint, "--store", store, "--port", str(PORT),
+                              "--max-batch", str(batch), "--max-new-tokens", "4"])
   while True:
     try:
       httpx.get(f"http://127.0.0.1:{PORT}/healthz")

@@ -50,7 +50,7 @@ class ArrayRecord(Npy):
 
   def __init__(self, folder, shape, options):
     super().__init__(folder, shape, options)
-    self._options = options
+    self._options = options.replace("8K", str(max(1, 8192 // (2 * shape[0] * shape[1]))))
 
   def write(self, shard, values):
     writer = array_record_module.ArrayRecordWriter(f"{self._folder}/{shard}", self._options)
@@ -103,6 +103,7 @@ FORMATS = {
     "ArrayRecord": (ArrayRecord, "group_size:1,uncompressed"),
     "ArrayRecord, 16 a group": (ArrayRecord, "group_size:16,uncompressed"),
     "ArrayRecord, zstd": (ArrayRecord, "group_size:1,zstd:3"),
+    "ArrayRecord, 8 KB a group, zstd": (ArrayRecord, "group_size:8K,zstd:3"),
     "Zarr": (Zarr, (1, False)),
     "Zarr, 16 a chunk": (Zarr, (16, False)),
     "Zarr, zstd": (Zarr, (1, True)),

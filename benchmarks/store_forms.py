@@ -61,11 +61,12 @@ def main() -> None:
             "width": store.manifest.width, "forms": [], "projections": []}
 
   def measure(opened, dimensions=None):
-    answerer = Answerer(checkpoint.model, checkpoint.layout, checkpoint.weights, opened, index=index_lib.build("exact", opened, dimensions),
-                        max_new_tokens=4)
-    return score(answerer, rows)
+    index = index_lib.build("exact", opened, dimensions)
+    return score(Answerer(checkpoint.model, checkpoint.layout, checkpoint.weights, opened, index=index, max_new_tokens=4), rows)
   for form, sub_width in FORMS:
-    opened = store if form == "float32" else quantise(store, os.path.join(options.scratch, f"{form}{sub_width or ''}"), form, sub_width or 0)
+    opened = store
+    if form != "float32":
+      opened = quantise(store, os.path.join(options.scratch, f"{form}{sub_width or ''}"), form, sub_width or 0)
     report["forms"].append({"form": form, "sub_width": sub_width, "bytes": opened.form.nbytes,
                             "bytes_on_disk": round(opened.nbytes() / len(opened), 1), **measure(opened)})
   for dimensions in DIMENSIONS:

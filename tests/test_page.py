@@ -7,14 +7,14 @@ import os
 import shutil
 
 import pytest
+from playwright import sync_api as playwright
 
-playwright = pytest.importorskip("playwright.sync_api")
+from clara_jax.serving import server
+from tests.test_serving import answerer, question, running  # noqa: F401 (a fixture)
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if not CHROMIUM:
   pytest.skip("Chromium is not installed here (Debian: apt-get install chromium)", allow_module_level=True)
-
-from clara_jax.serving import server
-from tests.test_serving import answerer, question, running  # noqa: F401: the fixture
 
 SIZES = {"wide": (1100, 900), "narrow": (360, 740)}
 

@@ -11,15 +11,12 @@ import sys
 import threading
 import time
 
+import httpx
 import numpy as np
 import pytest
+import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-httpx = pytest.importorskip("httpx")
-pytest.importorskip("uvicorn")
-
-import uvicorn
 
 from clara_jax.data.schemas import Document
 from clara_jax.inference.answer import Answerer
@@ -80,7 +77,8 @@ def test_answers_are_those_of_the_command(client, answerer):
   given_ = client.post("/answer", json={"question": question()}).json()
   assert given_["answer"] == expected.answer and given_["question"] == question()
   assert [d["id"] for d in given_["documents"]] == [d.id for d in expected.documents]
-  assert given_["memory_tokens"] == 2 and given_["documents"][0]["tokens"] > 2 and set(given_["timings_ms"]) == {"encode", "search", "generate"}
+  assert given_["memory_tokens"] == 2 and given_["documents"][0]["tokens"] > 2
+  assert set(given_["timings_ms"]) == {"encode", "search", "generate"}
   one = client.post("/answer", json={"question": question(), "k": 1, "max_new_tokens": 1, "ids": [expected.documents[1].id]}).json()
   assert [d["id"] for d in one["documents"]] == [expected.documents[1].id]
 
@@ -138,9 +136,7 @@ def test_everybody_gets_his_own_answer(answerer):
 def test_back_pressure_and_time_outs(answerer):
   with running(answerer, server.Limits(batch=1, waiting=2, seconds=5)) as (client, service):
     release = threading.Event()
-    blocked = service.others.submit
-    thread = threading.Thread(target=service._thread.submit, args=(release.wait,))
-    thread.start()
+    service._thread.submit(release.wait)  # a pass that takes long
     statuses = []
 
     def ask():
@@ -154,8 +150,7 @@ def test_back_pressure_and_time_outs(answerer):
     for t in threads:
       t.join()
     assert statuses.count(200) >= 3 and set(statuses) == {200, 429}
-    refused = client.get("/healthz")
-    assert refused.status_code == 200 and blocked
+    assert client.get("/healthz").status_code == 200
   with running(answerer, server.Limits(seconds=0.2)) as (client, service):
     release = threading.Event()
     service._thread.submit(release.wait)

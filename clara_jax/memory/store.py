@@ -36,6 +36,7 @@ from clara_jax.memory import forms
 
 VERSION = 2
 BLOCK = 4096  # documents that are read at once when a whole store is walked through
+_GROUP = 8192  # bytes that are compressed, checked and read together; a larger document stands alone
 _OPEN_FILES = 128
 _MAX_RUNS = 32
 _FILES = ("documents.array_record", "memories.array_record", "keys.npy")
@@ -401,8 +402,8 @@ class _Folder:
     folder.mkdir(parents=True)
     checksums = {}
     if len(codes):
-      _write_records(folder / _FILES[0], records)
-      _write_records(folder / _FILES[1], (code.tobytes() for code in codes))
+      _write_records(folder / _FILES[0], records, 1)
+      _write_records(folder / _FILES[1], (code.tobytes() for code in codes), max(1, _GROUP // codes.shape[1]))
       np.save(os.fspath(folder / _FILES[2]), keys)
       checksums = {name: _checksum(folder / name) for name in _FILES}
     record = {"documents": len(codes), "deleted": list(deleted), "checksums": checksums}
@@ -508,8 +509,8 @@ def _read_manifest(file: Any) -> Manifest:
   return Manifest(**values)
 
 
-def _write_records(path: Any, records: Iterable[bytes]) -> None:
-  writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1,zstd:3")
+def _write_records(path: Any, records: Iterable[bytes], group: int) -> None:
+  writer = array_record_module.ArrayRecordWriter(os.fspath(path), f"group_size:{group},zstd:3")
   for record in records:
     writer.write(record)
   writer.close()
