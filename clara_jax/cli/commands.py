@@ -125,8 +125,8 @@ def compress(options: argparse.Namespace) -> Any:
   process, processes = options.process or 0, options.processes or 1
   if not 0 <= process < processes:
     raise ConfigError(f"--process {process}: expected 0 to {processes - 1}")
-  if options.distributed:
-    distributed.initialize(None, None, None)
+  if options.distributed or options.coordinator:  # otherwise they need not know of each other
+    distributed.initialize(options.coordinator, options.processes, options.process)
     process, processes = jax.process_index(), jax.process_count()
   checkpoint = _checkpoint(options, "compressor")
   return compress_corpus(checkpoint.model, checkpoint.layout, checkpoint.weights, schemas.read_documents(options.documents),

@@ -89,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--base", metavar="DIR", help="the base model, where the checkpoint's own record does not lead to it")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of computation; default: the checkpoint's")
 
+  def several_processes(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--distributed", action="store_true", help="one of several processes, found by JAX (Cloud TPU, GKE, SLURM)")
+    sub.add_argument("--coordinator", metavar="HOST:PORT", help="several processes by hand: where process 0 is")
+    sub.add_argument("--processes", type=int, metavar="N", help="by hand: how many there are")
+    sub.add_argument("--process", type=int, metavar="I", help="by hand: which one this is, from 0")
+
   quickstart = command("quickstart", "The whole system on a generated corpus: train, compress, index, answer.")
   quickstart.add_argument("--workdir", default="quickstart", metavar="DIR")
   quickstart.add_argument("--from-scratch", action="store_true", help="train everything here, instead of from the shipped result")
@@ -97,10 +103,7 @@ def _parser() -> argparse.ArgumentParser:
   train = command("train", "Trains one stage; goes on by itself where a run was stopped.")
   train.add_argument("--config", required=True, metavar="FILE.py[:NAME]", help="ml_collections; override with --config.a.b=value")
   train.add_argument("--workdir", required=True, metavar="DIR")
-  train.add_argument("--distributed", action="store_true", help="one of several processes, found by JAX (Cloud TPU, GKE, SLURM)")
-  train.add_argument("--coordinator", metavar="HOST:PORT", help="several processes by hand: where process 0 is")
-  train.add_argument("--processes", type=int, metavar="N", help="by hand: how many there are")
-  train.add_argument("--process", type=int, metavar="I", help="by hand: which one this is, from 0")
+  several_processes(train)
 
   records = command("records", "JSONL rows as ArrayRecord files, which runs on many hosts read at random.")
   records.add_argument("--kind", choices=("scp", "instruct", "joint"), required=True, help="joint: for contrastive, too")
@@ -120,9 +123,7 @@ def _parser() -> argparse.ArgumentParser:
   compress.add_argument("--shard-size", type=int, default=4096, help="documents a segment; what a kill can lose")
   compress.add_argument("--workers", type=int, default=0, help="processes that tokenise ahead; 0: a thread")
   compress.add_argument("--fsdp", type=int, default=1, help="devices over which the compressor's weights are divided")
-  compress.add_argument("--distributed", action="store_true", help="one of several processes, found by JAX (Cloud TPU, GKE, SLURM)")
-  compress.add_argument("--processes", type=int, metavar="N", help="by hand: how many work on this corpus")
-  compress.add_argument("--process", type=int, metavar="I", help="by hand: which one this is, from 0")
+  several_processes(compress)
 
   store = command("store", "Looks at a store or changes it.")
   store.add_argument("action", choices=("info", "verify", "delete", "compact", "quantise"),

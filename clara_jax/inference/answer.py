@@ -83,9 +83,8 @@ class Answerer:
       raise ConfigError(f"top_k={self.top_k} documents of a store with {len(store)}")
     self._index = index or index_lib.load(store)
     self._encode = jax.jit(model.encode_query)
-    greedy = Greedy(model, max_new_tokens, layout.eos_id, layout.pad_id)
-    self._stream = make_stream(greedy, stream_every)
-    self._whole = make_stream(greedy, max_new_tokens)
+    self._stream = make_stream(Greedy(model, max_new_tokens, layout.eos_id, layout.pad_id))
+    self._stream_every = stream_every
 
   def search(self, questions: Sequence[Question]) -> list[list[Found]]:
     """The documents nearest to each question, best first."""
@@ -120,8 +119,8 @@ class Answerer:
     if on_found:
       for place, documents in enumerate(found):
         on_found(place, documents)
-    memories = np.zeros((_padded(len(asked)), rows.shape[1], *query.shape[1:]), np.float32)
-    memories[:len(asked)][rows >= 0] = self.store.memories(rows[rows >= 0])
+    memories = np.zeros((_padded(len(asked)), max(self.top_k, _padded(rows.shape[1])), *query.shape[1:]), np.float32)
+    memories[:len(asked), :rows.shape[1]][rows >= 0] = self.store.memories(rows[rows >= 0])
     clock.append(time.perf_counter())
     texts = self._texts(asked, (rows >= 0).sum(1), memories, on_text)
     clock.append(time.perf_counter())
@@ -166,7 +165,8 @@ class Answerer:
     prompts += prompts[:1] * (len(memories) - len(prompts))
     limits = [min(q.max_new_tokens or self.max_new_tokens, self.max_new_tokens) for q in questions]
     texts = [""] * len(questions)
-    for ids in (self._stream if on_text else self._whole)(self.weights, pad_tokens(prompts, layout.pad_id, _PROMPT_BUCKET), memories):
+    every = self._stream_every if on_text else self.max_new_tokens
+    for ids in self._stream(self.weights, pad_tokens(prompts, layout.pad_id, _PROMPT_BUCKET), memories, every):
       for place, (row, limit) in enumerate(zip(ids, limits, strict=False)):
         texts[place] = layout.text(row[:limit])
         if on_text:
@@ -174,8 +174,8 @@ class Answerer:
     return texts
 
 
-# Few different shapes, few compilations: texts are padded to multiples of these, batches to powers of two.
-_QUERY_BUCKET, _PROMPT_BUCKET = 32, 64
+# Few different shapes, few compilations: texts are padded to multiples of these, batches and more than K documents to powers of two.
+_QUERY_BUCKET, _PROMPT_BUCKET = 32, 128
 
 
 def _padded(rows: int) -> int:

@@ -108,13 +108,13 @@ def make_generate(model: Clara, max_new_tokens: int, eos_id: int, pad_id: int, r
   return jax.jit(Greedy(model, max_new_tokens, eos_id, pad_id, role).__call__)
 
 
-def make_stream(greedy: Greedy, every: int) -> Callable[..., Any]:
-  """Answers that grow: (weights, prompt, memories) -> iterator of ids [B, max_new_tokens] after the first token, and then after every
-  `every` more of them."""
+def make_stream(greedy: Greedy) -> Callable[..., Any]:
+  """Answers that grow: (weights, prompt, memories, every) -> iterator of ids [B, max_new_tokens] after the first token, and then after
+  every `every` more of them."""
   prefill = jax.jit(greedy.prefill)
   decode = jax.jit(greedy.decode, donate_argnums=1)
 
-  def stream(weights, prompt, memories):
+  def stream(weights, prompt, memories, every):
     state = prefill(weights, prompt, memories)
     yield np.asarray(state.answer)
     until = 1

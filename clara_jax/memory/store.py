@@ -23,6 +23,7 @@ import io
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -522,7 +523,7 @@ def _checksum(path: Any) -> str:
 
 
 def _write(file: Any, content: bytes) -> None:
-  part = file.parent / f"{file.name}.{os.getpid()}.part"
+  part = file.parent / f"{file.name}.{uuid.uuid4().hex}.part"
   part.write_bytes(content)
   part.replace(file)
 

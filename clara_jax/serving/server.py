@@ -107,7 +107,6 @@ class Service:
     """Compiles every size of batch for questions and prompts of the usual length."""
     question, size = Question("Who is it?"), 1
     while True:
-      self.answerer.answer([question] * size)
       self.answerer.answer([question] * size, on_text=lambda *_: None)
       if size >= self.limits.batch:
         break

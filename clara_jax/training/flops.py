@@ -30,7 +30,11 @@ def _count(jaxpr: Any) -> float:
     if equation.primitive.name == "dot_general":
       total += _dot(equation)
       continue
-    times = equation.params["length"] if equation.primitive.name == "scan" else 1
+    times = 1
+    if equation.primitive.name == "scan":
+      times = equation.params["length"]
+    elif equation.primitive.name == "shard_map":  # its shapes are those of one device
+      times = equation.params["mesh"].size
     inner = [_count(j) for j in _inner(equation)]
     total += times * (max(inner, default=0.0) if equation.primitive.name == "cond" else sum(inner))
   return total
