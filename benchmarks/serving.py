@@ -7,13 +7,14 @@ object.
 """
 
 import argparse
-import asyncio
+import http.client
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
@@ -46,32 +47,38 @@ def expected(workdir: str, questions: int) -> list[tuple[dict, str, list[str]]]:
   return made
 
 
-async def client(http: httpx.AsyncClient, requests: list, rng: random.Random, until: float, log: dict) -> None:
-  """One request after the other."""
+def client(requests: list, rng: random.Random, until: float, log: dict) -> None:
+  """One request after the other on one connection."""
+  connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=120)
   while time.monotonic() < until:
     request, answer, documents = rng.choice(requests)
-    start = time.monotonic()
+    body, start = json.dumps(request), time.monotonic()
     try:
-      response = await http.post("/answer", json=request)
-    except httpx.HTTPError as error:
+      connection.request("POST", "/answer", body, {"Content-Type": "application/json"})
+      response = connection.getresponse()
+      text = response.read().decode()
+    except (OSError, http.client.HTTPException) as error:
       log["errors"].append(repr(error))
+      connection.close()
       continue
     log["seconds"].append(time.monotonic() - start)
-    if response.status_code != 200:
-      log["errors"].append(response.text)
+    if response.status != 200:
+      log["errors"].append(text)
       continue
-    got = json.loads(response.text.splitlines()[-1])
+    got = json.loads(text.splitlines()[-1])
     if got["question"] != request["question"] or got["answer"] != answer or [d["id"] for d in got["documents"]] != documents:
       log["wrong"].append((request, answer, got["answer"]))
 
 
-async def load(requests: list, clients: int, seconds: float) -> dict:
-  """All clients at once."""
+def load(requests: list, clients: int, seconds: float) -> dict:
+  """All clients at once, each in a thread."""
   log: dict = {"seconds": [], "errors": [], "wrong": []}
-  limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-  async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", timeout=120, limits=limits) as http:
-    until = time.monotonic() + seconds
-    await asyncio.gather(*(client(http, requests, random.Random(i), until, log) for i in range(clients)))
+  until = time.monotonic() + seconds
+  threads = [threading.Thread(target=client, args=(requests, random.Random(i), until, log)) for i in range(clients)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
   took = np.array(log["seconds"])
   return {"requests": len(took), "requests_per_second": round(len(took) / seconds, 1), "errors": len(log["errors"]),
           "wrong_answers": len(log["wrong"]), "p50_ms": round(1e3 * float(np.percentile(took, 50)), 1),
@@ -104,9 +111,9 @@ def main() -> None:
   report = {"clients": options.clients, "seconds": options.seconds, "cores": os.cpu_count()}
   for batch in (1, 32):
     process = served(options.workdir, batch)
-    asyncio.run(load(requests, options.clients, 15))  # shapes that come up now and then are compiled
-    report[f"batch {batch}"] = asyncio.run(load(requests, options.clients, options.seconds))
-    alone = asyncio.run(load(requests, 1, 5))
+    load(requests, options.clients, 15)  # shapes that come up now and then are compiled
+    report[f"batch {batch}"] = load(requests, options.clients, options.seconds)
+    alone = load(requests, 1, 5)
     report[f"batch {batch}"]["alone_p50_ms"] = alone["p50_ms"]
     process.send_signal(signal.SIGTERM)
     report[f"batch {batch}"]["exit_status"] = process.wait()
