@@ -29,7 +29,7 @@ def clara_config(layers: int = LAYERS, document: int = 128, ratio: int = 8):
   """The configuration of both sides."""
   from clara_jax.config import ClaraConfig, LoraConfig, ModelConfig
   model = ModelConfig(vocab_size=4096, width=WIDTH, num_layers=layers, num_heads=8, num_kv_heads=4, head_dim=32, mlp_dim=704,
-                      tie_embeddings=False, dtype="float32", param_dtype="float32", remat="none")
+                      tie_embeddings=False, dtype="float32", param_dtype="float32", remat="none", attention="grouped")
   return ClaraConfig(model, LoraConfig(rank=16, alpha=32.0, dropout=0.0), doc_max_length=document, compression_rate=ratio,
                      query_max_length=1024, decoder_max_length=1024, top_k=TOP_K)
 
@@ -192,6 +192,7 @@ def jax_retrieve():
   from clara_jax.retrieval.exact import ExactIndex
   vectors, queries = search_vectors()
   index = ExactIndex(512)
+  vectors, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (vectors, queries))
   index.fill(np.arange(len(vectors)), lambda rows: vectors[rows])
   seconds, first = timed(lambda _: index.search(queries, 10)[0], 1)
   return {"seconds": seconds, "check": first[0][0].tolist(), "samples": len(queries)}
@@ -377,12 +378,14 @@ def _pair(task, scratch, ours, size=0):
 def main() -> None:
   """Prints one JSON object."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("tasks", nargs="*", choices=TASKS, metavar="TASK")
+  parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(TASKS)}; default: all")
   parser.add_argument("--data", type=pathlib.Path, help="the folder with SQuAD; not needed where DIR is prepared already")
   parser.add_argument("--scratch", type=pathlib.Path, required=True, metavar="DIR")
   parser.add_argument("--side", choices=("jax", "jax-store", "torch"), help=argparse.SUPPRESS)
   parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
   options = parser.parse_args()
+  if unknown := set(options.tasks) - set(TASKS):
+    parser.error(f"unknown: {', '.join(sorted(unknown))}")
   if options.side:
     print(json.dumps(side(options.side, options.tasks[0], options.scratch, options.size)))
     return

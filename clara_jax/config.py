@@ -80,7 +80,8 @@ class ModelConfig:
   initializer_range: float = 0.02
   dtype: Literal["float32", "bfloat16"] = "bfloat16"
   param_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-  attention: Literal["xla", "cudnn"] = "xla"
+  attention: Literal["xla", "cudnn", "grouped"] = "xla"
+  scan_unroll: int = 1
   remat: Literal["none", "full", "dots"] = "none"
   vocab_multiple: int = 1
   logits_chunk: int = 0

@@ -96,8 +96,9 @@ class Clara:
     return jnp.where(is_memory[..., None], rows.astype(table.dtype), table)
 
   def hidden(self, weights: Weights, role: Role | None, x: jax.Array, *, positions: jax.Array | None = None,
-             cache: KeyValues | None = None, dropout: jax.Array | None = None) -> tuple[jax.Array, KeyValues | None]:
-    """Last hidden states of the decoder in a role (None: the plain base); see `Decoder.__call__`.
+             cache: KeyValues | None = None, dropout: jax.Array | None = None, keep: bool = False
+             ) -> tuple[jax.Array, KeyValues | None]:
+    """Last hidden states of the decoder in a role (None: the plain base), and keys and values; see `Decoder.__call__`.
 
     `dropout` is the key of LoRA dropout; None turns it off.
     """
@@ -107,7 +108,7 @@ class Clara:
       variables["lora"] = _group(weights, role)
       decoder = self.decoder
     rngs = None if dropout is None else {"dropout": dropout}
-    return decoder.apply(variables, x, positions, cache, deterministic=dropout is None, rngs=rngs)
+    return decoder.apply(variables, x, positions, cache, deterministic=dropout is None, keep=keep, rngs=rngs)
 
   def logits(self, weights: Weights, hidden: jax.Array, output_matrix: jax.Array | None = None) -> jax.Array:
     """hidden: [..., D] -> next-token logits [..., V] float32; `output_matrix` where many calls share it."""

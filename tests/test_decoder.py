@@ -9,7 +9,9 @@ from clara_jax.config import ClaraConfig, LoraConfig, ModelConfig
 from clara_jax.inference.generate import empty_cache
 from clara_jax.interop import checkpoints
 from clara_jax.model import Clara
+from clara_jax.nn.decoder import extend
 from clara_jax.nn.linear import MissingAdapterError
+from clara_jax.ops.attention import attend, attend_cached
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -49,13 +51,13 @@ def test_cached_decoding_equals_full_forward(window):
   full, _ = model.hidden(weights, "generator", model.embed(weights, ids))
   lengths = jnp.array([4, 7])
   prompt = jnp.where(jnp.arange(7) < lengths[:, None], ids[:, :7], 0)  # right-padded
-  positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
-  _, cache = model.hidden(weights, "generator", model.embed(weights, prompt), positions=positions,
-                          cache=empty_cache(model.config.model, 2, 16))
+  _, read = model.hidden(weights, "generator", model.embed(weights, prompt), keep=True)
+  cache = extend(empty_cache(model.config.model, 2, 16), read, jnp.zeros(2, jnp.int32))
   for step in range(3):
     at = lengths + step
     token = jnp.take_along_axis(ids, at[:, None], axis=1)
-    hidden, cache = model.hidden(weights, "generator", model.embed(weights, token), positions=at[:, None], cache=cache)
+    hidden, new = model.hidden(weights, "generator", model.embed(weights, token), positions=at[:, None], cache=cache)
+    cache = extend(cache, new, at)
     np.testing.assert_allclose(hidden[:, 0], full[jnp.arange(2), at], rtol=0, atol=1e-5)
 
 
@@ -94,3 +96,23 @@ def test_7b_builds_without_memory():
   shapes = jax.eval_shape(lambda: Clara(ClaraConfig(config)).init(jax.random.key(0)))
   assert sum(x.size for x in jax.tree.leaves(shapes["base"])) == 7_241_732_096 + 2 * 11 * 4096
   assert sum(x.size for x in jax.tree.leaves(shapes["generator"])) == 41_943_040
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_backends_agree(window):
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=(2, 9, heads, 8)), jnp.float32) for heads in (6, 3, 3))
+
+  def mixed(backend):
+    return lambda q, k, v: attend(q, k, v, window=window, backend=backend)
+  whole = mixed("xla")(q, k, v)
+  np.testing.assert_allclose(mixed("grouped")(q, k, v), whole, atol=1e-5)
+  grads = [jax.grad(lambda *x, b=b: (mixed(b)(*x) ** 2).sum(), argnums=(0, 1, 2))(q, k, v) for b in ("grouped", "xla")]
+  for a, b in zip(*grads, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+  # The last three tokens of one row and the last two of the other, after those before them.
+  cached = [jnp.pad(jnp.moveaxis(x, 1, 2), ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=9.0) for x in (k, v)]
+  start = jnp.array([6, 4])
+  some = [jnp.stack([x[0, 6:9], x[1, 4:7]]) for x in (q, k, v)]
+  found = attend_cached(*some, *cached, start, window=window)
+  np.testing.assert_allclose(found, jnp.stack([whole[0, 6:9], whole[1, 4:7]]), atol=1e-5)

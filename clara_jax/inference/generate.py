@@ -15,12 +15,12 @@ from flax import struct
 from clara_jax.batch import Tokens
 from clara_jax.config import ModelConfig, Role
 from clara_jax.model import Clara, Weights
-from clara_jax.nn.decoder import KeyValues
+from clara_jax.nn.decoder import KeyValues, extend
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> KeyValues:
-  """A cache of zeros, [Y, B, S, G, P] in the compute type."""
-  shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+  """A cache of zeros, [Y, B, G, S, P] in the compute type."""
+  shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
   return KeyValues(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
@@ -73,9 +73,8 @@ class Greedy:
     """
     model, (batch, length) = self.model, prompt.ids.shape
     x = model.embed(weights, prompt.ids) if memories is None else model.splice(weights, prompt.ids, memories)
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    cache = empty_cache(model.config.model, batch, length + self.max_new_tokens)
-    hidden, cache = model.hidden(weights, self.role, x, positions=positions, cache=cache)
+    hidden, read = model.hidden(weights, self.role, x, keep=True)
+    cache = extend(empty_cache(model.config.model, batch, length + self.max_new_tokens), read, jnp.zeros(batch, jnp.int32))
     last = jnp.take_along_axis(hidden, (prompt.lengths - 1)[:, None, None], axis=1)[:, 0]
     first = jnp.argmax(model.logits(weights, last), axis=-1).astype(jnp.int32)
     answer = jnp.full((batch, self.max_new_tokens), self.pad_id, jnp.int32).at[:, 0].set(first)
@@ -90,8 +89,9 @@ class Greedy:
 
     def one(s):
       # The token chosen last stands at position lengths + step - 1; its slot in the cache held padding until now.
-      position = (s.lengths + s.step - 1)[:, None]
-      hidden, cache = model.hidden(weights, self.role, model.embed(weights, s.token[:, None]), positions=position, cache=s.cache)
+      position = s.lengths + s.step - 1
+      hidden, new = model.hidden(weights, self.role, model.embed(weights, s.token[:, None]), positions=position[:, None], cache=s.cache)
+      cache = extend(s.cache, new, position)
       token = jnp.argmax(model.logits(weights, hidden[:, 0]), axis=-1).astype(jnp.int32)
       token = jnp.where(s.stopped, self.pad_id, token)
       return Decoding(s.step + 1, token, s.stopped | (token == self.eos_id), s.answer.at[:, s.step].set(token), s.lengths, cache)

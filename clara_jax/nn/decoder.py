@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from clara_jax import axes
 from clara_jax.config import LoraConfig, ModelConfig
 from clara_jax.nn.linear import Linear
-from clara_jax.ops.attention import attend
+from clara_jax.ops.attention import attend, attend_cached
 from clara_jax.ops.rope import rotary_angles, rotate
 
 REMAT_POLICIES = {
@@ -23,7 +23,7 @@ REMAT_POLICIES = {
 
 
 class KeyValues(NamedTuple):
-  """Keys and values of every layer, slot s holding the token at position s: [Y, B, S, G, P] each."""
+  """Keys and values of every layer, slot s holding the token at position s: [Y, B, G, S, P] each."""
 
   keys: jax.Array
   values: jax.Array
@@ -54,13 +54,13 @@ def _linear(config: ModelConfig, lora: LoraConfig | None, name: str, features: i
 
 
 class Attention(nn.Module):
-  """Grouped-query attention; x: [B, T, D] -> ([B, T, D], this layer's cache)."""
+  """Grouped-query attention; x: [B, T, D] -> ([B, T, D], keys and values of x [B, G, T, P] where they are kept)."""
 
   config: ModelConfig
   lora: LoraConfig | None
 
   @nn.compact
-  def __call__(self, x, cos, sin, positions, cache, deterministic):
+  def __call__(self, x, cos, sin, positions, cache, deterministic, keep):
     config = self.config
     batch, length, width = x.shape
 
@@ -80,15 +80,14 @@ class Attention(nn.Module):
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     q = nn.with_logical_constraint(q, (axes.BATCH, axes.LENGTH, axes.HEADS, None))
     k, v = (nn.with_logical_constraint(z, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, None)) for z in (k, v))
-    if cache is not None:
-      rows = jnp.arange(batch)[:, None]
-      cache = KeyValues(*(
-          slots.at[rows, positions].set(new.astype(slots.dtype)) for slots, new in zip(cache, (k, v), strict=True)))
-      k, v = (slots.astype(q.dtype) for slots in cache)
-    mixed = attend(q, k, v, positions=None if cache is None else positions, window=config.sliding_window,
-                   backend=config.attention)
+    if cache is None:
+      mixed = attend(q, k, v, window=config.sliding_window, backend=config.attention)
+    else:
+      mixed = attend_cached(q, k, v, *cache, positions[:, 0], window=config.sliding_window)
     mixed = mixed.reshape(batch, length, config.num_heads * config.head_dim)
-    return _linear(config, self.lora, "o", width, (axes.HEADS, axes.WIDTH))(mixed, deterministic), cache
+    # Only what is new leaves the loop over layers: the cache is read there and written once, after it.
+    new = KeyValues(jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)) if keep else None
+    return _linear(config, self.lora, "o", width, (axes.HEADS, axes.WIDTH))(mixed, deterministic), new
 
 
 class Mlp(nn.Module):
@@ -113,11 +112,12 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-  """One pre-norm transformer layer, in the form `nn.scan` wants: (carry, per-layer cache) -> (carry, per-layer cache)."""
+  """One pre-norm transformer layer, in the form `nn.scan` wants: (carry, per-layer cache) -> (carry, per-layer keys and values)."""
 
   config: ModelConfig
   lora: LoraConfig | None
   deterministic: bool
+  keep: bool
 
   @nn.compact
   def __call__(self, x, cache, cos, sin, positions):
@@ -126,11 +126,11 @@ class Layer(nn.Module):
     def norm(name):
       return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), name=name)
 
-    mixed, cache = Attention(config, self.lora, name="attention")(
-        norm("attention_norm")(x), cos, sin, positions, cache, self.deterministic)
+    mixed, new = Attention(config, self.lora, name="attention")(
+        norm("attention_norm")(x), cos, sin, positions, cache, self.deterministic, self.keep)
     x = x + mixed
     x = x + Mlp(config, self.lora, name="mlp")(norm("mlp_norm")(x), self.deterministic)
-    return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.WIDTH)), cache
+    return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.WIDTH)), new
 
 
 class Decoder(nn.Module):
@@ -178,17 +178,18 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, positions: jax.Array | None = None, cache: KeyValues | None = None,
-               deterministic: bool = True) -> tuple[jax.Array, KeyValues | None]:
+               deterministic: bool = True, keep: bool = False) -> tuple[jax.Array, KeyValues | None]:
     """Token embeddings to last hidden states.
 
     Args:
       x: [B, T, D] embeddings.
-      positions: [B, T] int32; None for 0 … T-1. With a cache they also name the slots that are written.
-      cache: keys and values to extend and attend to; None to attend within x.
+      positions: [B, T] int32, consecutive; None for 0 … T-1, as without a cache they must be.
+      cache: keys and values of the tokens before x; None to attend within x.
       deterministic: False turns LoRA dropout on (needs the rng 'dropout').
+      keep: whether the keys and values of x are returned; with a cache they always are.
 
     Returns:
-      ([B, T, D] hidden states after the final norm, the extended cache or None).
+      ([B, T, D] hidden states after the final norm, keys and values of x [Y, B, G, T, P] or None; `extend` puts them into a cache).
     """
     config = self.config
     if positions is None:
@@ -204,8 +205,16 @@ class Decoder(nn.Module):
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
         out_axes=0,
         length=config.num_layers,
+        unroll=config.scan_unroll,
         metadata_params={nn.PARTITION_NAME: axes.LAYERS},
-    )(config, self.lora, deterministic, name="layers")
+    )(config, self.lora, deterministic, keep or cache is not None, name="layers")
     x = nn.with_logical_constraint(x.astype(config.dtype), (axes.BATCH, axes.LENGTH, axes.WIDTH))
-    x, cache = layers(x, cache, cos, sin, positions)
-    return self.final_norm(x), cache
+    x, new = layers(x, cache, cos, sin, positions)
+    return self.final_norm(x), new
+
+
+def extend(cache: KeyValues, new: KeyValues, start: jax.Array) -> KeyValues:
+  """Writes keys and values [Y, B, G, T, P] of tokens at positions start [B] … start + T - 1 into their slots."""
+  def write(slots, values, at):
+    return jax.lax.dynamic_update_slice(slots, values.astype(slots.dtype), (0, 0, at, 0))
+  return KeyValues(*(jax.vmap(write, (1, 1, 0), 1)(a, b, start) for a, b in zip(cache, new, strict=True)))

@@ -1,40 +1,99 @@
-"""Causal attention behind one function; the backend is an argument."""
+"""Causal attention behind two functions: within a text, where the backend is an argument, and with a cache before it."""
 
 import jax
 import jax.numpy as jnp
 
 
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    positions: jax.Array | None = None,
-    window: int | None = None,
-    backend: str = "xla",
-) -> jax.Array:
-  """Causal grouped-query attention.
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None = None, backend: str = "xla") -> jax.Array:
+  """Causal grouped-query attention within a text.
 
-  Slot s of the keys holds the token at position s. Rows are padded on the right, so that the causal mask alone keeps real
-  tokens from seeing padding; outputs at padding are finite and meaningless.
+  Rows are padded on the right, so that the causal mask alone keeps real tokens from seeing padding; outputs at padding are finite and
+  meaningless.
 
   Args:
     q: [B, T, H, P].
-    k: [B, S, G, P], H a multiple of G.
-    v: [B, S, G, P].
-    positions: [B, T] int32, the queries' positions; None when T = S and query t stands at position t.
+    k: [B, T, G, P], H a multiple of G.
+    v: [B, T, G, P].
     window: a token sees itself and the `window - 1` tokens before it; None is unlimited.
-    backend: 'xla' or 'cudnn' (`jax.nn.dot_product_attention`).
+    backend: 'xla' or 'cudnn' (`jax.nn.dot_product_attention`), or 'grouped': the heads of a group in one product, by far the fastest
+      on CPU (docs/performance.md).
 
   Returns:
     [B, T, H, P] in q's type; the softmax is in float32.
   """
-  left = None if window is None else window - 1
-  if positions is None:
+  if backend != "grouped":
     return jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, local_window_size=None if left is None else (left, 0), implementation=backend)
-  slots = jnp.arange(k.shape[1], dtype=positions.dtype)
-  visible = slots <= positions[:, :, None]
-  if left is not None:
-    visible &= slots >= positions[:, :, None] - left
-  return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation=backend)
+        q, k, v, is_causal=True, local_window_size=None if window is None else (window - 1, 0), implementation=backend)
+  keys, values = (jnp.moveaxis(x, 1, 2) for x in (k, v))
+  grouped = _by_group(q, k.shape[2])
+  scores = _masked(_scores(grouped, keys), _causal(q.shape[1], window))
+  return _heads(_mix(jax.nn.softmax(scores, axis=-1), values))
+
+
+def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, cached_k: jax.Array, cached_v: jax.Array, start: jax.Array, *,
+                  window: int | None = None) -> jax.Array:
+  """Causal attention of a few tokens to each other and to those before them. The cache is only read.
+
+  Args:
+    q: [B, T, H, P], of tokens at positions start … start + T - 1.
+    k, v: [B, T, G, P], theirs.
+    cached_k, cached_v: [B, G, S, P]; slot s holds the token at position s, slots from `start` on do not count.
+    start: [B] int32.
+    window: see `attend`.
+
+  Returns:
+    [B, T, H, P] in q's type; the softmax is in float32.
+  """
+  length, slots = q.shape[1], cached_k.shape[2]
+  keys, values = (jnp.moveaxis(x, 1, 2) for x in (k, v))
+  grouped = _by_group(q, k.shape[2])
+  at = jnp.arange(slots, dtype=start.dtype)
+  before = jnp.broadcast_to((at < start[:, None])[:, None], (len(start), length, slots))
+  if window is not None:
+    before &= at > (start[:, None] + jnp.arange(length, dtype=start.dtype))[:, :, None] - window
+  old = _masked(_scores(grouped, cached_k), before)
+  new = _masked(_scores(grouped, keys), _causal(length, window))
+  weights = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1)
+  return _heads(_mix(weights[..., :slots], cached_v) + _mix(weights[..., slots:], values))
+
+
+# The queries of all heads that share keys are rows of one matrix: batches of plain products, [B, G, R·T, P] with R = H / G.
+
+
+def _by_group(q, groups):
+  """[B, T, H, P] -> [B, G, R, T, P]"""
+  batch, length, heads, width = q.shape
+  return jnp.moveaxis(q.reshape(batch, length, groups, heads // groups, width), 1, 3)
+
+
+def _scores(q, keys):
+  """[B, G, R, T, P], [B, G, S, P] -> [B, G, R, T, S] float32"""
+  batch, groups, ratio, length, width = q.shape
+  flat = q.reshape(batch, groups, ratio * length, width)
+  scores = jnp.einsum("bgrp,bgsp->bgrs", flat, keys.astype(q.dtype), preferred_element_type=jnp.float32) * width**-0.5
+  return scores.reshape(batch, groups, ratio, length, -1)
+
+
+def _mix(weights, values):
+  """[B, G, R, T, S], [B, G, S, P] -> [B, G, R, T, P]"""
+  batch, groups, ratio, length, slots = weights.shape
+  flat = weights.reshape(batch, groups, ratio * length, slots).astype(values.dtype)
+  return jnp.einsum("bgrs,bgsp->bgrp", flat, values).reshape(batch, groups, ratio, length, -1)
+
+
+def _heads(x):
+  """[B, G, R, T, P] -> [B, T, H, P]"""
+  batch, groups, ratio, length, width = x.shape
+  return jnp.moveaxis(x, 3, 1).reshape(batch, length, groups * ratio, width)
+
+
+def _causal(length, window):
+  """[1, T, T] bool"""
+  at = jnp.arange(length)
+  visible = at <= at[:, None]
+  return (visible if window is None else visible & (at > at[:, None] - window))[None]
+
+
+def _masked(scores, visible):
+  """[B, G, R, T, S] where [B, T, S] says so"""
+  return jnp.where(visible[:, None, None], scores, -1e30)
