@@ -35,17 +35,18 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=300)
   parser.add_argument("--seed", type=int, default=0)
   options = parser.parse_args()
-  shutil.rmtree(options.scratch, ignore_errors=True)
+  corpus_store = os.path.join(options.scratch, "corpus")
+  shutil.rmtree(corpus_store, ignore_errors=True)
   world = World(Sizes().world)
   checkpoint = checkpoints.load(os.path.join(options.workdir, "stages", "instruct"))
   corpus = [schemas.Document(**d) for d in world.documents(False)[:options.documents]]
-  compress_corpus(checkpoint.model, checkpoint.layout, checkpoint.weights, corpus, options.scratch, progress=False)
-  store = MemoryStore(options.scratch)
+  compress_corpus(checkpoint.model, checkpoint.layout, checkpoint.weights, corpus, corpus_store, progress=False)
+  store = MemoryStore(corpus_store)
   rows = [schemas.parse_row(r, f"joint:{i}") for i, r in enumerate(world.question_rows(1))]
   rows = [r for r in rows if r.document_ids[r.gold[0]] in store]
   held_out = rows[::10][:320]  # their questions are not trained on; their documents are in the store as all are
   rows = [r for r in rows if r not in held_out]
-  data = DataConfig(batch_size=32, eval_batch_size=64, candidates=CANDIDATES, bucket=32, store=options.scratch, retrieve="store")
+  data = DataConfig(batch_size=32, eval_batch_size=64, candidates=CANDIDATES, bucket=32, store=corpus_store, retrieve="store")
   train = TrainConfig(stage="joint", steps=options.steps, learning_rate=2e-3, learning_rate_factors={"generator": 0.1}, eval_every=50,
                       log_every=50, seed=options.seed, fresh_query_reasoner=True)
   start = time.monotonic()

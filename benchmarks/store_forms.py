@@ -49,12 +49,13 @@ def main() -> None:
   parser.add_argument("--scratch", required=True, metavar="DIR")
   parser.add_argument("--questions", type=int, default=1_000)
   options = parser.parse_args()
-  shutil.rmtree(options.scratch, ignore_errors=True)
+  scratch = os.path.join(options.scratch, "forms")
+  shutil.rmtree(scratch, ignore_errors=True)
   world = World(Sizes().world)
   checkpoint = checkpoints.load(os.path.join(options.workdir, "stages", "joint"))
   corpus = [schemas.Document(**d) for d in world.documents(True)]
   rows = [schemas.parse_row(r, f"row:{i}") for i, r in enumerate(world.question_rows(1, True, options.questions))]
-  whole = os.path.join(options.scratch, "float32")
+  whole = os.path.join(scratch, "float32")
   compress_corpus(checkpoint.model, checkpoint.layout, checkpoint.weights, corpus, whole, form="float32", progress=False)
   store = MemoryStore(whole)
   report = {"documents": len(store), "questions": len(rows), "memory_tokens": store.manifest.num_memory_tokens,
@@ -66,7 +67,7 @@ def main() -> None:
   for form, sub_width in FORMS:
     opened = store
     if form != "float32":
-      opened = quantise(store, os.path.join(options.scratch, f"{form}{sub_width or ''}"), form, sub_width or 0)
+      opened = quantise(store, os.path.join(scratch, f"{form}{sub_width or ''}"), form, sub_width or 0)
     report["forms"].append({"form": form, "sub_width": sub_width, "bytes": opened.form.nbytes,
                             "bytes_on_disk": round(opened.nbytes() / len(opened), 1), **measure(opened)})
   for dimensions in DIMENSIONS:

@@ -81,7 +81,7 @@ def test_a_store_is_looked_at_changed_and_made_smaller(folder, capsys, tmp_path)
   ids = tmp_path / "ids.txt"
   ids.write_text("\n".join([documents[0]["id"], "nobody", documents[5]["id"], ""]))
   status, report, _ = run(capsys, "store", "delete", "--store", store, "--ids", ids, "--json")
-  assert report == {"deleted": 2, "documents": len(documents) - 2}
+  assert report == {"deleted": 2, "unknown": 1, "documents": len(documents) - 2}
   assert run(capsys, "store", "compact", "--store", store, "--json")[0] == 0
   status, report, _ = run(capsys, "store", "verify", "--store", store, "--json")
   assert (status, report["documents"], report["dead"]) == (0, len(documents) - 2, 0)
@@ -90,6 +90,13 @@ def test_a_store_is_looked_at_changed_and_made_smaller(folder, capsys, tmp_path)
   for arguments, message in ((("store", "delete", "--store", store), "--ids"), (("store", "quantise", "--store", store), "--to"),
                              (("compress", "--checkpoint", folder / "joint", "--documents", folder / "documents.jsonl", "--store", store,
                                "--process", 2, "--processes", 2), "expected 0 to 1"),
+                             (("compress", "--checkpoint", folder / "joint", "--documents", tmp_path, "--store", store), "a directory"),
+                             (("compress", "--checkpoint", folder / "joint", "--documents", tmp_path, "--store", store, "--batch-size", 0),
+                              "expected 1 or more"),
+                             (("store", "delete", "--store", store, "--ids", "missing.txt"), "missing.txt: No such file"),
+                             (("ask", "--checkpoint", folder / "joint", "--store", store, " "), "a question is empty"),
+                             (("compress", "--checkpoint", folder / "joint", "--documents", tmp_path, "--store", store, "--processes", 2),
+                              "name both"),
                              (("index", "--store", store, "--kind", "exact", "--dimensions", 99), "dimensions=99")):
     status, _, err = run(capsys, *arguments)
     assert status == 2 and message in err

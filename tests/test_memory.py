@@ -188,7 +188,7 @@ def test_product_quantisation(tmp_path):
   np.testing.assert_allclose(MemoryStore(str(tmp_path / "pq")).memories(), memories, atol=1e-5)
   with pytest.raises(ConfigError, match="sub_width=5"):
     quantise(whole, str(tmp_path / "no"), "pq", sub_width=5)
-  with pytest.raises(StoreError, match="has documents already"):
+  with pytest.raises(StoreError, match="is a store already"):
     quantise(whole, str(tmp_path / "pq"), "pq", sub_width=8)
   with pytest.raises(ConfigError, match="needs as many documents"):
     forms.learn_pq(memories[:100], 8)

@@ -122,6 +122,8 @@ def records(options: argparse.Namespace) -> Any:
 
 def compress(options: argparse.Namespace) -> Any:
   """`clara compress`."""
+  if (options.process is None) != (options.processes is None) and not options.distributed:
+    raise ConfigError("--process and --processes: name both, or neither")
   process, processes = options.process or 0, options.processes or 1
   if not 0 <= process < processes:
     raise ConfigError(f"--process {process}: expected 0 to {processes - 1}")
@@ -130,7 +132,7 @@ def compress(options: argparse.Namespace) -> Any:
     process, processes = jax.process_index(), jax.process_count()
   checkpoint = _checkpoint(options, "compressor")
   return compress_corpus(checkpoint.model, checkpoint.layout, checkpoint.weights, schemas.read_documents(options.documents),
-                         options.store, form=options.form, text=not options.no_text, replace=options.replace,
+                         options.store, form=options.form, text=False if options.no_text else None, replace=options.replace,
                          batch_size=options.batch_size, shard_size=options.shard_size, workers=options.workers, process=process,
                          processes=processes, mesh=MeshConfig(data=-1, fsdp=options.fsdp))
 
@@ -139,11 +141,14 @@ def index(options: argparse.Namespace) -> dict[str, Any]:
   """`clara index`."""
   start = time.monotonic()
   store = MemoryStore(options.store)
-  built, changed = index_lib.bring_up_to_date(options.kind, store, options.dimensions)
-  index_lib.save(built, options.kind, store, options.dimensions)
+  there = index_lib.saved_settings(store)
+  kind = options.kind or there.get("kind", "scann")
+  dimensions = (options.dimensions if options.dimensions is not None else there.get("dimensions")) or None
+  built, changed = index_lib.bring_up_to_date(kind, store, dimensions)
+  index_lib.save(built, kind, store, dimensions)
   full = store.manifest.num_memory_tokens * store.manifest.width
-  return {"documents": len(built), "changed": changed, "dimension": options.dimensions or full,
-          "bytes": index_lib.saved_bytes(options.store), "seconds": time.monotonic() - start, "kind": options.kind}
+  return {"documents": len(built), "changed": changed, "dimension": dimensions or full,
+          "bytes": index_lib.saved_bytes(options.store), "seconds": time.monotonic() - start, "kind": kind}
 
 
 def store(options: argparse.Namespace) -> dict[str, Any]:
@@ -153,22 +158,29 @@ def store(options: argparse.Namespace) -> dict[str, Any]:
     return opened.verify()
   if options.action == "delete":
     if not options.ids:
-      raise ConfigError("clara store delete: --ids names a file with one id a line")
-    with open(options.ids, encoding="utf-8") as file:
-      deleted = opened.delete(line.strip() for line in file if line.strip())
-    return {"deleted": deleted, "documents": len(opened)}
+      raise ConfigError("--ids: name a file with one id a line")
+    try:
+      with open(options.ids, encoding="utf-8") as file:
+        ids = list(dict.fromkeys(line.strip() for line in file if line.strip()))
+    except OSError as error:
+      raise ConfigError(f"--ids {options.ids}: {error.strerror}") from None
+    deleted = opened.delete(ids)
+    return {"deleted": deleted, "unknown": len(ids) - deleted, "documents": len(opened)}
   if options.action == "compact":
     opened.compact()
   elif options.action == "quantise":
     if not options.to or not options.form:
-      raise ConfigError("clara store quantise: --to names the new store, --form its form")
+      raise ConfigError("--to and --form: name the new store and its form")
     opened = quantise(opened, options.to, options.form, options.sub_width)
   return {**dataclasses.asdict(opened.manifest), "compression_rate": opened.manifest.compression_rate, "documents": len(opened),
-          "bytes": opened.nbytes(), "bytes_per_document": opened.nbytes() / max(1, len(opened))}
+          "dead": opened.dead, "bytes": opened.nbytes(), "bytes_per_document": opened.nbytes() / max(1, len(opened)),
+          "index": index_lib.state(opened)}
 
 
 def ask(options: argparse.Namespace) -> dict[str, Any]:
   """`clara ask`."""
+  if any(not q.strip() for q in options.questions):
+    raise ConfigError("QUESTION: a question is empty")
   answerer = _answerer(options)
   return {"answers": [dataclasses.asdict(a) for a in answerer.answer(options.questions)]}
 

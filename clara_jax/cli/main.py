@@ -89,9 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--base", metavar="DIR", help="the base model, where the checkpoint's own record does not lead to it")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of computation; default: the checkpoint's")
 
+  def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+      raise argparse.ArgumentTypeError(f"{value}: expected 1 or more")
+    return value
+
   def several_processes(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--distributed", action="store_true", help="one of several processes, found by JAX (Cloud TPU, GKE, SLURM)")
-    sub.add_argument("--coordinator", metavar="HOST:PORT", help="several processes by hand: where process 0 is")
+    sub.add_argument("--coordinator", metavar="HOST:PORT", help="by hand: where process 0 is (compress does not need it)")
     sub.add_argument("--processes", type=int, metavar="N", help="by hand: how many there are")
     sub.add_argument("--process", type=int, metavar="I", help="by hand: which one this is, from 0")
 
@@ -119,31 +124,33 @@ def _parser() -> argparse.ArgumentParser:
   compress.add_argument("--form", choices=("float32", "bfloat16", "int8"), help="of a new store; default: the type of the computation")
   compress.add_argument("--no-text", action="store_true", help="a new store keeps ids and titles only")
   compress.add_argument("--replace", action="store_true", help="compresses documents anew whose title or text has changed")
-  compress.add_argument("--batch-size", type=int, default=64)
-  compress.add_argument("--shard-size", type=int, default=4096, help="documents a segment; what a kill can lose")
-  compress.add_argument("--workers", type=int, default=0, help="processes that tokenise ahead; 0: a thread")
-  compress.add_argument("--fsdp", type=int, default=1, help="devices over which the compressor's weights are divided")
+  compress.add_argument("--batch-size", type=positive, default=64, help="documents a pass; default 64")
+  compress.add_argument("--shard-size", type=positive, default=4096, help="documents a segment, what a kill can lose; default 4096")
+  compress.add_argument("--workers", type=int, default=0, help="processes that tokenise ahead; default 0: a thread")
+  compress.add_argument("--fsdp", type=positive, default=1, help="devices over which the compressor's weights are divided; default 1")
   several_processes(compress)
 
   store = command("store", "Looks at a store or changes it.")
   store.add_argument("action", choices=("info", "verify", "delete", "compact", "quantise"),
-                     help="verify: checksums, counts, ids; compact: removes what was deleted or replaced")
+                     help="info: what it is and holds; verify: reads all of it, checks checksums, counts and ids; delete: documents by id; "
+                          "compact: removes what was deleted or replaced from the files; quantise: copies it in another form")
   store.add_argument("--store", required=True, metavar="DIR")
   store.add_argument("--ids", metavar="F", help="delete: a file with one id a line")
   store.add_argument("--to", metavar="DIR", help="quantise: the new store")
   store.add_argument("--form", choices=("float32", "bfloat16", "int8", "pq"), help="quantise: its form")
-  store.add_argument("--sub-width", type=int, default=4, help="quantise: dimensions that share a byte of pq")
+  store.add_argument("--sub-width", type=positive, default=4, help="quantise: dimensions that share a byte of pq; default 4")
 
   index = command("index", "Builds the search index beside a store, or brings it up to date.")
   index.add_argument("--store", required=True, metavar="DIR")
-  index.add_argument("--kind", choices=("scann", "exact"), default="scann")
-  index.add_argument("--dimensions", type=int, metavar="N", help="searches in so many (PCA), re-ranks on the full memory tokens")
+  index.add_argument("--kind", choices=("scann", "exact"), help="default: that of the index which is there, else scann (millions, CPU)")
+  index.add_argument("--dimensions", type=int, metavar="N", help="searches in so many (PCA), re-ranks on all; 0: in all; "
+                     "default: as the index which is there, else all")
 
   def answerer(sub: argparse.ArgumentParser) -> None:
     checkpoint(sub)
     sub.add_argument("--store", required=True, metavar="DIR")
-    sub.add_argument("--top-k", type=int, help="documents given to the generator; default: the checkpoint's")
-    sub.add_argument("--max-new-tokens", type=int, default=64)
+    sub.add_argument("--top-k", type=positive, help="documents given to the generator; default: the checkpoint's")
+    sub.add_argument("--max-new-tokens", type=positive, default=64, help="of the longest answer; default 64")
 
   ask = command("ask", "Retrieves documents and answers questions from their memory tokens.")
   answerer(ask)
@@ -152,11 +159,11 @@ def _parser() -> argparse.ArgumentParser:
   serve = command("serve", "Answers over HTTP, with a page to ask on.")
   answerer(serve)
   serve.add_argument("--host", default="127.0.0.1", help="default: this machine only")
-  serve.add_argument("--port", type=int, default=5004)
-  serve.add_argument("--max-batch", type=int, default=32, help="questions a pass")
-  serve.add_argument("--max-wait-ms", type=float, default=4.0, help="how long the first question of a pass waits for others")
-  serve.add_argument("--max-waiting", type=int, default=512, help="requests that may wait; more are refused (429)")
-  serve.add_argument("--timeout", type=float, default=60.0, help="seconds that a request may take")
+  serve.add_argument("--port", type=int, default=5004, help="default 5004")
+  serve.add_argument("--max-batch", type=positive, default=32, help="questions a pass; default 32")
+  serve.add_argument("--max-wait-ms", type=float, default=4.0, help="how long the first question of a pass waits for others; default 4")
+  serve.add_argument("--max-waiting", type=positive, default=512, help="requests that may wait, more are refused (429); default 512")
+  serve.add_argument("--timeout", type=float, default=60.0, help="seconds that a request may take; default 60")
 
   evaluate = command("evaluate", "Answers every row of a file and scores the answers.")
   checkpoint(evaluate)

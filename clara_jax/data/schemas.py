@@ -95,6 +95,8 @@ def read_jsonl(path: str, malformed: Malformed | None = None) -> Iterator[tuple[
   file = epath.Path(path)
   if not file.exists():
     raise DataError(f"{path}: no such file")
+  if file.is_dir():
+    raise DataError(f"{path}: is a directory, expected a JSONL file")
   count = 0
   with file.open("rb") as raw:
     try:

@@ -21,7 +21,7 @@ from clara_jax.config import ConfigError, MeshConfig
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.schemas import Document
 from clara_jax.data.tokens import Layout
-from clara_jax.memory.store import Manifest, MemoryStore, fingerprint
+from clara_jax.memory.store import Manifest, MemoryStore, fingerprint, read_manifest
 from clara_jax.model import Clara
 from clara_jax.sharding import activation_rules, batch_sharding, batch_ways, make_mesh, tree_shardings
 
@@ -50,7 +50,7 @@ def manifest_of(model: Clara, weights: dict[str, Any], form: str | None = None, 
 
 
 def compress_corpus(model: Clara, layout: Layout, weights: dict[str, Any], documents: Iterable[Document], directory: str, *,
-                    form: str | None = None, text: bool = True, replace: bool = False, batch_size: int = 64,
+                    form: str | None = None, text: bool | None = None, replace: bool = False, batch_size: int = 64,
                     shard_size: int = 4096, bucket: int = 32, workers: int = 0, process: int = 0, processes: int = 1,
                     mesh: MeshConfig | None = None, progress: bool = True) -> CompressReport:
   """Writes the documents' memory tokens into the store; those that it has are skipped, so that a stopped run goes on.
@@ -61,8 +61,8 @@ def compress_corpus(model: Clara, layout: Layout, weights: dict[str, Any], docum
     model, layout, weights: the compressor.
     documents: the corpus; all processes get the same.
     directory: of the store.
-    form: of a new store (`forms.NAMES`, except 'pq').
-    text: whether a new store keeps the documents' text.
+    form: of a new store (`forms.NAMES`, except 'pq'); by default the type of the computation, and what it is for one that is there.
+    text: whether a new store keeps the documents' text; by default yes, and what it is for one that is there.
     replace: whether a document that is there with another title or text is compressed anew.
     batch_size: documents a pass; rounded up to a multiple of the parts that the mesh divides a batch into.
     shard_size: documents a segment; sorted by length within.
@@ -76,7 +76,9 @@ def compress_corpus(model: Clara, layout: Layout, weights: dict[str, Any], docum
     StoreError: the store was made by another compressor or in another form.
   """
   start = time.monotonic()
-  store = MemoryStore(directory, manifest_of(model, weights, form, text), writer=process)
+  if (there := read_manifest(directory)) is not None:
+    form, text = form or there.form, there.text if text is None else text
+  store = MemoryStore(directory, manifest_of(model, weights, form, text is not False), writer=process)
   if replace and not store.manifest.text:
     raise ConfigError(f"{directory}: the store keeps no text, so that changed documents cannot be told from others")
   devices = make_mesh(mesh, jax.local_devices())

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from clara_jax.memory import forms
-from clara_jax.memory.store import BLOCK, MemoryStore, StoreError
+from clara_jax.memory.store import BLOCK, MemoryStore, StoreError, read_manifest
 
 
 def quantise(store: MemoryStore, directory: str, form: str, sub_width: int = 4, segment_size: int = BLOCK) -> MemoryStore:
@@ -22,6 +22,8 @@ def quantise(store: MemoryStore, directory: str, form: str, sub_width: int = 4, 
     StoreError: the directory holds a store already.
     ConfigError: the form does not fit.
   """
+  if read_manifest(directory) is not None:
+    raise StoreError(f"{directory}: is a store already; choose another directory")
   manifest = dataclasses.replace(store.manifest, form=form, generation=0)
   codebook = None
   if form == "pq":
@@ -29,8 +31,6 @@ def quantise(store: MemoryStore, directory: str, form: str, sub_width: int = 4, 
     sample = np.sort(np.random.default_rng(0).permutation(store.rows)[:count])
     codebook = forms.learn_pq(store.memories(sample), sub_width)
   new = MemoryStore(directory, manifest, codebook=codebook)
-  if len(new):
-    raise StoreError(f"{directory}: has documents already; choose another directory")
   for rows, memories in store.blocks(segment_size):
     new.append(store.documents(rows), np.asarray(memories, np.float32))
   return new

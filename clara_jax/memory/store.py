@@ -77,6 +77,12 @@ class Manifest:
     return self.doc_max_length / self.num_memory_tokens
 
 
+def read_manifest(directory: str) -> Manifest | None:
+  """The manifest of the store in a directory, None where there is none."""
+  file = epath.Path(directory) / "manifest.json"
+  return _read_manifest(file) if file.exists() else None
+
+
 def fingerprint(weights: dict[str, Any]) -> str:
   """A content hash of the weights that shape memory tokens: base, memory embedding, compressor."""
   digest = hashlib.sha256()
@@ -115,7 +121,7 @@ class MemoryStore:
       found = _read_manifest(file)
       for field in dataclasses.fields(Manifest):
         if manifest is not None and field.name != "generation" and getattr(found, field.name) != getattr(manifest, field.name):
-          raise StoreError(f"{directory}: the store has {field.name}={getattr(found, field.name)!r}, this checkpoint makes "
+          raise StoreError(f"{directory}: the store has {field.name}={getattr(found, field.name)!r}, this run would write "
                            f"{getattr(manifest, field.name)!r}; choose another --store")
       manifest = found
     elif manifest is None:
@@ -148,6 +154,11 @@ class MemoryStore:
     if self._rows is None:
       self._rows = np.sort(self._keys.rows())
     return self._rows
+
+  @property
+  def dead(self) -> int:
+    """Documents in the files that were replaced or deleted since."""
+    return self._end - len(self)
 
   def locate(self, ids: Sequence[str]) -> np.ndarray:
     """Rows of documents by id, [n] int64; -1 where there is none."""
@@ -221,7 +232,7 @@ class MemoryStore:
       if not np.array_equal(self.locate(ids), rows):
         raise StoreError(f"{self.directory}: the ids of rows {rows[0]} to {rows[-1]} are not those of their keys")
       self.codes(rows)
-    return {"documents": len(self), "segments": len(self._segments), "dead": self._end - len(self), "bytes": self.nbytes()}
+    return {"documents": len(self), "segments": len(self._segments), "dead": self.dead, "bytes": self.nbytes()}
 
   # ---- changes ---------------------------------------------------------------------------------------------------------------
 

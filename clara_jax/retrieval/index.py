@@ -140,10 +140,26 @@ def load(store: MemoryStore) -> Index:
   saved = _saved(store)
   if saved is None:
     raise MissingIndexError(f"{store.directory}: has no index; make one with clara index --store {store.directory}")
-  if saved["generation"] != store.manifest.generation or saved["rows"] != _digest(store.rows):
+  if saved["generation"] != store.manifest.generation:
+    raise MissingIndexError(f"{store.directory}: the store was compacted since its index was made; run clara index again")
+  if saved["rows"] != _digest(store.rows):
     raise MissingIndexError(f"{store.directory}: the store has changed since its index was made ({saved['documents']} documents then, "
                             f"{len(store)} now); run clara index again")
   return _load(store, saved)
+
+
+def state(store: MemoryStore) -> str:
+  """'none', 'current', or 'out of date'."""
+  saved = _saved(store)
+  if saved is None:
+    return "none"
+  current = saved["generation"] == store.manifest.generation and saved["rows"] == _digest(store.rows)
+  return "current" if current else "out of date"
+
+
+def saved_settings(store: MemoryStore) -> dict:
+  """`kind` and `dimensions` of the saved index; empty where there is none."""
+  return {name: value for name, value in (_saved(store) or {}).items() if name in ("kind", "dimensions")}
 
 
 def _load(store: MemoryStore, saved: dict) -> Index:

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.resources
 import json
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -327,15 +328,26 @@ def make_app(answerer: Answerer, limits: Limits = Limits()) -> Starlette:
 
 def run(answerer: Answerer, host: str, port: int, limits: Limits = Limits()) -> None:
   """Serves until SIGTERM or SIGINT; what was accepted is answered first."""
+  with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as listener:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      listener.bind((host, port))  # before anything is compiled
+    except OSError as error:
+      raise ConfigError(f"--host {host} --port {port}: {error.strerror}") from None
+    _serve(answerer, listener, limits)
+
+
+def _serve(answerer: Answerer, listener: socket.socket, limits: Limits) -> None:
   app = make_app(answerer, limits)
   print("serve: compiling", file=sys.stderr, flush=True)
   app.state.service.warm_up()
-  server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=int(limits.seconds) + 5,
-                                         timeout_keep_alive=30, limit_concurrency=None, backlog=2048))
-  print(f"serve: http://{host}:{port}", file=sys.stderr, flush=True)
+  server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(limits.seconds) + 5,
+                                         timeout_keep_alive=30, backlog=2048))
+  host, port = listener.getsockname()[:2]
+  print(f"serve: http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
   signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn, having stopped, raises the signal once more
   with contextlib.suppress(KeyboardInterrupt):
-    server.run()
+    server.run(sockets=[listener])
   metrics = app.state.service.metrics.requests.collect()[0].samples
   counts = {f"{s.labels['path']} {s.labels['status']}": int(s.value) for s in metrics if s.name.endswith("_total")}
   print(f"serve: stopped; requests by path and status: {json.dumps(counts)}", file=sys.stderr, flush=True)
