@@ -26,7 +26,7 @@ def measure(stage: str, *, length: int = 256, ratio: int = 16, candidates: int =
             from_store: bool = False) -> dict[str, float]:
   """Seconds of a step, and of its compilation."""
   model = ModelConfig(vocab_size=2048, width=128, num_layers=layers, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=352,
-                      tie_embeddings=False, dtype="float32", param_dtype="float32", remat="none")
+                      tie_embeddings=False, dtype="float32", param_dtype="float32", remat="full", attention="grouped")
   clara = ClaraConfig(model, LoraConfig(rank=16, alpha=32.0, dropout=0.0), doc_max_length=length, compression_rate=ratio,
                       query_max_length=32, decoder_max_length=64 + 5 * (length // ratio + 1), top_k=5)
   data = DataConfig(batch_size=batch, candidates=candidates, bucket=16, store="given" if from_store else None)

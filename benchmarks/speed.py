@@ -29,7 +29,7 @@ def clara_config(layers: int = LAYERS, document: int = 128, ratio: int = 8):
   """The configuration of both sides."""
   from clara_jax.config import ClaraConfig, LoraConfig, ModelConfig
   model = ModelConfig(vocab_size=4096, width=WIDTH, num_layers=layers, num_heads=8, num_kv_heads=4, head_dim=32, mlp_dim=704,
-                      tie_embeddings=False, dtype="float32", param_dtype="float32", remat="none", attention="grouped")
+                      tie_embeddings=False, dtype="float32", param_dtype="float32", remat="full", attention="grouped")
   return ClaraConfig(model, LoraConfig(rank=16, alpha=32.0, dropout=0.0), doc_max_length=document, compression_rate=ratio,
                      query_max_length=1024, decoder_max_length=1024, top_k=TOP_K)
 
@@ -50,7 +50,7 @@ def encoder(scratch: pathlib.Path, task: str, config, memories=None):
   from clara_jax.config import DataConfig
   from clara_jax.data.pipeline import RowEncoder
   from clara_jax.data.tokens import Layout
-  data = DataConfig(batch_size=ROWS.get(task, 4), candidates=CANDIDATES, bucket=32, document_bucket=16, label_bucket=16)
+  data = DataConfig(batch_size=ROWS.get(task, 4), candidates=CANDIDATES, bucket=16, document_bucket=8, label_bucket=16)
   kind = "candidates" if task == "joint_step" else "given"
   return RowEncoder(Layout(str(scratch / "tokenizer"), config), kind, data, TOP_K, memories)
 

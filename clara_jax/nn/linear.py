@@ -76,5 +76,7 @@ class Linear(nn.Module):
         for name, init, shape, names in (
             ("a", _lora_a_init, (width, self.lora.rank), (axes.LORA, axes.RANK)),
             ("b", nn.initializers.zeros, (self.lora.rank, self.features), (axes.RANK, axes.LORA))))
-    dropped = nn.Dropout(self.lora.dropout, deterministic=deterministic)(x)
-    return y + (dropped @ a.astype(self.dtype)) @ b.astype(self.dtype) * jnp.asarray(self.lora.scale, self.dtype)
+    # Rows of one matrix: with two axes of rows XLA copies y's cotangent, transposed, for the gradient of B. Scaled where it is narrow.
+    rows = nn.Dropout(self.lora.dropout, deterministic=deterministic)(x).reshape(-1, width)
+    narrow = rows @ a.astype(self.dtype) * jnp.asarray(self.lora.scale, self.dtype)
+    return y + (narrow @ b.astype(self.dtype)).reshape(y.shape)
