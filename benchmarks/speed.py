@@ -8,6 +8,7 @@ agree. Prints one JSON object: seconds, rates, ratios, model FLOPs, compile time
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -30,6 +31,8 @@ def clara_config(layers: int = LAYERS, document: int = 128, ratio: int = 8):
   from clara_jax.config import ClaraConfig, LoraConfig, ModelConfig
   model = ModelConfig(vocab_size=4096, width=WIDTH, num_layers=layers, num_heads=8, num_kv_heads=4, head_dim=32, mlp_dim=704,
                       tie_embeddings=False, dtype="float32", param_dtype="float32", remat="full", attention="grouped")
+  changes = dict(pair.split("=") for pair in os.environ.get("SPEED_MODEL", "").split(",") if pair)
+  model = dataclasses.replace(model, **{name: int(value) if value.isdigit() else value for name, value in changes.items()})
   return ClaraConfig(model, LoraConfig(rank=16, alpha=32.0, dropout=0.0), doc_max_length=document, compression_rate=ratio,
                      query_max_length=1024, decoder_max_length=1024, top_k=TOP_K)
 
@@ -85,9 +88,7 @@ def timed(run, count: int = BATCHES) -> tuple[list[float], list]:
 
 def jax_training(scratch, task, from_store):
   """Steps of a stage."""
-  import dataclasses
-
-  import jax
+  import random
 
   from clara_jax.config import RunConfig, TrainConfig
   from clara_jax.memory.store import MemoryStore
@@ -100,7 +101,8 @@ def jax_training(scratch, task, from_store):
   # scp's own adapters would start anew: instruct is the same step and goes on from these.
   stage = "joint" if task == "joint_step" else "instruct"
   program = Program(RunConfig(config, rows.data, TrainConfig(stage=stage, schedule="constant", warmup_fraction=0.0)), 1000)
-  batches = [[rows.encode(r, __import__("random").Random(0)) for r in batch] for batch in row_batches(scratch, task)]
+  given = row_batches(scratch, task)
+  batches = [[rows.encode(r, random.Random(0)) for r in batch] for batch in given]
   with program.context():
     weights = program.place_weights(make_weights(config))
     state = program.initial_state({g: weights.pop(g) for g in program.trained})
@@ -109,15 +111,12 @@ def jax_training(scratch, task, from_store):
       nonlocal state
       encoded = batches[i]
       if from_store:  # reading is part of the step
-        source = row_batches_cache[i]
-        encoded = [{**e, "memories": memories(r.documents)} for e, r in zip(encoded, source, strict=True)]
+        encoded = [{**e, "memories": memories(r.documents)} for e, r in zip(encoded, given[i], strict=True)]
       batch = put_batch(rows.collate(encoded), program.batch_sharding, len(encoded), None)
       state, metrics = program.step(state, weights, batch)
       return float(metrics["loss"].value)
-    row_batches_cache = row_batches(scratch, task)
     seconds, losses = timed(run)
     flops = sum(cost.model_flops(program, rows.collate(b)) for b in batches)
-  del dataclasses, jax
   return {"seconds": seconds, "check": losses[0], "samples": ROWS[task] * BATCHES, "model_flops": flops}
 
 
@@ -381,6 +380,7 @@ def main() -> None:
   parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(TASKS)}; default: all")
   parser.add_argument("--data", type=pathlib.Path, help="the folder with SQuAD; not needed where DIR is prepared already")
   parser.add_argument("--scratch", type=pathlib.Path, required=True, metavar="DIR")
+  parser.add_argument("--model", default="", metavar="FIELD=VALUE,…", help="fields of our model's configuration, e.g. remat=none")
   parser.add_argument("--side", choices=("jax", "jax-store", "torch"), help=argparse.SUPPRESS)
   parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
   options = parser.parse_args()
@@ -389,6 +389,7 @@ def main() -> None:
   if options.side:
     print(json.dumps(side(options.side, options.tasks[0], options.scratch, options.size)))
     return
+  os.environ["SPEED_MODEL"] = options.model
   if not (options.scratch / "store" / "manifest.json").exists():
     prepare(options.data, options.scratch)
   print(json.dumps({task: compare(task, options.scratch) for task in options.tasks or TASKS}, indent=2))
