@@ -69,7 +69,7 @@ def row_batches(scratch: pathlib.Path, task: str) -> list:
   return [rows[i * size:(i + 1) * size] for i in range(BATCHES)]
 
 
-def timed(run, count: int = BATCHES) -> tuple[list[float], list]:
+def timed(run, count: int) -> tuple[list[float], list]:
   """Seconds of each repeat over `count` batches after one that warms up, and the warm-up's results."""
   start = time.perf_counter()
   first = [run(i) for i in range(count)]
@@ -115,7 +115,7 @@ def jax_training(scratch, task, from_store):
       batch = put_batch(rows.collate(encoded), program.batch_sharding, len(encoded), None)
       state, metrics = program.step(state, weights, batch)
       return float(metrics["loss"].value)
-    seconds, losses = timed(run)
+    seconds, losses = timed(run, len(batches))
     flops = sum(cost.model_flops(program, rows.collate(b)) for b in batches)
   return {"seconds": seconds, "check": losses[0], "samples": ROWS[task] * BATCHES, "model_flops": flops}
 
@@ -252,7 +252,7 @@ def torch_training(scratch, task):
   def run(i):
     loss = model.joint_loss(batches[i], TOP_K) if task == "joint_step" else model.given_documents_loss(batches[i])
     return model.step(optimizer, parameters, loss)
-  seconds, losses = timed(run)
+  seconds, losses = timed(run, len(batches))
   return {"seconds": seconds, "check": losses[0], "samples": ROWS[task] * BATCHES}
 
 
