@@ -4,7 +4,8 @@
 
 SQuAD rows with their natural lengths; width 256, 6 layers, documents of 128 tokens in 16 memory tokens, 20 candidates, K = 5. Each side
 runs in a process of its own on one core (`taskset`), after a warm-up over the same batches, several times. The first batch's losses must
-agree. Prints one JSON object: seconds, rates, ratios, model FLOPs, compile time apart.
+agree. Prints one JSON object: rates, ratios, warm-up (compile time) apart; of ours the FLOPs and bytes by analysis, their share of what the
+core can do (`machine`, measured: a large product, a large copy), and the rate that this allows (`limit_per_second`).
 """
 
 import argparse
@@ -117,7 +118,8 @@ def jax_training(scratch, task, from_store):
       return float(metrics["loss"].value)
     seconds, losses = timed(run, len(batches))
     flops = sum(cost.model_flops(program, rows.collate(b)) for b in batches)
-  return {"seconds": seconds, "check": losses[0], "samples": ROWS[task] * BATCHES, "model_flops": flops}
+  return {"seconds": seconds, "check": losses[0], "samples": ROWS[task] * BATCHES, "model_flops": flops,
+          "bytes": len(batches) * 3 * _bytes(weights["base"])}  # forward, again, backward
 
 
 def documents(scratch) -> list[str]:
@@ -144,7 +146,7 @@ def jax_compress(scratch):
   means = np.empty(len(order))
   means[order] = np.concatenate([m.mean((1, 2)) for m in first])
   return {"seconds": seconds, "check": float(np.abs(means).mean()), "samples": len(order),
-          "model_flops": sum(flops.count(model.compress, weights, b) for b in batches)}
+          "model_flops": sum(flops.count(model.compress, weights, b) for b in batches), "bytes": len(batches) * _bytes(weights["base"])}
 
 
 def answer_batch(scratch, size):
@@ -158,23 +160,41 @@ def answer_batch(scratch, size):
   return rows.layout, prompts, memories
 
 
-def jax_answer(scratch, size):
-  """NEW_TOKENS tokens for each of `size` questions."""
+def jax_answer(scratch, size, merged=False):
+  """NEW_TOKENS tokens for each of `size` questions; `merged`: with the generator in a copy of the base."""
   import jax
   import numpy as np
 
   from clara_jax.data.pipeline import pad_tokens
   from clara_jax.inference.generate import Greedy
   from clara_jax.model import Clara
+  from clara_jax.nn import linear
+  from clara_jax.training import flops
   config = clara_config()
   weights, model = make_weights(config), Clara(config)
   layout, prompts, memories = answer_batch(scratch, size)
-  tokens = pad_tokens(prompts, layout.pad_id, 32)
-  greedy = Greedy(model, NEW_TOKENS, -1, layout.pad_id)  # no token ends an answer
+  tokens = pad_tokens(prompts, layout.pad_id, 16)
+  if merged:
+    weights = {"base": linear.merge(weights["base"], weights["generator"], config.lora.scale),
+               "memory_embedding": weights["memory_embedding"]}
+  greedy = Greedy(model, NEW_TOKENS, -1, layout.pad_id, None if merged else "generator")  # no token ends an answer
   whole, prefill = jax.jit(greedy.__call__), jax.jit(greedy.prefill)
-  seconds, first = timed(lambda _: np.asarray(whole(weights, tokens, memories)), 1)
-  first_token, _ = timed(lambda _: jax.block_until_ready(prefill(weights, tokens, memories)), 1)
-  return {"seconds": seconds, "check": first[0][0].tolist(), "samples": size * NEW_TOKENS, "first_token_seconds": first_token[1:]}
+  # What every prompt begins with is read once, when the answerer starts.
+  slot = int(np.argmax(prompts[0] >= config.model.vocab_size))
+  beginning = jax.jit(greedy.read)(weights, prompts[0][:slot], None)
+  seconds, first = timed(lambda _: np.asarray(whole(weights, tokens, memories, beginning)), 1)
+  first_token, _ = timed(lambda _: jax.block_until_ready(prefill(weights, tokens, memories, beginning)), 1)
+  decoding = jax.eval_shape(prefill, weights, tokens, memories, beginning)
+  count = flops.count(prefill, weights, tokens, memories, beginning), flops.count(greedy.decode, weights, decoding, NEW_TOKENS)
+  # Every token reads all weights but the embedding, and the cache.
+  read = _bytes([v for k, v in weights.items() if k != "memory_embedding"]) + _bytes(decoding.cache) - _bytes(weights["base"]["embedding"])
+  return {"seconds": seconds, "check": first[0][0].tolist(), "samples": size * NEW_TOKENS, "first_token_seconds": first_token[1:],
+          "model_flops": count[0] + (NEW_TOKENS - 1) * count[1], "bytes": (NEW_TOKENS - 1) * read}
+
+
+def _bytes(tree):
+  import jax
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def search_vectors():
@@ -194,7 +214,22 @@ def jax_retrieve():
   vectors, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (vectors, queries))
   index.fill(np.arange(len(vectors)), lambda rows: vectors[rows])
   seconds, first = timed(lambda _: index.search(queries, 10)[0], 1)
-  return {"seconds": seconds, "check": first[0][0].tolist(), "samples": len(queries)}
+  return {"seconds": seconds, "check": first[0][0].tolist(), "samples": len(queries), "model_flops": 2 * vectors.size * len(queries),
+          "bytes": _bytes(vectors)}
+
+
+def jax_machine():
+  """What the core can do: a product of [2048, 2048] matrices, a copy of 256 MB (read and written)."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  x, product = jnp.ones((2048, 2048)), jax.jit(lambda x: x @ x)
+  source = np.ones(2**26, np.float32)
+  target = np.empty_like(source)
+  products, _ = timed(lambda _: jax.block_until_ready(product(x)), 1)
+  copies, _ = timed(lambda _: np.copyto(target, source), 1)
+  return {"seconds": products, "samples": 1, "flops_per_second": 2 * 2048**3 / min(products[1:]),
+          "bytes_per_second": 2 * source.nbytes / min(copies[1:])}
 
 
 # ---- the other side ----------------------------------------------------------------------------------------------------------
@@ -332,8 +367,8 @@ def side(name: str, task: str, scratch: pathlib.Path, size: int) -> dict:
   if name == "torch":
     return {"compress": lambda: torch_compress(scratch), "answer": lambda: torch_answer(scratch, size), "retrieve": torch_retrieve}.get(
         task, lambda: torch_training(scratch, task))()
-  return {"compress": lambda: jax_compress(scratch), "answer": lambda: jax_answer(scratch, size), "retrieve": jax_retrieve}.get(
-      task, lambda: jax_training(scratch, task, name == "jax-store"))()
+  return {"compress": lambda: jax_compress(scratch), "answer": lambda: jax_answer(scratch, size, name == "jax-merged"),
+          "retrieve": jax_retrieve, "machine": jax_machine}.get(task, lambda: jax_training(scratch, task, name == "jax-store"))()
 
 
 def alone(name: str, task: str, scratch: pathlib.Path, size: int = 0) -> dict:
@@ -347,22 +382,20 @@ def alone(name: str, task: str, scratch: pathlib.Path, size: int = 0) -> dict:
   warm, *seconds = report.pop("seconds")
   middle = statistics.median(seconds)
   report |= {"per_second": report["samples"] / middle, "spread": max(seconds) / min(seconds), "warm_up_seconds": warm - middle}
-  if "model_flops" in report:
-    report["model_gflops_per_second"] = report.pop("model_flops") / middle / 1e9
   if "first_token_seconds" in report:
     report["first_token_seconds"] = statistics.median(report["first_token_seconds"])
   print(task, name, size or "", report, file=sys.stderr, flush=True)
   return report
 
 
-def compare(task: str, scratch: pathlib.Path) -> dict:
+def compare(task: str, scratch: pathlib.Path, machine: dict) -> dict:
   """Both sides of a task, with their ratio."""
   if task == "answer":
-    return {f"batch {size}": _pair(task, scratch, ("jax",), size) for size in (1, 8)}
-  return _pair(task, scratch, ("jax-store", "jax") if task == "joint_step" else ("jax",))
+    return {f"batch {size}": _pair(task, scratch, machine, ("jax", "jax-merged"), size) for size in (1, 8)}
+  return _pair(task, scratch, machine, ("jax-store", "jax") if task == "joint_step" else ("jax",))
 
 
-def _pair(task, scratch, ours, size=0):
+def _pair(task, scratch, machine, ours, size=0):
   import numpy as np
   other = alone("torch", task, scratch, size)
   report = {"torch": other}
@@ -370,6 +403,11 @@ def _pair(task, scratch, ours, size=0):
     report[name] = mine = alone(name, task, scratch, size)
     np.testing.assert_allclose(mine.pop("check"), other["check"], rtol=1e-4, err_msg=f"{task}: the two sides disagree")
     mine["times_torch"] = mine["per_second"] / other["per_second"]
+    passes = mine["per_second"] / mine["samples"]
+    mine["flops_utilisation"] = passes * mine["model_flops"] / machine["flops_per_second"]
+    mine["bandwidth_utilisation"] = passes * mine["bytes"] / machine["bytes_per_second"]
+    mine["limit_per_second"] = mine["samples"] * min(machine["flops_per_second"] / mine["model_flops"],
+                                                     machine["bytes_per_second"] / mine["bytes"])
   other.pop("check")
   return report
 
@@ -381,7 +419,7 @@ def main() -> None:
   parser.add_argument("--data", type=pathlib.Path, help="the folder with SQuAD; not needed where DIR is prepared already")
   parser.add_argument("--scratch", type=pathlib.Path, required=True, metavar="DIR")
   parser.add_argument("--model", default="", metavar="FIELD=VALUE,…", help="fields of our model's configuration, e.g. remat=none")
-  parser.add_argument("--side", choices=("jax", "jax-store", "torch"), help=argparse.SUPPRESS)
+  parser.add_argument("--side", choices=("jax", "jax-store", "jax-merged", "torch"), help=argparse.SUPPRESS)
   parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
   options = parser.parse_args()
   if unknown := set(options.tasks) - set(TASKS):
@@ -392,7 +430,8 @@ def main() -> None:
   os.environ["SPEED_MODEL"] = options.model
   if not (options.scratch / "store" / "manifest.json").exists():
     prepare(options.data, options.scratch)
-  print(json.dumps({task: compare(task, options.scratch) for task in options.tasks or TASKS}, indent=2))
+  machine = alone("jax", "machine", options.scratch)
+  print(json.dumps({"machine": machine} | {task: compare(task, options.scratch, machine) for task in options.tasks or TASKS}, indent=2))
 
 
 if __name__ == "__main__":

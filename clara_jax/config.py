@@ -80,7 +80,7 @@ class ModelConfig:
   initializer_range: float = 0.02
   dtype: Literal["float32", "bfloat16"] = "bfloat16"
   param_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-  attention: Literal["xla", "cudnn", "grouped"] = "xla"
+  attention: Literal["xla", "cudnn", "splash", "grouped"] = "xla"
   scan_unroll: int = 1
   remat: Literal["none", "full", "dots"] = "none"
   vocab_multiple: int = 1
@@ -98,6 +98,8 @@ class ModelConfig:
       for name in ("short_factor", "long_factor"):
         if len(getattr(scaling, name)) != self.rotary_dim // 2:
           raise ConfigError(f"model.rope_scaling.{name}: {len(getattr(scaling, name))} values, expected {self.rotary_dim // 2}")
+    if self.attention == "splash" and self.head_dim % 128:
+      raise ConfigError(f"model.attention='splash': model.head_dim={self.head_dim} must be a multiple of 128")
     if self.sliding_window is not None and self.sliding_window < 1:
       raise ConfigError(f"model.sliding_window={self.sliding_window} must be at least 1 or None")
 

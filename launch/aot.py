@@ -1,9 +1,10 @@
-"""Does a run fit, and how fast can it be? Compiles its train step for a TPU topology, on a machine without TPUs.
+"""Does a run fit, and how fast can it be? Compiles its step for a TPU topology, on a machine without TPUs.
 
     python launch/aot.py --config configs/mistral_7b.py:scp --topology v5e:4x8              # compiled; needs the extra 'tpu' (libtpu)
     python launch/aot.py --config configs/mistral_7b.py:scp --gpus 8 --chip h100            # by analysis, nothing is compiled
 
-The step, its shapes and its shardings are those of `clara train`; batches have the largest shapes that the configuration allows.
+The step, its shapes and its shardings are those of `clara train`; batches have the largest shapes that the configuration allows. With
+`--program compress` (a pass over `data.batch_size` documents) or `answer` (as many questions, 32 tokens each) those of inference.
 Overrides as in training: `--config.train.accumulate=4`. With --json one object: chips, mesh, fits, bytes_per_chip {arguments,
 temporaries, output, total}, memory_per_chip, flops_per_step (all chips, recomputation included), collectives {kind: how often they
 run}, interconnect_bytes_per_chip, memory_traffic_bytes_per_chip, roofline_seconds {compute, memory, interconnect, step},
@@ -22,10 +23,15 @@ os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PL
                   TF_CPP_MIN_LOG_LEVEL="2", ABSL_MIN_LOG_LEVEL="2")
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
+from clara_jax.batch import Tokens
 from clara_jax.cli import configs
 from clara_jax.config import ConfigError
+from clara_jax.data.pipeline import padded_length
+from clara_jax.data.tokens import EXTRA_TOKENS
+from clara_jax.inference.generate import Greedy
 from clara_jax.sharding import make_mesh
 from clara_jax.training import cost
 from clara_jax.training.program import Program
@@ -38,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
   where = parser.add_mutually_exclusive_group(required=True)
   where.add_argument("--topology", help="chip and shape: v5e:4x8, v5p:2x2x4, v6e:4x4")
   where.add_argument("--gpus", type=int, help="how many GPUs; by analysis")
+  parser.add_argument("--program", choices=("train", *PROGRAMS), default="train")
   parser.add_argument("--slices", type=int, default=1, help="how many such topologies, joined by the data centre network")
   parser.add_argument("--chip", choices=sorted(cost.CHIPS), default="h100", help="of --gpus; default h100")
   parser.add_argument("--json", action="store_true")
@@ -55,10 +62,42 @@ def main(arguments: list[str] | None = None) -> int:
     return 2
   report = {"config": options.config, "topology": options.topology or f"{options.gpus} x {options.chip}", "chips": program.mesh.size,
             "mesh": dict(program.mesh.shape)}
-  report |= cost.compiled(program, chip) if options.topology else cost.analysed(program, chip)
-  report["remedies"] = [] if report["fits"] else cost.remedies(program, chip)
+  if options.program != "train":
+    if not options.topology:
+      parser.error(f"--program {options.program} needs --topology")
+    report |= {"program": options.program, **cost.compiled(program, chip, *PROGRAMS[options.program](program)), "remedies": []}
+  else:
+    report |= cost.compiled(program, chip) if options.topology else cost.analysed(program, chip)
+    report["remedies"] = [] if report["fits"] else cost.remedies(program, chip)
   print(json.dumps(report) if options.json else _text(report))
   return 0 if report["fits"] else 1
+
+
+def compress_step(program: Program):
+  """A pass of the compressor over documents of full length, and its arguments."""
+  clara = program.config.clara
+  return jax.jit(program.model.compress), (
+      {g: program.weights_shapes(g) for g in ("base", "memory_embedding", "compressor")},
+      _tokens(program, clara.doc_max_length + EXTRA_TOKENS + clara.num_memory_tokens, program.config.data.document_bucket))
+
+
+def answer_step(program: Program):
+  """Answers of NEW_TOKENS tokens from K documents each and questions of 64 tokens, and their arguments."""
+  clara, batch = program.config.clara, program.config.data.batch_size
+  slots = clara.top_k * (clara.num_memory_tokens + 1)
+  memories = jax.ShapeDtypeStruct((batch, clara.top_k, clara.num_memory_tokens, clara.model.width), clara.model.dtype,
+                                  sharding=program.batch_sharding)
+  return jax.jit(Greedy(program.model, NEW_TOKENS, eos_id=2, pad_id=0).__call__), (
+      {g: program.weights_shapes(g) for g in ("base", "memory_embedding", "generator")}, _tokens(program, slots + 128, 128), memories)
+
+
+def _tokens(program, length, bucket):
+  ids, lengths = ((program.config.data.batch_size, padded_length(length, bucket)), (program.config.data.batch_size,))
+  return Tokens(*(jax.ShapeDtypeStruct(shape, np.int32, sharding=program.batch_sharding) for shape in (ids, lengths)))
+
+
+NEW_TOKENS = 32
+PROGRAMS = {"compress": compress_step, "answer": answer_step}
 
 
 def _topology(name: str, slices: int):

@@ -36,7 +36,7 @@ def scratch(speed, tmp_path_factory):
 
 
 @pytest.mark.parametrize("task, ours", [("instruct_step", "jax"), ("joint_step", "jax-store"), ("joint_step", "jax"), ("compress", "jax"),
-                                        ("answer", "jax"), ("retrieve", "jax")])
+                                        ("answer", "jax"), ("answer", "jax-merged"), ("retrieve", "jax")])
 def test_both_sides_compute_the_same(speed, scratch, task, ours):
   mine, other = (speed.side(name, task, scratch, 2) for name in (ours, "torch"))
   np.testing.assert_allclose(mine["check"], other["check"], rtol=1e-4)

@@ -1,17 +1,21 @@
 """The backbone against transformers' MistralForCausalLM on random weights; cached decoding against the full forward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from clara_jax.config import ClaraConfig, LoraConfig, ModelConfig
+from clara_jax.config import ClaraConfig, LoraConfig, MeshConfig, ModelConfig
 from clara_jax.inference.generate import empty_cache
 from clara_jax.interop import checkpoints
 from clara_jax.model import Clara
-from clara_jax.nn.decoder import extend
+from clara_jax.nn.decoder import EMPTY, extend
 from clara_jax.nn.linear import MissingAdapterError
 from clara_jax.ops.attention import attend, attend_cached
+from clara_jax.sharding import make_mesh
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -52,12 +56,13 @@ def test_cached_decoding_equals_full_forward(window):
   lengths = jnp.array([4, 7])
   prompt = jnp.where(jnp.arange(7) < lengths[:, None], ids[:, :7], 0)  # right-padded
   _, read = model.hidden(weights, "generator", model.embed(weights, prompt), keep=True)
-  cache = extend(empty_cache(model.config.model, 2, 16), read, jnp.zeros(2, jnp.int32))
+  read = read._replace(positions=jnp.where(read.positions < lengths[:, None], read.positions, EMPTY))
+  cache = extend(empty_cache(model.config.model, 2, 16), read, 0)
   for step in range(3):
     at = lengths + step
     token = jnp.take_along_axis(ids, at[:, None], axis=1)
     hidden, new = model.hidden(weights, "generator", model.embed(weights, token), positions=at[:, None], cache=cache)
-    cache = extend(cache, new, at)
+    cache = extend(cache, new, 9 + step)  # a slot of the cache is no position
     np.testing.assert_allclose(hidden[:, 0], full[jnp.arange(2), at], rtol=0, atol=1e-5)
 
 
@@ -98,6 +103,27 @@ def test_7b_builds_without_memory():
   assert sum(x.size for x in jax.tree.leaves(shapes["generator"])) == 41_943_040
 
 
+@pytest.mark.parametrize("window", [None, 50])
+def test_splash_attention(window, monkeypatch):
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  monkeypatch.setattr(splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True))
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=(2, 200, heads, 128)), jnp.float32) for heads in (4, 2, 2))
+
+  def value_and_grads(backend):
+    return jax.jit(jax.value_and_grad(lambda *x: (attend(*x, window=window, backend=backend) ** 2).sum(), argnums=(0, 1, 2)))(q, k, v)
+
+  def on_a_mesh():
+    spec = PartitionSpec("fsdp", None, "tensor")
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])):
+      return jax.jit(lambda *x: attend(*x, window=window, backend="splash", partition=spec))(q, k, v)
+  (value, grads), (wanted, wanted_grads) = value_and_grads("splash"), value_and_grads("xla")
+  np.testing.assert_allclose(value, wanted, rtol=1e-6)
+  for a, b in zip(grads, wanted_grads, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+  np.testing.assert_allclose(on_a_mesh(), attend(q, k, v, window=window), atol=1e-5)
+
+
 @pytest.mark.parametrize("window", [None, 5])
 def test_attention_backends_agree(window):
   rng = np.random.default_rng(0)
@@ -112,7 +138,8 @@ def test_attention_backends_agree(window):
     np.testing.assert_allclose(a, b, atol=1e-4)
   # The last three tokens of one row and the last two of the other, after those before them.
   cached = [jnp.pad(jnp.moveaxis(x, 1, 2), ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=9.0) for x in (k, v)]
-  start = jnp.array([6, 4])
+  positions = jnp.array([[6], [4]]) + jnp.arange(3)
   some = [jnp.stack([x[0, 6:9], x[1, 4:7]]) for x in (q, k, v)]
-  found = attend_cached(*some, *cached, start, window=window)
+  at = jnp.broadcast_to(jnp.arange(13), (2, 13))
+  found = attend_cached(*some, positions, *cached, jnp.where(at < positions[:, :1], at, EMPTY), window=window)
   np.testing.assert_allclose(found, jnp.stack([whole[0, 6:9], whole[1, 4:7]]), atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 from clara_jax.batch import Tokens
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.tokens import Layout
-from clara_jax.inference.generate import make_generate
+from clara_jax.inference.generate import Greedy, make_generate
 from tests.test_golden import load
 
 
@@ -46,6 +46,21 @@ def test_given_documents(golden, inputs, expected):
   memories = compress(model, weights, layout, texts, 2, 2)
   prompts = [layout.answer_prompt(q, 2).ids for q in inputs["STAGE2_QUESTIONS"]]
   assert continuations(model, weights, layout, prompts, memories) == expected["from_text_stage1_2"]["ids"]
+
+
+@pytest.mark.parametrize("shared", ["instruction", "documents"])
+def test_what_prompts_begin_with_is_read_once(golden, inputs, shared):
+  model, weights = load(golden, "stage1_2")
+  layout = Layout(str(golden / "tiny_mistral"), model.config)
+  memories = jnp.repeat(compress(model, weights, layout, inputs["POOL"][0][:2], 1, 2), 2, axis=0)
+  prompts = [layout.answer_prompt(q, 2).ids for q in inputs["STAGE2_QUESTIONS"]]
+  places = np.flatnonzero(np.isin(prompts[0], np.arange(model.config.num_memory_tokens) + model.config.model.vocab_size))
+  length = places[0] if shared == "instruction" else places[-1] + 1
+  tokens = pad_tokens(prompts, layout.pad_id, 32)
+  greedy = Greedy(model, 12, layout.eos_id, layout.pad_id)
+  beginning = greedy.read(weights, prompts[0][:length], memories[0])
+  assert beginning.keys.shape[1] == 1
+  np.testing.assert_array_equal(greedy(weights, tokens, memories, beginning), greedy(weights, tokens, memories))
 
 
 def test_paraphrase(golden, inputs, expected):

@@ -1,6 +1,7 @@
 """The server: right answers to everybody, clear refusals, nothing lost at the end."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clara_jax.data.schemas import Document
-from clara_jax.inference.answer import Answerer
+from clara_jax.inference.answer import Answerer, Question
 from clara_jax.memory.compress import compress_corpus
 from clara_jax.memory.store import MemoryStore
 from clara_jax.model import Clara
@@ -81,6 +82,21 @@ def test_answers_are_those_of_the_command(client, answerer):
   assert set(given_["timings_ms"]) == {"encode", "search", "generate"}
   one = client.post("/answer", json={"question": question(), "k": 1, "max_new_tokens": 1, "ids": [expected.documents[1].id]}).json()
   assert [d["id"] for d in one["documents"]] == [expected.documents[1].id]
+
+
+def test_what_is_shared_is_read_once(answerer):
+  """Several questions over the same documents, and a generator that is merged into the base, answer as one question does alone."""
+  merged = Answerer(answerer.model, answerer.layout, answerer.weights, answerer.store, index=answerer._index, max_new_tokens=6, merge=True)
+  ids = tuple(d.id for d in answerer.search([Question(question())])[0])
+  asked = [Question(question(i), ids=ids) for i in (0, 1)]
+  alone = [answerer.answer([q])[0].answer for q in asked]
+  read, lengths = answerer._read, []
+  answerer._read = lambda weights, tokens, memories: lengths.append(len(tokens)) or read(weights, tokens, memories)
+  together = answerer.answer([dataclasses.replace(q, ids=ids[:1], top_k=1) for q in asked])
+  answerer._read = read
+  assert len(lengths) == 1  # the instruction was read before, the document for both
+  assert [a.answer for a in together] == [answerer.answer([dataclasses.replace(q, ids=ids[:1], top_k=1)])[0].answer for q in asked]
+  assert [a.answer for a in merged.answer(asked)] == [a.answer for a in answerer.answer(asked)] == alone
 
 
 def test_streamed_answers_grow(client):

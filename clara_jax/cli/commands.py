@@ -195,7 +195,7 @@ def serve(options: argparse.Namespace) -> None:
 def _answerer(options: argparse.Namespace) -> Answerer:
   checkpoint = _checkpoint(options, "compressor", "query_reasoner", "generator")
   return Answerer(checkpoint.model, checkpoint.layout, checkpoint.weights, MemoryStore(options.store), top_k=options.top_k,
-                  max_new_tokens=options.max_new_tokens)
+                  max_new_tokens=options.max_new_tokens, merge=options.merge)
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:

@@ -150,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint(sub)
     sub.add_argument("--store", required=True, metavar="DIR")
     sub.add_argument("--top-k", type=positive, help="documents given to the generator; default: the checkpoint's")
+    sub.add_argument("--merge", action="store_true", help="merge the generator into a copy of the base: faster, for a second base's memory")
     sub.add_argument("--max-new-tokens", type=positive, default=64, help="of the longest answer; default 64")
 
   ask = command("ask", "Retrieves documents and answers questions from their memory tokens.")

@@ -1,6 +1,7 @@
 """Questions to answers: encode, search, splice, generate."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from clara_jax.data.tokens import Layout
 from clara_jax.inference.generate import Greedy, make_stream
 from clara_jax.memory.store import MemoryStore, StoreError, fingerprint
 from clara_jax.model import Clara
+from clara_jax.nn import linear
+from clara_jax.nn.decoder import KeyValues
 from clara_jax.retrieval import index as index_lib
 
 
@@ -66,6 +69,7 @@ class Answerer:
     top_k: K; by default the configuration's.
     max_new_tokens: longest answer.
     stream_every: tokens between two calls of `on_text`.
+    merge: whether the generator is merged into a copy of the base: faster, for the memory of a second base and its rounding.
 
   Raises:
     StoreError: the store was made by another compressor.
@@ -73,7 +77,8 @@ class Answerer:
   """
 
   def __init__(self, model: Clara, layout: Layout, weights: dict[str, Any], store: MemoryStore, *,
-               index: index_lib.Index | None = None, top_k: int | None = None, max_new_tokens: int = 64, stream_every: int = 4):
+               index: index_lib.Index | None = None, top_k: int | None = None, max_new_tokens: int = 64, stream_every: int = 4,
+               merge: bool = False):
     made_by = fingerprint(weights)
     if store.manifest.compressor != made_by:
       raise StoreError(f"the store was made by compressor {store.manifest.compressor}, this checkpoint's is {made_by}")
@@ -83,7 +88,13 @@ class Answerer:
       raise ConfigError(f"top_k={self.top_k} documents of a store with {len(store)}")
     self._index = index or index_lib.load(store)
     self._encode = jax.jit(model.encode_query)
-    self._stream = make_stream(Greedy(model, max_new_tokens, layout.eos_id, layout.pad_id))
+    greedy = Greedy(model, max_new_tokens, layout.eos_id, layout.pad_id, None if merge else "generator")
+    self._generator = weights
+    if merge:
+      merged = jax.jit(functools.partial(linear.merge, scale=model.config.lora.scale))(weights["base"], weights["generator"])
+      self._generator = {"base": merged, "memory_embedding": weights["memory_embedding"]}
+    self._read, self._stream = jax.jit(greedy.read), make_stream(greedy)
+    self._instruction: KeyValues | None = None
     self._stream_every = stream_every
 
   def search(self, questions: Sequence[Question]) -> list[list[Found]]:
@@ -162,16 +173,29 @@ class Answerer:
              on_text: Callable[[int, str], None] | None) -> list[str]:
     layout = self.layout
     prompts = [layout.answer_prompt(q.text, int(k), where=f"question {q.text!r:.60}").ids for q, k in zip(questions, counts, strict=True)]
+    same_documents = len(prompts) > 1 and len(set(counts)) == 1 and (memories[:len(prompts)] == memories[0]).all()
+    beginning = self._beginning(prompts[0], memories[0], int(counts[0]) if same_documents else 0)
     prompts += prompts[:1] * (len(memories) - len(prompts))
     limits = [min(q.max_new_tokens or self.max_new_tokens, self.max_new_tokens) for q in questions]
     texts = [""] * len(questions)
     every = self._stream_every if on_text else self.max_new_tokens
-    for ids in self._stream(self.weights, pad_tokens(prompts, layout.pad_id, _PROMPT_BUCKET), memories, every):
+    for ids in self._stream(self._generator, pad_tokens(prompts, layout.pad_id, _PROMPT_BUCKET), memories, every, beginning):
       for place, (row, limit) in enumerate(zip(ids, limits, strict=False)):
         texts[place] = layout.text(row[:limit])
         if on_text:
           on_text(place, texts[place])
     return texts
+
+  def _beginning(self, prompt: np.ndarray, memories: np.ndarray, documents: int) -> KeyValues:
+    """What all prompts begin with, read once: the instruction, for good, and then so many documents that all share."""
+    config = self.model.config
+    slot = prompt - config.model.vocab_size
+    places = np.flatnonzero((slot >= 0) & (slot < config.num_memory_tokens))
+    if documents:
+      return self._read(self._generator, prompt[:places[documents * config.num_memory_tokens - 1] + 1], memories)
+    if self._instruction is None:
+      self._instruction = self._read(self._generator, prompt[:places[0]], None)
+    return self._instruction
 
 
 # Few different shapes, few compilations: texts are padded to multiples of these, batches and more than K documents to powers of two.

@@ -15,13 +15,13 @@ from flax import struct
 from clara_jax.batch import Tokens
 from clara_jax.config import ModelConfig, Role
 from clara_jax.model import Clara, Weights
-from clara_jax.nn.decoder import KeyValues, extend
+from clara_jax.nn.decoder import EMPTY, KeyValues, extend
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> KeyValues:
-  """A cache of zeros, [Y, B, G, S, P] in the compute type."""
+  """A cache that holds no token, in the compute type."""
   shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-  return KeyValues(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+  return KeyValues(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.full((batch, slots), EMPTY, jnp.int32))
 
 
 @struct.dataclass
@@ -34,7 +34,7 @@ class Decoding:
     stopped: [B] bool, whether a row has ended.
     answer: [B, max_new_tokens] int32; `pad_id` beyond the end.
     lengths: [B] int32, of the prompts.
-    cache: keys and values of everything before.
+    cache: everything before; the slots of the prompts come first, then one for each token of the answers.
   """
 
   step: jax.Array
@@ -63,59 +63,78 @@ class Greedy:
   pad_id: int
   role: Role | None = "generator"
 
-  def prefill(self, weights: Weights, prompt: Tokens, memories: jax.Array | None) -> Decoding:
+  def read(self, weights: Weights, ids: jax.Array, memories: jax.Array | None) -> KeyValues:
+    """Reads the beginning [T] of prompts once, for `prefill` of many; memories: [K, M, D] for its memory slots, or None."""
+    x = self._embed(weights, ids[None], None if memories is None else memories[None])
+    return self.model.hidden(weights, self.role, x, keep=True)[1]
+
+  def prefill(self, weights: Weights, prompt: Tokens, memories: jax.Array | None, beginning: KeyValues | None = None) -> Decoding:
     """Reads the prompts and chooses the first token of each answer.
 
     Args:
       weights: the model's.
       prompt: ids [B, T], right-padded.
       memories: [B, K, M, D] for the memory slots, or None.
+      beginning: tokens that all prompts begin with and that were read already (`read`); shorter than every prompt.
     """
     model, (batch, length) = self.model, prompt.ids.shape
-    x = model.embed(weights, prompt.ids) if memories is None else model.splice(weights, prompt.ids, memories)
-    hidden, read = model.hidden(weights, self.role, x, keep=True)
-    cache = extend(empty_cache(model.config.model, batch, length + self.max_new_tokens), read, jnp.zeros(batch, jnp.int32))
-    last = jnp.take_along_axis(hidden, (prompt.lengths - 1)[:, None, None], axis=1)[:, 0]
+    start = 0 if beginning is None else beginning.positions.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(start, length, dtype=jnp.int32), (batch, length - start))
+    cache = empty_cache(model.config.model, batch, start)
+    x = self._embed(weights, prompt.ids, memories)[:, start:]
+    if beginning is None:
+      hidden, read = model.hidden(weights, self.role, x, keep=True)
+    else:
+      cache = extend(cache, beginning, 0)
+      hidden, read = model.hidden(weights, self.role, x, positions=positions, cache=cache)
+    # Padding is no token: the positions after a prompt belong to its answer.
+    read = read._replace(positions=jnp.where(positions < prompt.lengths[:, None], positions, EMPTY))
+    room = empty_cache(model.config.model, batch, length + self.max_new_tokens)
+    cache = extend(extend(room, cache, 0), read, start)
+    last = jnp.take_along_axis(hidden, (prompt.lengths - 1 - start)[:, None, None], axis=1)[:, 0]
     first = jnp.argmax(model.logits(weights, last), axis=-1).astype(jnp.int32)
     answer = jnp.full((batch, self.max_new_tokens), self.pad_id, jnp.int32).at[:, 0].set(first)
     return Decoding(jnp.int32(1), first, first == self.eos_id, answer, prompt.lengths, cache)
 
   def decode(self, weights: Weights, state: Decoding, until: jax.Array | int) -> Decoding:
     """Goes on until every row has stopped or has `until` tokens."""
-    model = self.model
+    model, first_slot = self.model, state.cache.positions.shape[1] - self.max_new_tokens
 
     def unfinished(s):
       return (s.step < until) & ~s.stopped.all()
 
     def one(s):
-      # The token chosen last stands at position lengths + step - 1; its slot in the cache held padding until now.
-      position = s.lengths + s.step - 1
+      position = s.lengths + s.step - 1  # of the token chosen last
       hidden, new = model.hidden(weights, self.role, model.embed(weights, s.token[:, None]), positions=position[:, None], cache=s.cache)
-      cache = extend(s.cache, new, position)
+      # One slot for all rows, wherever their prompts end: a slice, not a scatter.
+      cache = extend(s.cache, new, first_slot + s.step - 1)
       token = jnp.argmax(model.logits(weights, hidden[:, 0]), axis=-1).astype(jnp.int32)
       token = jnp.where(s.stopped, self.pad_id, token)
       return Decoding(s.step + 1, token, s.stopped | (token == self.eos_id), s.answer.at[:, s.step].set(token), s.lengths, cache)
 
     return jax.lax.while_loop(unfinished, one, state)
 
-  def __call__(self, weights: Weights, prompt: Tokens, memories: jax.Array | None) -> jax.Array:
+  def __call__(self, weights: Weights, prompt: Tokens, memories: jax.Array | None, beginning: KeyValues | None = None) -> jax.Array:
     """Whole answers: [B, max_new_tokens] int32; rows hold `eos_id` where they end and `pad_id` after it."""
-    return self.decode(weights, self.prefill(weights, prompt, memories), self.max_new_tokens).answer
+    return self.decode(weights, self.prefill(weights, prompt, memories, beginning), self.max_new_tokens).answer
+
+  def _embed(self, weights, ids, memories):
+    return self.model.embed(weights, ids) if memories is None else self.model.splice(weights, ids, memories)
 
 
 def make_generate(model: Clara, max_new_tokens: int, eos_id: int, pad_id: int, role: Role | None = "generator"):
-  """Whole answers, compiled: (weights, prompt, memories) -> ids [B, max_new_tokens]; see `Greedy`."""
+  """Whole answers, compiled: (weights, prompt, memories, beginning=None) -> ids [B, max_new_tokens]; see `Greedy`."""
   return jax.jit(Greedy(model, max_new_tokens, eos_id, pad_id, role).__call__)
 
 
 def make_stream(greedy: Greedy) -> Callable[..., Any]:
-  """Answers that grow: (weights, prompt, memories, every) -> iterator of ids [B, max_new_tokens] after the first token, and then after
-  every `every` more of them."""
+  """Answers that grow: (weights, prompt, memories, every, beginning=None) -> iterator of ids [B, max_new_tokens] after the first token,
+  and then after every `every` more of them."""
   prefill = jax.jit(greedy.prefill)
   decode = jax.jit(greedy.decode, donate_argnums=1)
 
-  def stream(weights, prompt, memories, every):
-    state = prefill(weights, prompt, memories)
+  def stream(weights, prompt, memories, every, beginning=None):
+    state = prefill(weights, prompt, memories, beginning)
     yield np.asarray(state.answer)
     until = 1
     while until < greedy.max_new_tokens and not bool(state.stopped.all()):

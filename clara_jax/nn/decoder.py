@@ -22,11 +22,16 @@ REMAT_POLICIES = {
 }
 
 
+EMPTY = 2**30  # the position of a slot that holds no token: after every other
+
+
 class KeyValues(NamedTuple):
-  """Keys and values of every layer, slot s holding the token at position s: [Y, B, G, S, P] each."""
+  """What a decoder has read: slots with keys and values of every layer, [Y, B, G, S, P] each, and the positions of their tokens, [B, S]
+  int32 (`EMPTY`: none)."""
 
   keys: jax.Array
   values: jax.Array
+  positions: jax.Array
 
 
 class RMSNorm(nn.Module):
@@ -81,12 +86,14 @@ class Attention(nn.Module):
     q = nn.with_logical_constraint(q, (axes.BATCH, axes.LENGTH, axes.HEADS, None))
     k, v = (nn.with_logical_constraint(z, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, None)) for z in (k, v))
     if cache is None:
-      mixed = attend(q, k, v, window=config.sliding_window, backend=config.attention)
+      partition = nn.logical_to_mesh_axes((axes.BATCH, axes.LENGTH, axes.HEADS, None))
+      backend = "xla" if self.is_initializing() else config.attention  # a kernel's mesh does not divide the one token of `init`
+      mixed = attend(q, k, v, window=config.sliding_window, backend=backend, partition=partition)
     else:
-      mixed = attend_cached(q, k, v, *cache, positions[:, 0], window=config.sliding_window)
+      mixed = attend_cached(q, k, v, positions, *cache, window=config.sliding_window)
     mixed = mixed.reshape(batch, length, config.num_heads * config.head_dim)
     # Only what is new leaves the loop over layers: the cache is read there and written once, after it.
-    new = KeyValues(jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)) if keep else None
+    new = (jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)) if keep else None
     return _linear(config, self.lora, "o", width, (axes.HEADS, axes.WIDTH))(mixed, deterministic), new
 
 
@@ -120,8 +127,9 @@ class Layer(nn.Module):
   keep: bool
 
   @nn.compact
-  def __call__(self, x, cache, cos, sin, positions):
+  def __call__(self, x, cached, cos, sin, positions, cached_positions):
     config = self.config
+    cache = None if cached is None else (*cached, cached_positions)
 
     def norm(name):
       return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), name=name)
@@ -184,12 +192,12 @@ class Decoder(nn.Module):
     Args:
       x: [B, T, D] embeddings.
       positions: [B, T] int32, consecutive; None for 0 … T-1, as without a cache they must be.
-      cache: keys and values of the tokens before x; None to attend within x.
+      cache: the tokens before x; None to attend within x.
       deterministic: False turns LoRA dropout on (needs the rng 'dropout').
       keep: whether the keys and values of x are returned; with a cache they always are.
 
     Returns:
-      ([B, T, D] hidden states after the final norm, keys and values of x [Y, B, G, T, P] or None; `extend` puts them into a cache).
+      ([B, T, D] hidden states after the final norm, keys and values of x or None; `extend` puts them into a cache).
     """
     config = self.config
     if positions is None:
@@ -202,19 +210,21 @@ class Decoder(nn.Module):
         layer,
         variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
         out_axes=0,
         length=config.num_layers,
         unroll=config.scan_unroll,
         metadata_params={nn.PARTITION_NAME: axes.LAYERS},
     )(config, self.lora, deterministic, keep or cache is not None, name="layers")
     x = nn.with_logical_constraint(x.astype(config.dtype), (axes.BATCH, axes.LENGTH, axes.WIDTH))
-    x, new = layers(x, cache, cos, sin, positions)
-    return self.final_norm(x), new
+    cached, cached_positions = (None, None) if cache is None else (cache[:2], cache.positions)
+    x, new = layers(x, cached, cos, sin, positions, cached_positions)
+    return self.final_norm(x), None if new is None else KeyValues(*new, positions)
 
 
-def extend(cache: KeyValues, new: KeyValues, start: jax.Array) -> KeyValues:
-  """Writes keys and values [Y, B, G, T, P] of tokens at positions start [B] … start + T - 1 into their slots."""
-  def write(slots, values, at):
-    return jax.lax.dynamic_update_slice(slots, values.astype(slots.dtype), (0, 0, at, 0))
-  return KeyValues(*(jax.vmap(write, (1, 1, 0), 1)(a, b, start) for a, b in zip(cache, new, strict=True)))
+def extend(cache: KeyValues, new: KeyValues, slot: jax.Array | int) -> KeyValues:
+  """Writes T tokens into slots slot … slot + T - 1, the same of every row; `new` with one row is written to all."""
+  def write(slots, values, axis):
+    values = jnp.broadcast_to(values, (*slots.shape[:axis], values.shape[axis], *slots.shape[axis + 1:])).astype(slots.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(slots, values, slot, axis)
+  return KeyValues(*(write(a, b, axis) for a, b, axis in zip(cache, new, (3, 3, 1), strict=True)))

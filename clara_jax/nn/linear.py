@@ -7,6 +7,8 @@
 a = sqrt(5), that is U(±1/sqrt(in))) and B is zero, so that a fresh adapter leaves the base as it is. Merging is W + scale · A B.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,20 @@ class MissingAdapterError(ValueError):
 def _lora_a_init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
   bound = shape[0] ** -0.5
   return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def merge(base: Any, lora: Any, scale: float) -> Any:
+  """Parameters of a plain decoder that computes what a role does: W + scale · A B, made in float32, in W's type.
+
+  Args:
+    base: the decoder's parameters.
+    lora: a role's, {…: {'a': [Y, in, R], 'b': [Y, R, out]}} at the places of the kernels.
+    scale: alpha / rank.
+  """
+  if "a" in lora:
+    kernel = base["kernel"]
+    return {**base, "kernel": (kernel.astype(jnp.float32) + scale * (lora["a"] @ lora["b"])).astype(kernel.dtype)}
+  return {name: merge(value, lora[name], scale) if name in lora else value for name, value in base.items()}
 
 
 class Linear(nn.Module):

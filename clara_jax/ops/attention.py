@@ -1,10 +1,17 @@
 """Causal attention behind two functions: within a text, where the backend is an argument, and with a cache before it."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+_LANES = 128  # a TPU's vector registers: splash attention's lengths are multiples of it
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None = None, backend: str = "xla") -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None = None, backend: str = "xla",
+           partition: PartitionSpec | None = None) -> jax.Array:
   """Causal grouped-query attention within a text.
 
   Rows are padded on the right, so that the causal mask alone keeps real tokens from seeing padding; outputs at padding are finite and
@@ -15,12 +22,19 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None = Non
     k: [B, T, G, P], H a multiple of G.
     v: [B, T, G, P].
     window: a token sees itself and the `window - 1` tokens before it; None is unlimited.
-    backend: 'xla' or 'cudnn' (`jax.nn.dot_product_attention`), or 'grouped': the heads of a group in one product, by far the fastest
-      on CPU (docs/performance.md).
+    backend: 'xla' or 'cudnn' (`jax.nn.dot_product_attention`); 'splash', JAX's kernel for TPU, which never writes scores to the main
+      memory; or 'grouped': the heads of a group in one product, by far the fastest on CPU (docs/performance.md).
+    partition: how q, k and v lie on the mesh; kernels have to be told.
 
   Returns:
     [B, T, H, P] in q's type; the softmax is in float32.
   """
+  if backend == "splash":
+    kernel = functools.partial(_splash, window=window)
+    if jax.sharding.get_abstract_mesh().empty:
+      return kernel(q, k, v)
+    partition = partition or PartitionSpec()
+    return jax.shard_map(kernel, in_specs=(partition,) * 3, out_specs=partition, check_vma=False)(q, k, v)
   if backend != "grouped":
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=True, local_window_size=None if window is None else (window - 1, 0), implementation=backend)
@@ -30,15 +44,29 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None = Non
   return _heads(_mix(jax.nn.softmax(scores, axis=-1), values))
 
 
-def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, cached_k: jax.Array, cached_v: jax.Array, start: jax.Array, *,
-                  window: int | None = None) -> jax.Array:
+def _splash(q, k, v, window):
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+  length, heads = q.shape[1:3]
+  padded = -(-length // _LANES) * _LANES  # after the last token: no real one sees it
+  block = _LANES * math.gcd(padded // _LANES, 4)
+  blocks = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True)
+  mask = masks.CausalMask((padded, padded)) if window is None else masks.LocalMask((padded, padded), (window - 1, 0), 0)
+  kernel = splash.make_splash_mha(masks.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=1)
+  q, k, v = (jnp.pad(jnp.moveaxis(x, 1, 2), ((0, 0), (0, 0), (0, padded - length), (0, 0))) for x in (q * q.shape[-1]**-0.5, k, v))
+  return jnp.moveaxis(jax.vmap(kernel)(q, k, v), 1, 2)[:, :length]
+
+
+def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, cached_k: jax.Array, cached_v: jax.Array,
+                  cached_positions: jax.Array, *, window: int | None = None) -> jax.Array:
   """Causal attention of a few tokens to each other and to those before them. The cache is only read.
 
   Args:
-    q: [B, T, H, P], of tokens at positions start … start + T - 1.
-    k, v: [B, T, G, P], theirs.
-    cached_k, cached_v: [B, G, S, P]; slot s holds the token at position s, slots from `start` on do not count.
-    start: [B] int32.
+    q: [B, T, H, P].
+    k, v: [B, T, G, P], of the same tokens.
+    positions: [B, T] int32, consecutive.
+    cached_k, cached_v: [B, G, S, P], in any order.
+    cached_positions: [B, S] int32; slots that hold no token before those of q have larger ones.
     window: see `attend`.
 
   Returns:
@@ -47,10 +75,9 @@ def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, cached_k: jax.Array,
   length, slots = q.shape[1], cached_k.shape[2]
   keys, values = (jnp.moveaxis(x, 1, 2) for x in (k, v))
   grouped = _by_group(q, k.shape[2])
-  at = jnp.arange(slots, dtype=start.dtype)
-  before = jnp.broadcast_to((at < start[:, None])[:, None], (len(start), length, slots))
+  before = cached_positions[:, None] < positions[..., None]
   if window is not None:
-    before &= at > (start[:, None] + jnp.arange(length, dtype=start.dtype))[:, :, None] - window
+    before &= cached_positions[:, None] > positions[..., None] - window
   old = _masked(_scores(grouped, cached_k), before)
   new = _masked(_scores(grouped, keys), _causal(length, window))
   weights = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1)

@@ -71,7 +71,7 @@ def model_flops(program: Program, batch: Any) -> float:
     batch: arrays or shapes.
   """
   config = program.config
-  model = dataclasses.replace(config.clara.model, remat="none", logits_chunk=0)
+  model = dataclasses.replace(config.clara.model, remat="none", logits_chunk=0, attention="grouped")
   bare = Program(dataclasses.replace(config, clara=dataclasses.replace(config.clara, model=model)), 1, program.mesh)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.batch_sharding), batch)
   with bare.context():
@@ -98,7 +98,7 @@ def temporary_bytes(program: Program) -> int:
   layer = model.width * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim + 3 * model.width * model.mlp_dim
 
   def at_work(texts, length):
-    scores = 0 if model.attention == "cudnn" else 2.5 * 4 * texts * model.num_heads / tensor * length**2
+    scores = 0 if model.attention in ("cudnn", "splash") else 2.5 * 4 * texts * model.num_heads / tensor * length**2
     return scores + texts * length * item * (4 * model.mlp_dim / tensor + 6 * model.width)
 
   def saved(texts, length):
@@ -128,14 +128,20 @@ def roofline(chip: Chip, chips: int, flops_per_step: float, memory_bytes: float,
   return {**seconds, "step": max(seconds.values())}
 
 
-def compiled(program: Program, chip: Chip) -> dict[str, Any]:
-  """Compiles the step for the program's mesh and reads the result; see `launch/aot.py` for the fields."""
+def train_step(program: Program) -> tuple[Any, tuple[Any, ...]]:
+  """The step, and the shapes of its arguments."""
+  return program.step, (program.state_shapes(), program.frozen_shapes(), program.batch_shapes())
+
+
+def compiled(program: Program, chip: Chip, step: Any = None, arguments: tuple[Any, ...] = ()) -> dict[str, Any]:
+  """Compiles a step for the program's mesh, by default the one that trains, and reads the result; see `launch/aot.py` for the fields."""
   with program.context():
-    arguments = (program.state_shapes(), program.frozen_shapes(), program.batch_shapes())
+    if step is None:
+      step, arguments = train_step(program)
     start = time.monotonic()
-    report: dict[str, Any] = {"method": "compiled", "flops_per_step": flops.count(program.step, *arguments)}
+    report: dict[str, Any] = {"method": "compiled", "flops_per_step": flops.count(step, *arguments)}
     try:
-      executable = program.step.lower(*arguments).compile()
+      executable = step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise

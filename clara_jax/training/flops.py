@@ -33,6 +33,8 @@ def _count(jaxpr: Any) -> float:
     times = 1
     if equation.primitive.name == "scan":
       times = equation.params["length"]
+    elif equation.primitive.name == "pallas_call":  # blocks that its mask leaves out count, as where XLA computes them
+      times = math.prod(equation.params["grid_mapping"].grid)
     elif equation.primitive.name == "shard_map":  # its shapes are those of one device
       times = equation.params["mesh"].size
     inner = [_count(j) for j in _inner(equation)]
