@@ -57,7 +57,8 @@ class ModelConfig:
 
   `vocab_multiple`: embedding and head are filled up to a multiple of it, so that they can be divided over `tensor`; the filling is
   never predicted. `logits_chunk`: label positions of a row whose logits are formed at a time (0: all), for [B, A, V] is large.
-  `base_quantization`: 'int8' keeps the frozen base's matrices in 8 bits with a scale for each output channel (training only).
+  `attention`: the backend (`ops/attention.py`). `base_quantization`: 'int8' keeps the frozen base's matrices in 8 bits with a scale for
+  each output channel (training only).
   """
 
   vocab_size: int
@@ -80,7 +81,7 @@ class ModelConfig:
   initializer_range: float = 0.02
   dtype: Literal["float32", "bfloat16"] = "bfloat16"
   param_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-  attention: Literal["xla", "cudnn", "splash", "grouped"] = "xla"
+  attention: Literal["auto", "xla", "cudnn", "splash", "grouped"] = "auto"
   scan_unroll: int = 1
   remat: Literal["none", "full", "dots"] = "none"
   vocab_multiple: int = 1

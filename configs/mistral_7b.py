@@ -24,7 +24,7 @@ def get_config(stage: str = "scp") -> ml_collections.ConfigDict:
       "model": {
           "vocab_size": 32_000, "width": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128,
           "mlp_dim": 14_336, "rope_theta": 1e6, "norm_eps": 1e-5, "dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full",
-          "attention": "xla", "vocab_multiple": 128, "logits_chunk": 128, "base_quantization": "none",
+          "attention": "auto", "vocab_multiple": 128, "logits_chunk": 128, "base_quantization": "none",
       },
       "lora": {"rank": 16, "alpha": 32.0, "dropout": 0.1},
       "doc_max_length": 256, "compression_rate": 32, "query_max_length": 256,

@@ -29,7 +29,7 @@ def get_config(stage: str = "scp") -> ml_collections.ConfigDict:
                            "long_factor": LONG_FACTOR},
           "fused_projections": True, "norm_eps": 1e-5, "sliding_window": 262_144, "tie_embeddings": True, "max_positions": 131_072,
           "dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full", "vocab_multiple": 128, "logits_chunk": 128,
-          "attention": "xla", "base_quantization": "none",
+          "attention": "auto", "base_quantization": "none",
       },
       "lora": {"rank": 16, "alpha": 32.0, "dropout": 0.1},
       "doc_max_length": 256, "compression_rate": 32, "query_max_length": 256, "decoder_max_length": 1024 if joint else 2048,

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 _LANES = 128  # a TPU's vector registers: splash attention's lengths are multiples of it
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None = None, backend: str = "xla",
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None = None, backend: str = "auto",
            partition: PartitionSpec | None = None) -> jax.Array:
   """Causal grouped-query attention within a text.
 
@@ -23,15 +23,20 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None = Non
     v: [B, T, G, P].
     window: a token sees itself and the `window - 1` tokens before it; None is unlimited.
     backend: 'xla' or 'cudnn' (`jax.nn.dot_product_attention`); 'splash', JAX's kernel for TPU, which never writes scores to the main
-      memory; or 'grouped': the heads of a group in one product, by far the fastest on CPU (docs/performance.md).
+      memory (P a multiple of 128); 'grouped', the heads of a group in one product, by far the fastest on CPU; 'auto', the one for the
+      mesh's platform (docs/performance.md).
     partition: how q, k and v lie on the mesh; kernels have to be told.
 
   Returns:
     [B, T, H, P] in q's type; the softmax is in float32.
   """
+  mesh = jax.sharding.get_abstract_mesh()
+  if backend == "auto":
+    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    backend = {"cpu": "grouped", "tpu": "xla" if q.shape[-1] % _LANES else "splash"}.get(platform, "xla")
   if backend == "splash":
     kernel = functools.partial(_splash, window=window)
-    if jax.sharding.get_abstract_mesh().empty:
+    if mesh.empty:
       return kernel(q, k, v)
     partition = partition or PartitionSpec()
     return jax.shard_map(kernel, in_specs=(partition,) * 3, out_specs=partition, check_vma=False)(q, k, v)
