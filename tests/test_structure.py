@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 import clara_jax
 from clara_jax import axes
+from clara_jax.compilation import keep_programs
 from clara_jax.config import ConfigError, MeshConfig, from_config_dict
 from clara_jax.model import Clara
 from clara_jax.sharding import make_mesh, spec, tree_shardings
@@ -18,9 +19,9 @@ from tests import tiny
 
 ROOT = pathlib.Path(clara_jax.__file__).parent
 FLOORS = [
-    {"axes", "config", "batch"}, {"data"}, {"ops"}, {"nn"}, {"model", "sharding", "distributed"},
+    {"axes", "config", "batch"}, {"data"}, {"ops"}, {"nn"}, {"model", "sharding", "distributed", "compilation"},
     {"training", "inference", "memory", "retrieval"},
-    {"evaluation", "interop"}, {"serving"}, {"quickstart"}, {"cli"}, {"__main__", "__init__"},
+    {"interop"}, {"evaluation"}, {"serving"}, {"quickstart"}, {"reproduction"}, {"cli"}, {"__main__", "__init__"},
 ]
 # On one floor, rooms may look at each other only where it is said here.
 SAME_FLOOR = {("config", "axes"), ("inference", "memory"), ("inference", "retrieval"), ("retrieval", "memory"), ("training", "memory")}
@@ -86,3 +87,17 @@ def test_unknown_and_colliding_axes():
     from_config_dict(MeshConfig, {"model": 2}, "mesh")
   with pytest.raises(ConfigError, match="does not fit 2 devices"):
     make_mesh(MeshConfig(data=7))
+
+
+def test_compiled_programs_are_kept_for_accelerators(monkeypatch, tmp_path):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    jax.config.update("jax_compilation_cache_dir", None)
+    keep_programs()
+    assert jax.config.jax_compilation_cache_dir is None  # a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    keep_programs()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "clara_jax" / "programs")
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)

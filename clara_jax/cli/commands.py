@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import time
 from typing import Any
 
@@ -10,11 +11,16 @@ import jax
 
 from clara_jax import distributed
 from clara_jax.cli import configs
+from clara_jax.compilation import keep_programs
 from clara_jax.config import ConfigError, MeshConfig
 from clara_jax.data import records as records_lib
 from clara_jax.data import schemas
 from clara_jax.data.tokens import Layout
-from clara_jax.evaluation import benchmarks, logit_lens
+from clara_jax.evaluation import benchmarks, datasets, logit_lens, runs
+from clara_jax.evaluation import candidates as candidates_lib
+from clara_jax.evaluation import report as report_lib
+from clara_jax.evaluation.explain import Explainer
+from clara_jax.evaluation.settings import SETTINGS
 from clara_jax.inference.answer import Answerer
 from clara_jax.interop import checkpoints, hf
 from clara_jax.interop import convert as convert_lib
@@ -49,11 +55,41 @@ def show(command: str, report: dict[str, Any]) -> None:
     for query in report["queries"]:
       print(f"\n{query['question']}\n  " + "  ".join(f"{token} ({logit:.1f})" for token, logit in query["tokens"]))
     return
+  if command == "explain":
+    for row in report["rows"]:
+      print(f"\n{row['question']}\n  {row['prediction']}  (wanted: {' | '.join(row['answers'])})")
+      for document in row["documents"]:
+        print(f"    {'gold ' if document['is_gold'] else '     '}attention {document['attention']:.0%}  gain {document['gain']:+.2f}  "
+              f"{document['text'][:90]}")
+    return
+  if command == "reproduce":
+    for letter, claim in report["claims"].items():
+      print(f"({letter}) {claim['says']}: {claim['verdict']}")
+    return
+  if command == "evaluate" and "runs" in report or command == "compare":
+    _show_table(report.get("runs", report))
+    return
   for name, value in report.items():
     if not isinstance(value, (list, dict)):
       print(f"{name:>24}  {value:.4f}" if isinstance(value, float) else f"{name:>24}  {value}")
     else:
       print(f"{name:>24}  {json.dumps(value)}")
+
+
+def _show_table(found: dict[str, dict[str, Any]]) -> None:
+  """Runs as lines, metrics as columns: means with their intervals."""
+  shown = ("em", "f1", "cover_em", "recall_at_1", "recall_at_5", "context_tokens", "seconds")
+  names = [name for name in shown if any(name in values for values in found.values())]
+  width = max(len(name) for name in found)
+  print(f"{'':{width}}  " + "  ".join(f"{name:>22}" for name in names))
+  for run, values in found.items():
+    cells = []
+    for name in names:
+      value = values.get(name)
+      text = "" if value is None else f"{value:.3g}" if not isinstance(value, dict) else (
+          f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]")
+      cells.append(f"{text:>22}")
+    print(f"{run:{width}}  " + "  ".join(cells))
 
 
 def quickstart(options: argparse.Namespace) -> dict[str, Any]:
@@ -67,6 +103,7 @@ def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any] |
   config = configs.load(options.config, overrides)
   if options.distributed or options.coordinator or options.processes is not None or options.process is not None:
     distributed.initialize(options.coordinator, options.processes, options.process)
+  keep_programs()
   stages.get(config.train.stage)  # an unknown stage costs no reading
   if not config.data.rows:
     raise ConfigError("data.rows: no training rows are named")
@@ -198,17 +235,68 @@ def _answerer(options: argparse.Namespace) -> Answerer:
                   max_new_tokens=options.max_new_tokens, merge=options.merge)
 
 
+def candidates(options: argparse.Namespace) -> Any:
+  """`clara candidates`."""
+  rows = datasets.read(options.questions, schemas.Malformed(options.max_malformed))
+  corpus = list(schemas.read_documents(options.corpus)) if options.corpus else candidates_lib.own_corpus(rows)
+  made = candidates_lib.make(rows, corpus, options.count, options.setting, options.retriever, options.seed)
+  os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
+  report = None
+  with open(options.out, "w", encoding="utf-8") as file:
+    for row in made:
+      if isinstance(row, dict):
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+      else:
+        report = row
+  return report
+
+
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
   """`clara evaluate`."""
-  roles = ["compressor", "generator"] + (["query_reasoner"] if options.setting == "joint" else [])
-  checkpoint = _checkpoint(options, *roles)
-  rows = schemas.read_rows([options.rows])[:options.limit]
-  result = benchmarks.evaluate(checkpoint.model, checkpoint.layout, checkpoint.weights, rows, options.setting,
-                               batch_size=options.batch_size, max_new_tokens=options.max_new_tokens)
-  if options.predictions:
-    with open(options.predictions, "w", encoding="utf-8") as file:
-      file.writelines(json.dumps(p, ensure_ascii=False) + "\n" for p in result.predictions)
-  return result.scores
+  settings = list(SETTINGS) if "all" in options.setting else options.setting
+  if options.report is None and (len(settings) > 1 or options.also):
+    raise ConfigError("several settings or --also: name --report DIR")
+  if options.report and options.predictions:
+    raise ConfigError("--predictions: with --report, predictions are in DIR/predictions")
+  checkpoint = _checkpoint(options, *{role for name in settings for role in SETTINGS[name].roles()})
+  rows = _rows(options)
+  if options.report is None:
+    return benchmarks.evaluate(checkpoint.model, checkpoint.layout, checkpoint.weights, rows, settings[0], batch_size=options.batch_size,
+                               max_new_tokens=options.max_new_tokens, path=options.predictions).scores
+  also = {}
+  for given in options.also:
+    name, equals, directory = given.partition("=")
+    if not equals or not name:
+      raise ConfigError(f"--also {given}: expected NAME=CKPT")
+    also[name] = checkpoints.load(directory, None, options.dtype)
+  return runs.run(checkpoint, rows, settings, options.report, also=also, title=f"{options.checkpoint} on {options.rows}",
+                  batch_size=options.batch_size, max_new_tokens=options.max_new_tokens)
+
+
+def _rows(options: argparse.Namespace) -> list[schemas.Row]:
+  return datasets.read(options.rows, schemas.Malformed(options.max_malformed))[:options.limit]
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+  """`clara compare`."""
+  return runs.compare(options.a, options.b, options.report)
+
+
+def explain(options: argparse.Namespace) -> dict[str, Any]:
+  """`clara explain`."""
+  checkpoint = _checkpoint(options, "compressor", "query_reasoner", "generator")
+  explainer = Explainer(checkpoint.model, checkpoint.layout, checkpoint.weights, options.max_new_tokens, options.top)
+  found = [explainer.explain(row) for row in _rows(options)]
+  if options.report:
+    report_lib.write(options.report, report_lib.page(f"{options.checkpoint} on {options.rows}", f"{len(found)} questions, explained.", [
+        ("Questions", report_lib.LENS_LEGEND + "".join(map(report_lib.explained, found)))]))
+  return {"rows": [dataclasses.asdict(f) for f in found]}
+
+
+def reproduce(options: argparse.Namespace) -> dict[str, Any]:
+  """`clara reproduce`."""
+  from clara_jax import reproduction
+  return reproduction.run(options.workdir, options.claims or tuple(reproduction.CLAIMS), options.seeds, options.scale)
 
 
 def loss(options: argparse.Namespace) -> dict[str, Any]:
@@ -233,6 +321,7 @@ def lens(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _checkpoint(options: argparse.Namespace, *roles: str) -> checkpoints.Checkpoint:
+  keep_programs()
   checkpoint = checkpoints.load(options.checkpoint, options.base, options.dtype)
   checkpoint.require(*roles)
   return checkpoint

@@ -12,6 +12,8 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from clara_jax.evaluation.settings import SETTINGS
+
 EXIT_BAD_INPUT = 2
 
 
@@ -166,15 +168,51 @@ def _parser() -> argparse.ArgumentParser:
   serve.add_argument("--max-waiting", type=positive, default=512, help="requests that may wait, more are refused (429); default 512")
   serve.add_argument("--timeout", type=float, default=60.0, help="seconds that a request may take; default 60")
 
-  evaluate = command("evaluate", "Answers every row of a file and scores the answers.")
+  def rows(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--rows", required=True, metavar="F",
+                     help="questions with documents: JSONL, or the published files of SQuAD, HotpotQA, 2Wiki, MuSiQue, PubMedQA, NQ")
+    sub.add_argument("--limit", type=positive, help="only the first rows")
+    sub.add_argument("--max-malformed", type=int, default=0, metavar="N", help="bad rows that are passed over and reported")
+    sub.add_argument("--max-new-tokens", type=int, default=64)
+
+  candidates = command("candidates", "A first-stage retriever finds documents for questions.")
+  candidates.add_argument("--questions", required=True, metavar="F", help="what evaluate reads, with or without documents")
+  candidates.add_argument("--corpus", metavar="F", help="JSONL: id, text, title; default: the questions' own documents, all together")
+  candidates.add_argument("--out", required=True, metavar="F", help="JSONL rows")
+  candidates.add_argument("--count", type=positive, default=20, help="documents a question; default 20")
+  candidates.add_argument("--setting", choices=("normal", "oracle"), default="normal",
+                          help="oracle: the gold documents are always among them")
+  candidates.add_argument("--retriever", default="bm25", metavar="NAME", help="bm25 (default), or MODULE:FUNCTION, a dense encoder")
+  candidates.add_argument("--seed", type=int, default=0, help="of the order of oracle rows")
+  candidates.add_argument("--max-malformed", type=int, default=0, metavar="N", help="bad rows that are passed over and reported")
+
+  evaluate = command("evaluate", "Answers every row of a file in one or more settings and scores the answers.")
   checkpoint(evaluate)
-  evaluate.add_argument("--rows", required=True, metavar="F")
-  evaluate.add_argument("--setting", choices=("compressor", "joint"), required=True,
-                        help="answer from all given documents, or from the best of them")
+  rows(evaluate)
+  evaluate.add_argument("--setting", choices=(*SETTINGS, "all"), required=True, nargs="+",
+                        help="what the generator reads: " + "; ".join(f"{name}: {setting.says}" for name, setting in SETTINGS.items()))
+  evaluate.add_argument("--also", action="append", default=[], metavar="NAME=CKPT",
+                        help="another checkpoint in the setting joint, e.g. a contrastive one; with --report, any number of times")
+  evaluate.add_argument("--report", metavar="DIR", help="writes predictions, report.json and report.html; goes on where it was stopped")
   evaluate.add_argument("--batch-size", type=int, default=16)
-  evaluate.add_argument("--max-new-tokens", type=int, default=64)
-  evaluate.add_argument("--limit", type=int, help="only the first rows")
-  evaluate.add_argument("--predictions", metavar="F", help="writes one JSON a row")
+  evaluate.add_argument("--predictions", metavar="F", help="one JSON a row, of one setting; goes on where it was stopped")
+
+  compare = command("compare", "Two runs of evaluate on the same rows: differences with intervals.")
+  compare.add_argument("a", metavar="A", help="a directory of evaluate --report, or a file of --predictions")
+  compare.add_argument("b", metavar="B")
+  compare.add_argument("--report", metavar="F.html", help="writes a page")
+
+  explain = command("explain", "Why answers came out: lens words, attention, what each document did for the answer.")
+  checkpoint(explain)
+  rows(explain)
+  explain.add_argument("--top", type=positive, default=50, help="words of the lens for each memory token; default 50")
+  explain.add_argument("--report", metavar="F.html", help="writes a page")
+
+  reproduce = command("reproduce", "The paper's claims as experiments on a generated world; goes on by itself where it was stopped.")
+  reproduce.add_argument("--workdir", default="reproduction", metavar="DIR")
+  reproduce.add_argument("--claims", nargs="+", metavar="LETTER", help="a to h; default: all")
+  reproduce.add_argument("--seeds", type=positive, default=3, help="default 3")
+  reproduce.add_argument("--scale", type=float, default=1.0, help="factor on steps and test rows; default 1: an hour on two cores")
 
   loss = command("loss", "A stage's loss on rows, without update or dropout.")
   checkpoint(loss)

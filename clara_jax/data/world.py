@@ -370,10 +370,10 @@ class World:
     if len(entity.facts) < 2:
       return None
     first, second = rng.sample(list(entity.facts), 2)
-    ask = self.question(entity, second, rng)
-    question = f"{self.question(entity, first, rng)[:-1]}, and {ask[0].lower()}{ask[1:]}"
+    then = self.question(entity, second, rng), entity.facts[second]
+    question, answer = _compound((self.question(entity, first, rng), entity.facts[first]), then)
     pages = list(dict.fromkeys([self.page_of(entity, first).number, self.page_of(entity, second).number]))
-    return question, f"{entity.facts[first]} and {entity.facts[second]}", [self.pages[entity.name][n] for n in pages]
+    return question, answer, [self.pages[entity.name][n] for n in pages]
 
   def distractors(self, page: Page, relation: str, count: int, rng: random.Random, hard: float = 0.6) -> list[Page]:
     """Other pages, from hard to easy: the same entity's, up to half of all; then about `hard` of the rest tell of the same relation
@@ -426,6 +426,21 @@ class World:
         yield {"data_type": "qa", "question": [q for q, _ in pairs], "answers": [a for _, a in pairs], "docs": [document]}
         yield {"data_type": "paraphrase", "question": "", "docs": [document],
                "answer": self.document(page, versions + 1 + rng.randrange(versions), relations)}
+
+  def scp_rows_of(self, kind: str, test: bool = False) -> Iterator[dict[str, Any]]:
+    """One SCP row a page, of one kind: 'simple' and 'complex' questions (each of two facts of the page), a 'paraphrase', or the
+    'reconstruction' of the document's own words."""
+    for page in self.side(test):
+      rng = self._rng("scp of", kind, page.id)
+      document = self.document(page)
+      simple = [(self.question(page.entity, r, rng), page.entity.facts[r]) for r in page.relations]
+      rng.shuffle(simple)
+      if kind in ("paraphrase", "reconstruction"):
+        answer = document if kind == "reconstruction" else self.document(page, 1 + rng.randrange(4))
+        yield {"data_type": "paraphrase", "question": "", "docs": [document], "answer": answer}
+        continue
+      pairs = simple if kind == "simple" else [_compound(*two) for two in itertools.combinations(simple, 2)]
+      yield {"data_type": "qa", "question": [q for q, _ in pairs], "answers": [a for _, a in pairs], "docs": [document]}
 
   def lookup_rows(self, test: bool = False, versions: int = 4, partial: float = 0.0) -> Iterator[dict[str, Any]]:
     """One document and one question about it, for each page and version."""
@@ -546,6 +561,12 @@ def write_rows(rows: Iterable[dict[str, Any]], path: str) -> int:
       file.write(json.dumps(row, ensure_ascii=False) + "\n")
       count += 1
   return count
+
+
+def _compound(first: tuple[str, str], second: tuple[str, str]) -> tuple[str, str]:
+  """One question with its answer out of two."""
+  (a, x), (b, y) = first, second
+  return f"{a[:-1]}, and {b[0].lower()}{b[1:]}", f"{x} and {y}"
 
 
 def _capital(text: str) -> str:

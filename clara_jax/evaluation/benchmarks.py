@@ -1,20 +1,27 @@
 """Answers to every row of a file, with scores; a stage's loss on rows."""
 
 import dataclasses
+import hashlib
+import json
+import pathlib
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from clara_jax.batch import Tokens
-from clara_jax.config import DataConfig
+from clara_jax.config import ConfigError, DataConfig, Role
+from clara_jax.data import prompts
 from clara_jax.data.pipeline import RowEncoder, evaluation_batches, pad_tokens
 from clara_jax.data.schemas import DataError, Row
 from clara_jax.data.tokens import Layout
+from clara_jax.evaluation.candidates import Bm25
+from clara_jax.evaluation.likelihood import make_likelihood, until_end
 from clara_jax.evaluation.metrics import answer_scores, retrieval_scores
-from clara_jax.inference.answer import answer_from_memories
+from clara_jax.evaluation.settings import SETTINGS, Setting
 from clara_jax.inference.generate import make_generate
 from clara_jax.model import Clara
 from clara_jax.training import metrics as means
@@ -24,69 +31,202 @@ from clara_jax.training.step import evaluation_step
 
 @dataclasses.dataclass
 class Evaluation:
-  """Mean scores and, for each row, its prediction with its scores."""
+  """Mean scores and, for each row, its prediction with its scores; `confidence` is the geometric mean of its tokens' probabilities."""
 
   scores: dict[str, float]
   predictions: list[dict[str, Any]]
 
 
 def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequence[Row], setting: str, *, batch_size: int = 16,
-             max_new_tokens: int = 64, progress: bool = True) -> Evaluation:
+             max_new_tokens: int = 64, path: str | None = None, progress: bool = True) -> Evaluation:
   """Answers rows from their documents.
 
   Args:
-    model, layout, weights: a checkpoint; 'joint' needs its query reasoner.
-    rows: single questions with documents. 'joint' rows may differ in their number of candidates.
-    setting: 'compressor' answers from all documents of the row, 'joint' from the K best by score.
+    model, layout, weights: a checkpoint with the roles of the setting.
+    rows: single questions with documents; they may differ in how many.
+    setting: of `SETTINGS`.
     batch_size: rows a pass; rows with the same number of documents go together.
     max_new_tokens: longest answer.
+    path: a JSONL file to which each pass adds its predictions; rows that it has from this checkpoint and setting are not answered again.
     progress: whether lines go to standard error.
 
   Raises:
     DataError: a row is no single question, or has fewer than K documents.
+    ConfigError: the file has predictions of another checkpoint or setting.
   """
+  how = SETTINGS[setting]
   k = model.config.top_k
   for row in rows:
     if row.is_question_list or row.data_type != "qa":
       raise DataError(f"{row.identifier}: expected one question a row")
-    if setting == "joint" and len(row.documents) < k:
+    if how.order and len(row.documents) < k:
       raise DataError(f"{row.identifier}: {len(row.documents)} documents, but top_k={k}")
-  compress, encode = jax.jit(model.compress), jax.jit(model.encode_query)
-  select = jax.jit(lambda query, memories: (lambda s: (s, *model.select(s, memories)))(model.score(query, memories)))
-  generate = make_generate(model, max_new_tokens, layout.eos_id, layout.pad_id)
-  predictions: list[dict[str, Any] | None] = [None] * len(rows)
-  order = sorted(range(len(rows)), key=lambda i: len(rows[i].documents))
-  done = 0
-  while done < len(order):
-    count = len(rows[order[done]].documents)
-    chosen = [i for i in order[done:done + batch_size] if len(rows[i].documents) == count]
-    batch = [rows[i] for i in chosen]
-    texts = [d for row in batch for d in row.documents]
-    tokens = pad_tokens([layout.document(t) for t in texts], layout.pad_id, 32)
-    shaped = Tokens(tokens.ids.reshape(len(batch), count, -1), tokens.lengths.reshape(len(batch), count))
-    memories = compress(weights, shaped)
-    ranked: list[Any] = [None] * len(batch)
-    scores: list[Any] = ranked
-    if setting == "joint":
-      query = encode(weights, pad_tokens([layout.query(r.questions[0]) for r in batch], layout.pad_id, 16))
-      scores, memories, _ = select(query, memories)
-      scores = np.asarray(scores)
-      ranked = np.argsort(-scores, axis=-1, kind="stable")
-    answers = answer_from_memories(layout, generate, weights, [r.questions[0] for r in batch], memories)
-    for i, row, answer, places, cosines in zip(chosen, batch, answers, ranked, scores, strict=True):
-      prediction = {"id": row.identifier, "question": row.questions[0], "prediction": answer, "answers": list(row.answers)}
-      prediction |= answer_scores(answer, row.answers)
-      if places is not None:
-        prediction |= {"ranked": places.tolist(), "scores": cosines.tolist(), "pos_index": list(row.gold)}
+    if how.form == "memories" and not row.documents:
+      raise DataError(f"{row.identifier}: the row has no documents; `clara candidates` finds some")
+  made_by = _made_by(model, weights, setting, max_new_tokens)
+  keys = [_key(i, row) for i, row in enumerate(rows)]
+  there = _read(path, made_by)
+  predictions: list[dict[str, Any] | None] = [there.get(key) for key in keys]
+  done = sum(p is not None for p in predictions)
+  if done and progress:
+    print(f"evaluate {setting}: {done} of {len(rows)} rows were answered before", file=sys.stderr, flush=True)
+  cutoffs = (1, 3, 5) + ((20,) if max(len(r.documents) for r in rows) >= 20 else ())
+  for chosen, answered in _Answers(model, layout, weights, how, max_new_tokens).run(
+      rows, [i for i, p in enumerate(predictions) if p is None], batch_size):
+    for i, given in zip(chosen, answered, strict=True):
+      row = rows[i]
+      prediction = {"id": row.identifier, "key": keys[i], "made_by": made_by, "question": row.questions[0], **given,
+                    "answers": list(row.answers), **answer_scores(given["prediction"], row.answers)}
+      if "ranked" in given:
+        prediction |= {"pos_index": list(row.gold)}
         if row.gold:
-          prediction |= retrieval_scores(places.tolist(), row.gold)
+          prediction |= retrieval_scores(given["ranked"], row.gold, cutoffs)
       predictions[i] = prediction
+    if path:
+      with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(predictions[i], ensure_ascii=False) + "\n" for i in chosen)
     done += len(chosen)
     if progress:
-      print(f"evaluate: {done}/{len(rows)} rows", file=sys.stderr, flush=True)
-  named = {name for p in predictions for name, value in p.items() if isinstance(value, float)}
-  scores = {name: float(np.mean([p[name] for p in predictions if name in p])) for name in sorted(named)}
-  return Evaluation({"n": len(rows), **scores}, predictions)
+      print(f"evaluate {setting}: {done}/{len(rows)} rows", file=sys.stderr, flush=True)
+  return Evaluation({"n": len(rows), **mean_scores(predictions)}, predictions)
+
+
+# Numbers of a prediction that are no scores.
+NO_SCORES = ("seconds", "confidence")
+
+
+def mean_scores(predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
+  """Means over the rows that have the score, by name."""
+  named = sorted({name for p in predictions for name, value in p.items() if isinstance(value, float) and name not in NO_SCORES})
+  return {name: float(np.mean([p[name] for p in predictions if name in p])) for name in named}
+
+
+def _key(place: int, row: Row) -> str:
+  content = json.dumps([place, row.questions, row.answers, row.documents, row.gold])
+  return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def _made_by(model: Clara, weights: dict[str, Any], setting: str, max_new_tokens: int) -> str:
+  digest = hashlib.blake2b(f"{setting} {max_new_tokens} {model.config.top_k}".encode(), digest_size=8)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+  return digest.hexdigest()
+
+
+def read_predictions(path: str) -> list[dict[str, Any]]:
+  """Predictions of a file; a last line that a kill has cut is left out.
+
+  Raises:
+    DataError: the file is missing, or a line in it is no prediction.
+  """
+  file = pathlib.Path(path)
+  if not file.is_file():
+    raise DataError(f"{path}: no such file")
+  lines = file.read_text(encoding="utf-8").split("\n")
+  try:
+    found = [json.loads(line) for line in lines[:-1]]
+  except json.JSONDecodeError as error:
+    raise DataError(f"{path}: not predictions: {error}") from None
+  for number, value in enumerate(found, 1):
+    if not isinstance(value, dict) or not {"key", "made_by", "prediction"} <= set(value):
+      raise DataError(f"{path}:{number}: expected a prediction of clara evaluate")
+  return found
+
+
+def _read(path: str | None, made_by: str) -> dict[str, dict[str, Any]]:
+  if path is None or not pathlib.Path(path).exists():
+    return {}
+  found = read_predictions(path)
+  if any(p["made_by"] != made_by for p in found):
+    raise ConfigError(f"{path}: has predictions of another checkpoint or other settings; name another file, or remove it")
+  with open(path, "w", encoding="utf-8") as file:  # without a line that was cut
+    file.writelines(json.dumps(p, ensure_ascii=False) + "\n" for p in found)
+  return {p["key"]: p for p in found}
+
+
+class _Answers:
+  """Passes over rows in one setting."""
+
+  def __init__(self, model: Clara, layout: Layout, weights: dict[str, Any], how: Setting, max_new_tokens: int):
+    self._model, self._layout, self._weights, self._how = model, layout, weights, how
+    self._compress = jax.jit(model.compress)
+    self._score = jax.jit(lambda weights, tokens, memories: model.score(self._query(weights, tokens), memories))
+    role: Role | None = "generator" if how.form == "memories" else None
+    self._generate = make_generate(model, max_new_tokens, layout.eos_id, layout.pad_id, role)
+    self._likelihood = make_likelihood(model, layout, role)
+
+  def _query(self, weights, tokens):
+    return self._model.encode(weights, self._how.order, tokens)[0]
+
+  def run(self, rows: Sequence[Row], wanted: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+    """Yields places of rows and what was found for each; a batch has rows with the same number of documents."""
+    order = sorted(wanted, key=lambda i: len(rows[i].documents))
+    start = 0
+    while start < len(order):
+      count = len(rows[order[start]].documents)
+      chosen = [i for i in order[start:start + batch_size] if len(rows[i].documents) == count]
+      start += len(chosen)
+      # Filled up, so that a pass of fewer rows compiles nothing.
+      filled = [rows[i] for i in chosen] + [rows[chosen[0]]] * (min(batch_size, len(wanted)) - len(chosen))
+      yield chosen, self._pass(filled)[:len(chosen)]
+
+  def _pass(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    how, layout, k = self._how, self._layout, self._model.config.top_k
+    memories = self._memories(rows) if how.form == "memories" else None
+    begin = time.perf_counter()  # documents are compressed once, for all questions to come
+    ranked, scores = self._ranked(rows, memories)
+    if how.form == "memories":
+      if ranked is not None:
+        memories = memories[np.arange(len(rows))[:, None], ranked[:, :k]]
+      read = [memories.shape[1]] * len(rows)
+      contents = [read[0] * self._model.config.num_memory_tokens] * len(rows)
+      tokens = [layout.answer_prompt(r.questions[0], read[0], where=f"question {r.questions[0]!r:.60}").ids for r in rows]
+    else:
+      taken = [[r.documents[i] for i in ranked[n, :k]] if ranked is not None else [] for n, r in enumerate(rows)]
+      tokens, read, contents = zip(*(self._text_prompt(r.questions[0], d) for r, d in zip(rows, taken, strict=True)), strict=True)
+    answers = np.asarray(self._generate(self._weights, pad_tokens(list(tokens), layout.pad_id, 32), memories))
+    seconds = (time.perf_counter() - begin) / len(rows)
+    log_p, count = self._likelihood(self._weights, tokens, [until_end(a, layout.eos_id) for a in answers], memories)
+    confidence = np.exp(log_p / count)
+    found = []
+    for n in range(len(rows)):
+      found.append({"prediction": layout.text(answers[n]), "documents_read": int(read[n]), "context_tokens": int(contents[n]),
+                    "confidence": float(confidence[n]), "seconds": seconds})
+      if ranked is not None:
+        found[-1] |= {"ranked": ranked[n].tolist()}
+      if scores is not None:
+        found[-1] |= {"scores": scores[n].tolist()}
+    return found
+
+  def _memories(self, rows):
+    tokens = pad_tokens(self._layout.documents([d for row in rows for d in row.documents]), self._layout.pad_id, 32)
+    count = len(rows[0].documents)
+    shaped = Tokens(tokens.ids.reshape(len(rows), count, -1), tokens.lengths.reshape(len(rows), count))
+    return self._compress(self._weights, shaped)
+
+  def _ranked(self, rows, memories):
+    """Places of the documents [B, N], best first, and their scores by place; None where nobody ranks them."""
+    if self._how.order is None:
+      return None, None
+    if self._how.order == "bm25":
+      return np.stack([Bm25(r.documents).search(r.questions, len(r.documents))[0] for r in rows]), None
+    tokens = pad_tokens([self._layout.query(r.questions[0]) for r in rows], self._layout.pad_id, 16)
+    scores = np.asarray(self._score(self._weights, tokens, memories))
+    return np.argsort(-scores, axis=-1, kind="stable"), scores
+
+  def _text_prompt(self, question, documents):
+    """As many documents as fit the window, first ones first: (prompt, documents, their tokens)."""
+    layout, count = self._layout, len(documents)
+    while True:
+      text = "\n\n".join(documents[:count])
+      try:
+        ids = layout.prompt(prompts.answer_messages(text, question), where=f"question {question!r:.60}").ids
+        return ids, count, len(layout.ids(text))
+      except DataError:
+        if not count:
+          raise
+        count -= 1
 
 
 def stage_loss(model: Clara, layout: Layout, weights: dict[str, Any], stage_name: str, rows: Sequence[Row],

@@ -1,6 +1,20 @@
-"""Scores of answers and of retrieval (SPEC §5), each with its variants named apart."""
+"""Scores of answers, of retrieval and of paraphrases (SPEC §5), each with its variants named apart.
+
+    em, f1, cover_em              best over the gold answers; True and False count as yes and no
+    em_first, f1_first, …         against the first gold answer only, as upstream does
+    squad_em, squad_f1            as the official script of SQuAD 1.1 (arXiv 1606.05250) has them
+    hotpot_em, hotpot_f1          as the official script of HotpotQA (arXiv 1809.09600) has them: one gold answer, the first
+    recall_at_k, precision_at_k, ndcg_at_k, mrr
+    rouge1, rouge_l, entities_kept
+
+The official definitions, from their descriptions: an answer is normalised (lower case, no punctuation, no articles, single spaces); EM is
+equality; F1 is that of the two bags of tokens, 0 where they share none, also where both are empty; HotpotQA's F1 is also 0 where one of
+the two is yes, no or noanswer and the other is not the same.
+"""
 
 import collections
+import functools
+import math
 import re
 import string
 from collections.abc import Sequence
@@ -10,14 +24,19 @@ _BOOLEANS = {"true": "yes", "false": "no"}
 _CLOSED = ("yes", "no", "noanswer")
 
 
-def normalise(text: str) -> str:
-  """Lower case, no punctuation, no articles, single spaces; True and False become yes and no.
+def normalise_officially(text: str) -> str:
+  """Lower case, no punctuation (ASCII), no articles, single spaces: SQuAD's `normalize_answer`.
 
-  >>> normalise("The  U.S. is a place")
+  >>> normalise_officially("The  U.S. is a place")
   'us is place'
   """
   text = "".join(c for c in text.lower() if c not in string.punctuation)
-  text = " ".join(_ARTICLES.sub(" ", text).split())
+  return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def normalise(text: str) -> str:
+  """The same, and True and False become yes and no."""
+  text = normalise_officially(text)
   return _BOOLEANS.get(text, text)
 
 
@@ -27,13 +46,9 @@ def exact_match(prediction: str, answer: str) -> float:
 
 
 def f1(prediction: str, answer: str) -> float:
-  """Token overlap; yes, no and noanswer count only when equal."""
+  """Token overlap; yes, no and noanswer count only when equal; two empty answers are equal."""
   a, b = normalise(prediction), normalise(answer)
-  if (a in _CLOSED or b in _CLOSED) and a != b:
-    return 0.0
-  left, right = a.split(), b.split()
-  same = sum((collections.Counter(left) & collections.Counter(right)).values())
-  return 2 * same / (len(left) + len(right)) if same else float(left == right)
+  return float(a == b) if not a and not b else _closed_f1(a, b)
 
 
 def cover_em(prediction: str, answer: str) -> float:
@@ -41,20 +56,92 @@ def cover_em(prediction: str, answer: str) -> float:
   return float(set(normalise(answer).split()) <= set(normalise(prediction).split()))
 
 
+def squad_em(prediction: str, answer: str) -> float:
+  """SQuAD 1.1's `exact_match_score`; HotpotQA's is the same."""
+  return float(normalise_officially(prediction) == normalise_officially(answer))
+
+
+def squad_f1(prediction: str, answer: str) -> float:
+  """SQuAD 1.1's `f1_score`."""
+  return _overlap_f1(normalise_officially(prediction), normalise_officially(answer))
+
+
+def hotpot_f1(prediction: str, answer: str) -> float:
+  """HotpotQA's `f1_score`."""
+  return _closed_f1(normalise_officially(prediction), normalise_officially(answer))
+
+
+def _closed_f1(a: str, b: str) -> float:
+  return 0.0 if (a in _CLOSED or b in _CLOSED) and a != b else _overlap_f1(a, b)
+
+
+def _overlap_f1(a: str, b: str) -> float:
+  left, right = a.split(), b.split()
+  same = sum((collections.Counter(left) & collections.Counter(right)).values())
+  return 2 * same / (len(left) + len(right)) if same else 0.0
+
+
 ANSWER_METRICS = {"em": exact_match, "f1": f1, "cover_em": cover_em}
 
 
 def answer_scores(prediction: str, answers: Sequence[str]) -> dict[str, float]:
-  """`em`, `f1`, `cover_em`: best over the gold answers; `…_first`: against the first one only, as upstream does."""
+  """All scores of an answer; see the module for their names."""
   scores = {name: max(metric(prediction, a) for a in answers) for name, metric in ANSWER_METRICS.items()}
-  return scores | {f"{name}_first": metric(prediction, answers[0]) for name, metric in ANSWER_METRICS.items()}
+  scores |= {f"{name}_first": metric(prediction, answers[0]) for name, metric in ANSWER_METRICS.items()}
+  scores |= {"squad_em": max(squad_em(prediction, a) for a in answers), "squad_f1": max(squad_f1(prediction, a) for a in answers)}
+  return scores | {"hotpot_em": squad_em(prediction, answers[0]), "hotpot_f1": hotpot_f1(prediction, answers[0])}
 
 
 def retrieval_scores(ranked: Sequence[int], gold: Sequence[int], cutoffs: Sequence[int] = (1, 3, 5)) -> dict[str, float]:
-  """`recall_at_k` = |top-k ∩ gold| / |gold| and `precision_at_k` = |top-k ∩ gold| / k."""
-  scores = {}
+  """`recall_at_k` = |top-k ∩ gold| / |gold|, `precision_at_k` = |top-k ∩ gold| / k, `ndcg_at_k` (gain 1 for a gold document, discount
+  log2(place + 1)), `mrr` = 1 / place of the first gold document.
+
+  Args:
+    ranked: candidates, best first.
+    gold: those that are right, at least one; they need not be among the candidates.
+    cutoffs: k.
+  """
+  right = set(gold)
+  hits = [int(place in right) for place in ranked]
+  scores = {"mrr": next((1 / place for place, hit in enumerate(hits, 1) if hit), 0.0)}
   for k in cutoffs:
-    hits = len(set(ranked[:k]) & set(gold))
-    scores[f"recall_at_{k}"] = hits / len(set(gold))
-    scores[f"precision_at_{k}"] = hits / k
+    scores[f"recall_at_{k}"] = sum(hits[:k]) / len(right)
+    scores[f"precision_at_{k}"] = sum(hits[:k]) / k
+    scores[f"ndcg_at_{k}"] = _gain(hits[:k]) / _gain([1] * min(k, len(right)))
   return scores
+
+
+def _gain(hits: Sequence[int]) -> float:
+  return sum(hit / math.log2(place + 1) for place, hit in enumerate(hits, 1))
+
+
+# A number, or a run of capitalised words that does not begin a sentence.
+_NUMBER = re.compile(r"\b\d[\d.,:/-]*\b")
+_NAME = re.compile(r"(?<![.!?]\s)(?<!^)\b[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)*")
+
+
+def entities(text: str) -> set[str]:
+  """Numbers and names (runs of capitalised words inside sentences) of a text, normalised: a rule, not a model."""
+  return {normalise_officially(found) for pattern in (_NUMBER, _NAME) for found in pattern.findall(text)} - {""}
+
+
+def entities_kept(paraphrase: str, source: str) -> float:
+  """Share of the source's `entities` whose tokens all appear in the paraphrase; 1 where it has none."""
+  wanted, tokens = entities(source), set(normalise_officially(paraphrase).split())
+  return sum(set(e.split()) <= tokens for e in wanted) / len(wanted) if wanted else 1.0
+
+
+def paraphrase_scores(paraphrase: str, source: str) -> dict[str, float]:
+  """Fidelity of a text that was written from memory tokens: `rouge1`, `rouge_l` (F1, stemmed) and `entities_kept`.
+
+  Raises:
+    ImportError: the library rouge-score is missing (extra 'evaluate').
+  """
+  found = _rouge().score(source, paraphrase)
+  return {"rouge1": found["rouge1"].fmeasure, "rouge_l": found["rougeL"].fmeasure, "entities_kept": entities_kept(paraphrase, source)}
+
+
+@functools.cache
+def _rouge():
+  from rouge_score import rouge_scorer
+  return rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from clara_jax.batch import Tokens
 from clara_jax.config import ConfigError
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.tokens import Layout
@@ -204,11 +203,3 @@ _QUERY_BUCKET, _PROMPT_BUCKET = 32, 128
 
 def _padded(rows: int) -> int:
   return 1 << (rows - 1).bit_length()
-
-
-def answer_from_memories(layout: Layout, generate: Any, weights: dict[str, Any], questions: Sequence[str], memories: Any
-                         ) -> list[str]:
-  """Answers from given memory tokens [B, K, M, D]; `generate` is what `make_generate` made."""
-  prompts = [layout.answer_prompt(q, memories.shape[1], where=f"question {q!r:.60}").ids for q in questions]
-  tokens: Tokens = pad_tokens(prompts, layout.pad_id, 32)
-  return [layout.text(ids) for ids in np.asarray(generate(weights, tokens, memories))]

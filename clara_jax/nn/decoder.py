@@ -83,6 +83,7 @@ class Attention(nn.Module):
       q, k = (RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), axis=None, name=name)(z)
               for name, z in (("q_norm", q), ("k_norm", k)))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    self.sow("queries", "rotated", q)  # kept where a caller asks for the collection (evaluation/explain.py)
     q = nn.with_logical_constraint(q, (axes.BATCH, axes.LENGTH, axes.HEADS, None))
     k, v = (nn.with_logical_constraint(z, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, None)) for z in (k, v))
     if cache is None:
@@ -208,7 +209,7 @@ class Decoder(nn.Module):
       layer = nn.remat(Layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
     layers = nn.scan(
         layer,
-        variable_axes={"params": 0, "lora": 0},
+        variable_axes={"params": 0, "lora": 0, "queries": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
         out_axes=0,

@@ -1,0 +1,137 @@
+"""A first-stage retriever gives each question its candidates, which the query reasoner then ranks.
+
+*normal* candidates are what the retriever found; *oracle* ones have the gold documents among them (upstream's `no_pos` and `with_pos`).
+"""
+
+import dataclasses
+import importlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from clara_jax.config import ConfigError
+from clara_jax.data.schemas import DataError, Document, Row
+from clara_jax.retrieval.exact import ExactIndex
+from clara_jax.retrieval.index import unit_vectors
+
+
+class Retriever(Protocol):
+  """Finds texts of a corpus."""
+
+  def search(self, questions: Sequence[str], k: int) -> np.ndarray:
+    """Rows of the corpus [Q, k], best first."""
+
+
+class Bm25:
+  """BM25 through bm25s (Lucene's variant, k1 = 1.5, b = 0.75, English stop words).
+
+  Raises:
+    ConfigError: bm25s is missing.
+  """
+
+  def __init__(self, texts: Sequence[str]):
+    try:
+      import bm25s
+    except ImportError:
+      raise ConfigError("BM25 needs bm25s: pip install -e '.[evaluate]'") from None
+    self._tokenize = lambda t: bm25s.tokenize(list(t), stopwords="en", show_progress=False)
+    self._index = bm25s.BM25()
+    self._index.index(self._tokenize(texts), show_progress=False)
+
+  def search(self, questions: Sequence[str], k: int) -> np.ndarray:
+    return np.asarray(self._index.retrieve(self._tokenize(questions), k=k, show_progress=False, return_as="documents"))
+
+
+class Dense:
+  """A dense encoder with exact search by cosine.
+
+  Args:
+    texts: the corpus.
+    encode: (texts, kind) -> [n, d]; kind is 'document' or 'question'.
+  """
+
+  def __init__(self, texts: Sequence[str], encode: Callable[[Sequence[str], str], Any]):
+    self._encode = encode
+    vectors = unit_vectors(np.asarray(encode(list(texts), "document"), np.float32))
+    self._index = ExactIndex(vectors.shape[1])
+    self._index.fill(np.arange(len(vectors)), lambda rows: vectors[rows])
+
+  def search(self, questions: Sequence[str], k: int) -> np.ndarray:
+    return self._index.search(unit_vectors(np.asarray(self._encode(list(questions), "question"), np.float32)), k)[0]
+
+
+def open_retriever(name: str, texts: Sequence[str]) -> Retriever:
+  """'bm25', or MODULE:FUNCTION with an encoder (see `Dense`), which is found on the Python path.
+
+  Raises:
+    ConfigError: there is no such function.
+  """
+  if name == "bm25":
+    return Bm25(texts)
+  module, _, function = name.partition(":")
+  try:
+    return Dense(texts, getattr(importlib.import_module(module), function))
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ConfigError(f"--retriever {name}: {error}; expected bm25 or MODULE:FUNCTION") from None
+
+
+def own_corpus(rows: Sequence[Row]) -> list[Document]:
+  """The rows' own documents, each once; ids are their numbers."""
+  texts = dict.fromkeys(text for row in rows for text in row.documents)
+  return [Document(str(i), text) for i, text in enumerate(texts)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What a retriever gave: rows written, and how many of their gold documents were among the first 5 and among all candidates before
+  any were put there; `gold_not_in_corpus` counts gold documents that it could not find."""
+
+  rows: int
+  documents: int
+  recall_at_5: float | None
+  recall: float | None
+  gold_not_in_corpus: int
+
+
+def make(rows: Sequence[Row], corpus: Sequence[Document], count: int, setting: Literal["normal", "oracle"], retriever: str = "bm25",
+         seed: int = 0, batch: int = 256) -> Iterator[dict[str, Any] | Report]:
+  """Rows with candidates, in order, and then the report.
+
+  Args:
+    rows: questions; the gold documents are known by their text, or by `document_ids` where rows have no documents.
+    corpus: what is searched; a document's text goes into the row below its title, if it has one.
+    count: candidates a row.
+    setting: 'oracle' puts gold documents that were not found in the place of the last ones and shuffles the row.
+    retriever: see `open_retriever`.
+    seed: of the shuffle.
+    batch: questions a search.
+
+  Raises:
+    DataError: fewer documents than `count`.
+  """
+  if count > len(corpus):
+    raise DataError(f"{count} candidates a row, but the corpus has {len(corpus)} documents")
+  texts = [f"{d.title}\n{d.text}" if d.title else d.text for d in corpus]
+  by_text, by_id = {t: i for i, t in enumerate(texts)}, {d.id: i for i, d in enumerate(corpus)}
+  found = open_retriever(retriever, texts)
+  recall: list[tuple[float, float]] = []
+  lost = 0
+  for start in range(0, len(rows), batch):
+    block = rows[start:start + batch]
+    for row, places in zip(block, found.search([r.questions[0] for r in block], count).tolist(), strict=True):
+      keys = [by_text.get(row.documents[g]) if row.documents else by_id.get(row.document_ids[g]) for g in row.gold]
+      gold = list(dict.fromkeys(key for key in keys if key is not None))
+      lost += keys.count(None)
+      if keys:
+        recall.append(tuple(len(set(places[:k]) & set(gold)) / len(set(row.gold)) for k in (5, count)))
+      if setting == "oracle":
+        kept = gold[:count]
+        places = kept + [p for p in places if p not in kept][:count - len(kept)]
+        random.Random(f"{seed}:{row.identifier}").shuffle(places)
+      yield {"id": row.identifier, "question": row.questions[0], "answer": row.answers[0], "golden_answers": list(row.answers),
+             "docs": [texts[p] for p in places], "doc_ids": [corpus[p].id for p in places],
+             "pos_index": [i for i, p in enumerate(places) if p in gold]}
+  means = np.mean(recall, axis=0).round(4).tolist() if recall else [None, None]
+  yield Report(len(rows), len(corpus), *means, lost)

@@ -1,0 +1,176 @@
+"""Why an answer came out: words of memory tokens, attention to documents, what each document did for the answer."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clara_jax.data.pipeline import pad_tokens
+from clara_jax.data.schemas import DataError, Row
+from clara_jax.data.tokens import Layout
+from clara_jax.evaluation import logit_lens
+from clara_jax.evaluation.likelihood import make_likelihood, until_end
+from clara_jax.inference.generate import make_generate
+from clara_jax.model import Clara
+from clara_jax.ops.losses import masked_mean
+
+_WORD = re.compile(r"[^\W_]{2,}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+  """A word of the logit lens, with its logit and where else it stands."""
+
+  word: str
+  logit: float
+  in_question: bool
+  in_gold: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadDocument:
+  """A document that the generator read.
+
+  Attributes:
+    place: among the row's candidates; text, is_gold: of it.
+    score: cosine with the question.
+    attention: share of the answer tokens' attention to memory tokens that went to this document's, mean over layers and heads.
+    gain: log p(answer) with all documents minus without this one, in nats: positive where it speaks for the answer.
+    lens: words of its memory tokens.
+  """
+
+  place: int
+  text: str
+  is_gold: bool
+  score: float
+  attention: float
+  gain: float
+  lens: list[Word]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+  """One row, explained; `documents` in the order in which they were read."""
+
+  id: str
+  question: str
+  answers: list[str]
+  prediction: str
+  log_p: float
+  lens: list[Word]
+  documents: list[ReadDocument]
+
+
+class Explainer:
+  """Explains answers of a joint checkpoint.
+
+  Args:
+    model, layout, weights: a checkpoint with all roles.
+    max_new_tokens: longest answer.
+    top: words of the lens for each memory token, before they are filtered (letters and digits only, two or more).
+  """
+
+  def __init__(self, model: Clara, layout: Layout, weights: dict[str, Any], max_new_tokens: int = 64, top: int = 50):
+    self._model, self._layout, self._weights, self._top = model, layout, weights, top
+    self._compress, self._encode = jax.jit(model.compress), jax.jit(model.encode_query)
+    self._generate = make_generate(model, max_new_tokens, layout.eos_id, layout.pad_id)
+    self._likelihood = make_likelihood(model, layout)
+    self._attention = jax.jit(functools.partial(answer_attention, model))
+
+  def explain(self, row: Row) -> Explanation:
+    """One row with K or more candidates, two at least.
+
+    Raises:
+      DataError: there are fewer.
+    """
+    layout, weights, k, m = self._layout, self._weights, self._model.config.top_k, self._model.config.num_memory_tokens
+    if len(row.documents) < k:
+      raise DataError(f"{row.identifier}: {len(row.documents)} documents, but top_k={k}")
+    question = row.questions[0]
+    memories = self._compress(weights, pad_tokens(layout.documents(row.documents), layout.pad_id, 32))
+    query = self._encode(weights, pad_tokens([layout.query(question)], layout.pad_id, 16))
+    scores = np.asarray(self._model.score(query, memories[None]))[0]
+    chosen = np.argsort(-scores, kind="stable")[:k]
+    read = memories[chosen][None]
+    prompt = layout.answer_prompt(question, k, where=row.identifier).ids
+    answer = until_end(np.asarray(self._generate(weights, pad_tokens([prompt], layout.pad_id, 32), read))[0], layout.eos_id)
+    whole = self._likelihood(weights, [prompt], [answer], read)[0][0]
+    gains = np.zeros(k)
+    if k > 1:
+      without = np.array([[j for j in range(k) if j != left_out] for left_out in range(k)])
+      shorter = layout.answer_prompt(question, k - 1, where=row.identifier).ids
+      gains = whole - self._likelihood(weights, [shorter] * k, [answer] * k, read[0][without])[0]
+    tokens = pad_tokens([np.concatenate([prompt, answer])], layout.pad_id, 32)
+    attention = np.asarray(self._attention(weights, tokens.ids, read, len(prompt), len(prompt) + len(answer)))[0].reshape(k, m).sum(1)
+    gold = " ".join(row.documents[g] for g in row.gold)
+    lenses = self._lens(np.concatenate([np.asarray(query), np.asarray(read)[0]]), question, gold)
+    documents = [ReadDocument(int(p), row.documents[p], int(p) in row.gold, float(scores[p]), float(share), float(gain), lens)
+                 for p, share, gain, lens in zip(chosen, attention / attention.sum(), gains, lenses[1:], strict=True)]
+    return Explanation(row.identifier, question, list(row.answers), layout.text(answer), float(whole), lenses[0], documents)
+
+  def _lens(self, memories, question: str, gold: str) -> list[list[Word]]:
+    asked, told = ({w.lower() for w in _WORD.findall(text)} for text in (question, gold))
+    listed = logit_lens.words(self._model, self._layout, self._weights, memories, self._top)
+    return [[Word(word, logit, word.lower() in asked, word.lower() in told) for word, logit in words if _WORD.fullmatch(word)]
+            for words in listed]
+
+
+def answer_attention(model: Clara, weights: dict[str, Any], ids: jax.Array, memories: jax.Array, start: jax.Array | int,
+                     stop: jax.Array | int) -> jax.Array:
+  """Attention of the positions that predict an answer to each memory slot.
+
+  Args:
+    model, weights: the generator's.
+    ids: [B, T] prompts with their answers.
+    memories: [B, K, M, D].
+    start, stop: the answer's tokens are start … stop - 1; position t predicts token t + 1.
+
+  Returns:
+    [B, K·M] float32, mean over layers, heads and these positions.
+  """
+  config = model.config.model
+  variables = {"params": weights["base"], "lora": weights["generator"]}
+  (_, read), sown = model.decoder.apply(variables, model.splice(weights, ids, memories), keep=True, mutable=["queries"])
+  at = jnp.arange(ids.shape[1])
+  visible = at <= at[:, None]
+  if config.sliding_window is not None:
+    visible &= at > at[:, None] - config.sliding_window
+  predicts = (at >= start - 1) & (at < stop - 1)
+
+  def layer(q, keys):
+    keys = jnp.repeat(jnp.moveaxis(keys, 1, 2), config.num_heads // config.num_kv_heads, axis=2)
+    scores = jnp.einsum("bthp,bshp->bhts", q, keys, preferred_element_type=jnp.float32) * config.head_dim**-0.5
+    weights = jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1)
+    return (weights * predicts[:, None]).sum((1, 2)) / (config.num_heads * predicts.sum())
+
+  (queries,) = sown["queries"]["layers"]["attention"]["rotated"]
+  shares = jax.lax.map(lambda x: layer(*x), (queries, read.keys)).mean(0)
+  is_memory, _ = model.memory_slot(ids)
+  count = memories.shape[1] * memories.shape[2]
+  places = jnp.argsort(~is_memory, axis=-1, stable=True)[:, :count]
+  return jnp.take_along_axis(shares, places, axis=1)
+
+
+def document_and_memory_means(model: Clara, layout: Layout, weights: dict[str, Any], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+  """Means of the compressor's states over each document's own tokens and over its memory tokens, [n, D] each: what L_MSE brings together
+  (paper §3.1)."""
+  @jax.jit
+  def both(weights, tokens):
+    memories, hidden = model.encode(weights, "compressor", tokens)
+    real = jnp.arange(tokens.ids.shape[1]) < tokens.lengths[:, None] - model.config.num_memory_tokens
+    return masked_mean(hidden, real), memories.mean(1)
+  return tuple(np.asarray(x, np.float32) for x in both(weights, pad_tokens(layout.documents(texts), layout.pad_id, 32)))
+
+
+def picture(documents: np.ndarray, memories: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """PCA of both sets together: ([n, 2], [n, 2], share of the variance of each axis [2])."""
+  both = np.concatenate([documents, memories]).astype(np.float64)
+  centred = both - both.mean(0)
+  _, values, directions = np.linalg.svd(centred, full_matrices=False)
+  flat = centred @ directions[:2].T
+  return flat[:len(documents)], flat[len(documents):], (values**2 / (values**2).sum())[:2]

@@ -1,0 +1,198 @@
+"""Self-contained HTML pages: tables with intervals, plots, examples. They work offline and on a narrow screen."""
+
+import html
+import io
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from clara_jax.evaluation import statistics
+from clara_jax.evaluation.explain import Explanation, Word
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
+h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2rem}h3{font-size:1rem;margin-bottom:.2rem}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.95rem}
+td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
+td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));gap:1rem}
+figure{margin:1rem 0}svg{max-width:100%;height:auto}.doc,.small{color:#555;font-size:.9rem}
+.doc{margin:.2rem 0 .2rem 1rem;overflow-wrap:anywhere}.gold{border-left:3px solid #2a7a3b;padding-left:.5rem}
+.answer{font-weight:600}.good{color:#1d6b2f}.bad{color:#a3261f}code{background:#f4f4f4;padding:0 .2rem}pre{overflow-x:auto}
+.q{font-weight:600}.g{text-decoration:underline;text-decoration-color:#2a7a3b;text-decoration-thickness:2px}
+"""
+
+
+def figure(draw: Callable[[Any], None], width: float = 6.5, height: float = 3.6) -> str:
+  """An SVG drawn by `draw(axes)`."""
+  import matplotlib
+  matplotlib.use("svg")
+  from matplotlib import pyplot
+  with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
+    made, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    draw(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    made.savefig(buffer, format="svg", metadata={"Date": None})
+    pyplot.close(made)
+  text = buffer.getvalue()
+  return f"<figure>{text[text.index('<svg'):]}</figure>"
+
+
+def page(title: str, intro: str, sections: Sequence[tuple[str, str]]) -> str:
+  """A whole page; sections are (heading, HTML)."""
+  body = "".join(f"<h2>{html.escape(name)}</h2>{content}" for name, content in sections)
+  return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+          f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>{body}</html>")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  """Numbers and means are right-aligned; strings that begin with '<' are HTML already."""
+  def cell(value):
+    if isinstance(value, str):
+      return f"<td>{value if value.startswith('<') else html.escape(value)}</td>"
+    return f"<td class=n>{number(value)}</td>"
+  lines = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+  return f"<div class=wide><table><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in header)}</tr>{lines}</table></div>"
+
+
+def number(value: Any) -> str:
+  """A mean with its interval, a number, or nothing."""
+  if value is None:
+    return ""
+  if isinstance(value, statistics.Mean):
+    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+  return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if abs(value) < 0.1 else f"{value:.3f}"
+
+
+# ---- what is seen in predictions -----------------------------------------------------------------------------------------------
+
+QUALITY = ("em", "f1", "cover_em", "em_first")
+RETRIEVAL = ("recall_at_1", "recall_at_3", "recall_at_5", "recall_at_20", "mrr", "ndcg_at_5")
+Predictions = Sequence[Mapping[str, Any]]
+
+
+def summary(predictions: Predictions) -> dict[str, Any]:
+  """Means with intervals of quality and retrieval, context tokens and seconds a question (median)."""
+  found: dict[str, Any] = {"rows": len(predictions)}
+  for name in (*QUALITY, *RETRIEVAL, "squad_f1", "hotpot_f1"):
+    values = [p[name] for p in predictions if name in p]
+    if values:
+      found[name] = statistics.mean(values)
+  found["context_tokens"] = float(np.mean([p["context_tokens"] for p in predictions]))
+  found["seconds"] = float(np.median([p["seconds"] for p in predictions]))
+  return found
+
+
+def recall_curve(runs: Mapping[str, Predictions]) -> str:
+  """Share of gold documents among the first k, over k."""
+  def draw(axes):
+    for name, predictions in runs.items():
+      rows = [(np.isin(p["ranked"], p["pos_index"]).cumsum() / len(p["pos_index"])) for p in predictions if p.get("pos_index")]
+      length = min(map(len, rows))
+      axes.plot(range(1, length + 1), np.mean([r[:length] for r in rows], axis=0), marker=".", label=name.replace("_", " "))
+    axes.set(title="Recall of gold documents", xlabel="first k documents", ylabel="recall", ylim=(0, 1.03))
+    axes.legend(frameon=False)
+  return figure(draw)
+
+
+def by_bins(runs: Mapping[str, Predictions], value: Callable[[Mapping[str, Any]], float | None], title: str, xlabel: str,
+            bins: int = 5) -> str | None:
+  """Exact match over quantiles of a property of the row, with intervals; None where it does not vary."""
+  def draw(axes):
+    for shift, (name, predictions) in enumerate(runs.items()):
+      pairs = [(v, p["em"]) for p in predictions if (v := value(p)) is not None]
+      edges = np.unique(np.quantile([v for v, _ in pairs], np.linspace(0, 1, bins + 1)))
+      inside = np.clip(np.searchsorted(edges, [v for v, _ in pairs], side="right") - 1, 0, len(edges) - 2)
+      found = [(np.mean([v for (v, _), j in zip(pairs, inside, strict=True) if j == i]),
+                statistics.mean([e for (_, e), j in zip(pairs, inside, strict=True) if j == i]))
+               for i in range(len(edges) - 1) if (inside == i).any()]
+      x = np.array([v for v, _ in found]) * (1 + 0.004 * shift)
+      means = [m for _, m in found]
+      axes.errorbar(x, [m.mean for m in means], np.maximum(0, [[m.mean - m.low for m in means], [m.high - m.mean for m in means]]),
+                    marker="o", capsize=3, label=name.replace("_", " "))
+    axes.set(title=title, xlabel=xlabel, ylabel="exact match (95 % interval)", ylim=(0, 1.05))
+    axes.legend(frameon=False)
+  values = {v for predictions in runs.values() for p in predictions if (v := value(p)) is not None}
+  return figure(draw) if len(values) > 1 else None
+
+
+def calibration(runs: Mapping[str, Predictions], bins: int = 10) -> str:
+  """Share of exact answers over the probability that the model gave them; the expected calibration error is in the legend."""
+  def draw(axes):
+    axes.plot([0, 1], [0, 1], color="0.75", linewidth=1)
+    for name, predictions in runs.items():
+      confidence, exact = (np.array([p[key] for p in predictions]) for key in ("confidence", "em"))
+      places = np.minimum((confidence * bins).astype(int), bins - 1)
+      inside = [places == i for i in np.unique(places)]
+      x, y, n = np.array([(confidence[m].mean(), exact[m].mean(), m.sum()) for m in inside]).T
+      error = (n * np.abs(x - y)).sum() / len(predictions)
+      axes.plot(x, y, marker="o", label=f"{name.replace('_', ' ')} (ECE {error:.2f})")
+    axes.set(title="Calibration", xlabel="probability of the answer's tokens (geometric mean)", ylabel="exact match", xlim=(0, 1.02),
+             ylim=(0, 1.05))
+    axes.legend(frameon=False)
+  return figure(draw)
+
+
+def against_ratio(points: Mapping[str, tuple[float, statistics.Mean]]) -> str:
+  """F1 over compression ratio, a point a run."""
+  def draw(axes):
+    for name, (ratio, mean) in points.items():
+      axes.errorbar([ratio], [mean.mean], [[mean.mean - mean.low], [mean.high - mean.mean]], marker="o", capsize=3,
+                    label=name.replace("_", " "))
+    axes.set(title="Quality against compression", xlabel="compression ratio", ylabel="F1 (95 % interval)", xscale="log", ylim=(0, 1.05))
+    ticks = sorted({ratio for ratio, _ in points.values()})
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+  return figure(draw)
+
+
+def pictures(sets: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> str:
+  """PCA of document means and memory means (`explain.picture`), a plot a checkpoint; a line joins the two of a document."""
+  def drawer(name, found):
+    documents, memories, share = found
+
+    def draw(axes):
+      for a, b in zip(documents, memories, strict=True):
+        axes.plot(*zip(a, b, strict=True), color="0.8", linewidth=0.7, zorder=1)
+      axes.scatter(*documents.T, s=14, label="mean of the document's tokens", zorder=2)
+      axes.scatter(*memories.T, s=14, marker="^", label="mean of its memory tokens", zorder=2)
+      axes.set(title=name, xlabel=f"first component ({share[0]:.0%} of the variance)", ylabel=f"second component ({share[1]:.0%})")
+      axes.legend(frameon=False)
+    return draw
+  return "<div class=plots>" + "".join(figure(drawer(name, found)) for name, found in sets.items()) + "</div>"
+
+
+def word_list(words: Sequence[Word], most: int = 20) -> str:
+  """Lens words: bold where they stand in the question, underlined where in a gold document."""
+  def one(word):
+    kind = " ".join(c for c, on in (("q", word.in_question), ("g", word.in_gold)) if on)
+    return f"<span class='{kind}'>{html.escape(word.word)}</span>" if kind else html.escape(word.word)
+  return ", ".join(one(w) for w in words[:most])
+
+
+LENS_LEGEND = ("<p class=small>Words of the logit lens: <span class=q>bold</span> stands in the question, <span class=g>underlined</span> "
+               "in a gold document.</p>")
+
+
+def explained(found: Explanation) -> str:
+  """One explanation."""
+  right = found.prediction and any(found.prediction.lower() == a.lower() for a in found.answers)
+  documents = "".join(
+      f"<p class='doc{' gold' if d.is_gold else ''}'>cosine {d.score:.3f}, attention {d.attention:.0%}, gain {d.gain:+.2f} nats"
+      f"{', gold' if d.is_gold else ''}<br>{html.escape(d.text[:600])}{'…' if len(d.text) > 600 else ''}<br>{word_list(d.lens, 12)}</p>"
+      for d in found.documents)
+  answer = html.escape(found.prediction) or "(nothing)"
+  return (f"<h3>{html.escape(found.question)}</h3><p><span class='answer {'good' if right else 'bad'}'>{answer}</span> "
+          f"<span class=small>wanted: {html.escape(' | '.join(found.answers))}; log p {found.log_p:.2f}</span></p>"
+          f"<p class=small>question: {word_list(found.lens)}</p>{documents}")
+
+
+def write(path: str | pathlib.Path, text: str) -> None:
+  """Writes a page."""
+  file = pathlib.Path(path)
+  file.parent.mkdir(parents=True, exist_ok=True)
+  file.write_text(text, encoding="utf-8")

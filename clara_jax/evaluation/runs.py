@@ -1,0 +1,183 @@
+"""Several settings and checkpoints on one file: a table, predictions on disk, a page; and two such runs side by side."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clara_jax.config import ConfigError
+from clara_jax.data.schemas import DataError, Row
+from clara_jax.evaluation import report, statistics
+from clara_jax.evaluation.benchmarks import evaluate, read_predictions
+from clara_jax.evaluation.explain import Explainer, document_and_memory_means, picture
+from clara_jax.evaluation.settings import SETTINGS
+from clara_jax.interop.checkpoints import Checkpoint
+
+EXAMPLES, PICTURED = 5, 150
+
+
+def run(checkpoint: Checkpoint, rows: Sequence[Row], settings: Sequence[str], directory: str, *, also: Mapping[str, Checkpoint],
+        title: str, batch_size: int = 16, max_new_tokens: int = 64) -> dict[str, Any]:
+  """Answers all rows in every setting and writes DIR/predictions/NAME.jsonl, DIR/report.json and DIR/report.html.
+
+  What was answered before is not answered again.
+
+  Args:
+    checkpoint: with the roles of the settings.
+    rows: questions with documents.
+    settings: of `settings.SETTINGS`.
+    directory: DIR.
+    also: other checkpoints, by name, in the setting 'joint' (a contrastive one, a generator-only one).
+    title: of the page.
+    batch_size, max_new_tokens: see `evaluate`.
+
+  Returns:
+    What is in report.json: `report.summary` by setting or name.
+
+  Raises:
+    ConfigError: a name is used twice.
+  """
+  if taken := set(also) & set(settings):
+    raise ConfigError(f"--also {taken.pop()}: is the name of a setting")
+  jobs = {name: (checkpoint, name) for name in settings} | {name: (other, "joint") for name, other in also.items()}
+  where = pathlib.Path(directory)
+  (where / "predictions").mkdir(parents=True, exist_ok=True)
+  found, summaries = {}, {}
+  for name, (source, setting) in jobs.items():
+    source.require(*SETTINGS[setting].roles())
+    found[name] = evaluate(source.model, source.layout, source.weights, rows, setting, batch_size=batch_size, max_new_tokens=max_new_tokens,
+                           path=str(where / "predictions" / f"{name}.jsonl")).predictions
+    summaries[name] = report.summary(found[name])
+  values = {name: {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in s.items()} for name, s in summaries.items()}
+  made = {"title": title, "rows": len(rows), "runs": values}
+  (where / "report.json").write_text(json.dumps(made, indent=2), encoding="utf-8")
+  report.write(where / "report.html", _page(title, checkpoint, also, rows, found, summaries, max_new_tokens))
+  print(f"evaluate: {where / 'report.html'}", file=sys.stderr, flush=True)
+  return made
+
+
+def summary_table(summaries: Mapping[str, Mapping[str, Any]], says: Mapping[str, str]) -> str:
+  """The table of a run."""
+  columns = [c for c in (*report.QUALITY, *report.RETRIEVAL) if any(c in s for s in summaries.values())]
+  rows = [[name.replace("_", " "), says.get(name, ""), *(s.get(c) for c in columns), s["context_tokens"], s["seconds"]]
+          for name, s in summaries.items()]
+  return report.table(["run", "the generator reads", *(c.replace("_", " ") for c in columns), "context tokens", "s a question"], rows)
+
+
+def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):
+  says = {name: SETTINGS[name].says for name in found if name in SETTINGS} | {name: "joint, of another checkpoint" for name in also}
+  ranked = {name: p for name, p in found.items() if any(x.get("pos_index") and "ranked" in x for x in p)}
+  compressed = {name: p for name, p in found.items() if name not in ("no_documents", "full_text")}
+  shown = {name: found[name] for name in list(compressed)[:4] or list(found)[:4]}
+  lengths = {p["key"]: _gold_tokens(checkpoint, row) for p, row in zip(next(iter(found.values())), rows, strict=True)}
+  plots = [report.recall_curve(ranked)] if ranked else []
+  plots += [p for p in (
+      report.by_bins(shown, lambda p: lengths[p["key"]], "Length of the gold document", "tokens of the first gold document"),
+      report.by_bins({n: p for n, p in shown.items() if n in ranked}, lambda p: p["pos_index"][0] + 1 if p.get("pos_index") else None,
+                     "Place of the gold document among the candidates", "place of the first gold document, as given"),
+      report.by_bins({n: p for n, p in shown.items() if n in ranked}, _rank, "Where the gold document was ranked",
+                     "rank of the first gold document")) if p]
+  plots.append(report.calibration(shown))
+  ratios = {name: (checkpoint if name in SETTINGS else also[name]).model.config.compression_rate for name in compressed}
+  if ratios:
+    plots.append(report.against_ratio({name: (ratio, summaries[name]["f1"]) for name, ratio in ratios.items()}))
+  note = ("<p class=small>Means over rows with their 95 % bootstrap intervals. em, f1 and cover em: best over the gold answers; em first: "
+          "against the first one. Seconds: retrieval and answer, in batches, documents compressed before.</p>")
+  sections = [("Results", summary_table(summaries, says) + note),
+              ("Plots", f"<div class=plots>{''.join(plots)}</div>")]
+  if "joint" in found:
+    sections += _examples(checkpoint, rows, found["joint"], max_new_tokens)
+  texts = list(dict.fromkeys(d for row in rows for d in row.documents))[:PICTURED]
+  if texts and compressed:
+    sets = {name: picture(*document_and_memory_means(c.model, c.layout, c.weights, texts))
+            for name, c in {"this checkpoint": checkpoint, **also}.items()}
+    said = (f"<p>Means of the compressor's states over a document's own tokens and over its memory tokens, {len(texts)} documents, PCA. "
+            "The MSE term of SCP (paper §3.1) brings the two together.</p>")
+    sections.append(("Documents and their memory tokens", said + report.pictures(sets)))
+  config = checkpoint.model.config
+  intro = (f"{len(rows)} questions; {config.num_memory_tokens} memory tokens for documents of at most {config.doc_max_length} tokens "
+           f"(ratio {config.compression_rate}), K = {config.top_k}.")
+  return report.page(title, intro, sections)
+
+
+def _gold_tokens(checkpoint, row):
+  return len(checkpoint.layout.ids(row.documents[row.gold[0]])) if row.gold and row.documents else None
+
+
+def _rank(prediction):
+  gold = prediction.get("pos_index")
+  return next(i for i, place in enumerate(prediction["ranked"], 1) if place in gold) if gold else None
+
+
+def _examples(checkpoint, rows, predictions, max_new_tokens):
+  order = sorted(range(len(rows)), key=lambda i: (predictions[i]["f1"], predictions[i]["confidence"] * (1 if predictions[i]["f1"] else -1)))
+  explainer = Explainer(checkpoint.model, checkpoint.layout, checkpoint.weights, max_new_tokens)
+
+  def explained(places):
+    return "".join(report.explained(explainer.explain(rows[i])) for i in places)
+  note = ("<p class=small>Attention: share of the answer tokens' attention to memory tokens. Gain: log probability of the answer with all "
+          "documents minus without this one.</p>")
+  return [("Worst: wrong, and sure of it", report.LENS_LEGEND + note + explained(order[:EXAMPLES])),
+          ("Best: right, and sure of it", explained(order[::-1][:EXAMPLES]))]
+
+
+# ---- two runs ------------------------------------------------------------------------------------------------------------------
+
+
+def compare(a: str, b: str, page: str | None = None) -> dict[str, Any]:
+  """Two prediction files, or two directories of `run`, on the same rows.
+
+  Args:
+    a, b: JSONL files, or directories; of directories every run that both have.
+    page: an HTML file to write.
+
+  Returns:
+    {run: {metric: `statistics.Difference` of b - a}}.
+
+  Raises:
+    DataError: they have no run or no row in common.
+  """
+  pairs = _pairs(a, b)
+  differences: dict[str, dict[str, statistics.Difference]] = {}
+  sections = []
+  for name, (left, right) in pairs.items():
+    metrics = [m for m in (*report.QUALITY, *report.RETRIEVAL) if all(m in p for p in (*left, *right))]
+    differences[name] = {m: statistics.compare([p[m] for p in left], [p[m] for p in right]) for m in metrics}
+    if page:
+      sections.append((name.replace("_", " "), _comparison(left, right, differences[name])))
+  if page:
+    report.write(page, report.page("Two runs", f"A: {a}. B: {b}. Positive differences: B is better.", sections))
+  return {name: {m: dataclasses.asdict(d) for m, d in found.items()} for name, found in differences.items()}
+
+
+def _pairs(a, b):
+  def files(path):
+    where = pathlib.Path(path)
+    return {f.stem: f for f in sorted((where / "predictions").glob("*.jsonl"))} if where.is_dir() else {"predictions": where}
+  left, right = files(a), files(b)
+  names = [name for name in left if name in right]
+  if not names:
+    raise DataError(f"{a} and {b}: no run in common: {sorted(left)} and {sorted(right)}")
+  pairs = {}
+  for name in names:
+    first, second = ({p["key"]: p for p in read_predictions(str(f[name]))} for f in (left, right))
+    keys = [key for key in first if key in second]
+    if not keys:
+      raise DataError(f"{left[name]} and {right[name]}: no row in common")
+    pairs[name] = [first[key] for key in keys], [second[key] for key in keys]
+  return pairs
+
+
+def _comparison(left, right, differences):
+  rows = [[m.replace("_", " "), statistics.mean([p[m] for p in left]), statistics.mean([p[m] for p in right]),
+           f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]", d.p] for m, d in differences.items()]
+  text = report.table(["metric", "A", "B", "B − A (95 %)", "p"], rows)
+  curves = {label: p for label, p in (("A", left), ("B", right)) if any(x.get("pos_index") and "ranked" in x for x in p)}
+  text += f"<div class=plots>{report.recall_curve(curves) if curves else ''}{report.calibration({'A': left, 'B': right})}</div>"
+  for heading, sign in (("B is right where A was wrong", 1), ("A was right where B is wrong", -1)):
+    changed = [(p, q) for p, q in zip(left, right, strict=True) if sign * (q["em"] - p["em"]) > 0]
+    shown = [[p["question"], " | ".join(p["answers"]), p["prediction"], q["prediction"]] for p, q in changed[:10]]
+    text += f"<h3>{heading}: {len(changed)} rows</h3>" + report.table(["question", "wanted", "A", "B"], shown)
+  return text

@@ -1,0 +1,241 @@
+"""The paper's claims, each as a comparison of experiments over seeds, with a plain verdict."""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from clara_jax.config import ConfigError
+from clara_jax.evaluation import report
+from clara_jax.quickstart.recipe import say
+from clara_jax.reproduction.experiments import DOCUMENTS_AT_TEST, JOINT, RATIO, TOP_K, Experiments, Sizes
+
+Results = Mapping[str, Mapping[str, Any]]  # of one seed, by experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """`better` is what the paper says is larger.
+
+  Attributes:
+    metric: what is compared.
+    better, worse: (experiment, key of its result).
+    name_better, name_worse: in words.
+  """
+
+  metric: str
+  better: tuple[str, str]
+  worse: tuple[str, str]
+  name_better: str
+  name_worse: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """One claim.
+
+  Attributes:
+    letter: its name on the command line.
+    says: the claim.
+    paper: the paper's figures (SPEC §7) or words.
+    needs: experiments, as calls on `Experiments`.
+    comparisons: what must come out; none where the claim is a curve.
+    curve: (label, value on the axis, experiment, key) points of a plot, its title and the axis.
+  """
+
+  letter: str
+  says: str
+  paper: str
+  needs: tuple[tuple[str, Callable[[Experiments], Mapping[str, Any]]], ...]
+  comparisons: tuple[Comparison, ...]
+  curve: tuple[str, str, tuple[tuple[float, str, str], ...]] | None = None
+
+
+def _answers(*names: str):
+  return tuple((f"answers_{n}", lambda e, n=n: e.answers(n)) for n in names)
+
+
+def _retrieval(*names: str):
+  return tuple((n, lambda e, n=n: e.retrieval(n)) for n in names)
+
+
+def _answers_than(other: str, words: str, metric: str = "em", better: str = "all", said: str = "all three"):
+  return Comparison(f"answers ({metric.upper()})", (f"answers_{better}", metric), (f"answers_{other}", metric), said, words)
+
+
+CLAIMS = {c.letter: c for c in (
+    Claim("a", "SCP makes better answers than reconstruction alone, and than no pretraining of the compressor",
+          "cover EM 61.53 with SCP, 54.39 without (ratio 16, oracle)", _answers("all", "reconstruction", "none"),
+          (_answers_than("reconstruction", "reconstruction only", said="SCP"), _answers_than("none", "no pretraining", said="SCP"))),
+    Claim("b", "Simple questions, complex questions and paraphrases together beat each of them alone",
+          "all three are best on average", _answers("all", "simple", "complex", "paraphrase"),
+          (_answers_than("simple", "simple questions"), _answers_than("complex", "complex questions"),
+           _answers_than("paraphrase", "paraphrases"))),
+    Claim("c", "The MSE term brings the means of documents and memory tokens together, and helps answers a little",
+          "MSE adds 0.3 to 0.6 points", _answers("all", "without_mse"),
+          (Comparison("squared distance of the two means, by the documents' variance", ("answers_without_mse", "distance"),
+                      ("answers_all", "distance"), "without MSE", "with MSE"),
+           _answers_than("without_mse", "without MSE", said="with MSE"))),
+    Claim("d", "The joint stage raises recall without labels and beats training the generator only",
+          "F1 70.91 against 52.54 (HotpotQA)", _retrieval("joint", "generator_only"),
+          (Comparison("recall@1", ("joint", "recall_at_1"), ("joint", "recall_at_1_before"), "after joint", "before"),
+           Comparison("recall@1", ("joint", "recall_at_1"), ("generator_only", "recall_at_1"), "joint", "generator only"),
+           Comparison("answers (EM)", ("joint", "em"), ("generator_only", "em"), "joint", "generator only"))),
+    Claim("e", "Retrieval learned without labels keeps up with retrieval learned from labels",
+          "recall@5 96.21 against 82.84 with labels (HotpotQA); 79.13 against 85.02 (2Wiki)", _retrieval("joint", "contrastive"),
+          (Comparison("recall@1", ("joint", "recall_at_1"), ("contrastive", "recall_at_1"), "joint", "contrastive, with labels"),
+           Comparison("recall@5", ("joint", "recall_at_5"), ("contrastive", "recall_at_5"), "joint", "contrastive, with labels"),
+           Comparison("answers (EM)", ("joint", "em"), ("contrastive", "em"), "joint", "contrastive, with labels"))),
+    Claim("f", "A query reasoner that starts as a copy of the compressor beats a fresh one",
+          "F1 70.91 against 66.84 (HotpotQA)", _retrieval("joint", "fresh"),
+          (Comparison("recall@1", ("joint", "recall_at_1"), ("fresh", "recall_at_1"), "copy", "fresh"),
+           Comparison("recall@5", ("joint", "recall_at_5"), ("fresh", "recall_at_5"), "copy", "fresh"),
+           Comparison("answers (EM)", ("joint", "em"), ("fresh", "em"), "copy", "fresh"))),
+    Claim("g", "Answers fall slowly as the compression ratio rises",
+          "cover EM 66.76, 63.90, 61.53, 58.66 at ratios 4, 16, 32, 64 (oracle)",
+          _answers("ratio_2", "ratio_4", "all", "ratio_16", "ratio_48"),
+          (_answers_than("ratio_48", "ratio 48", better="ratio_2", said="ratio 2"),),
+          ("Answers against compression", "compression ratio",
+           tuple((r, "answers_all" if r == RATIO else f"answers_ratio_{r}", "em") for r in (2, 4, RATIO, 16, 48)))),
+    Claim("h", f"Fewer or more documents at test time than the {TOP_K} of training cost little",
+          "more test-time documents than in training cost little", (("documents_at_test", lambda e: e.documents_at_test()),),
+          (Comparison("answers (EM)", ("documents_at_test", f"em_{TOP_K}"), ("documents_at_test", f"em_{max(DOCUMENTS_AT_TEST)}"),
+                      f"{TOP_K} documents", f"{max(DOCUMENTS_AT_TEST)} documents"),),
+          ("Answers against documents at test time", "documents in the prompt",
+           tuple((n, "documents_at_test", f"em_{n}") for n in DOCUMENTS_AT_TEST))),
+)}
+HOLDS, OPPOSITE, OPEN = "as in the paper", "the opposite", "not told apart"
+
+
+def outcome(better: Sequence[float], worse: Sequence[float]) -> str:
+  """Whether the ranges over seeds are apart, and which way."""
+  if min(better) > max(worse):
+    return HOLDS
+  return OPPOSITE if max(better) < min(worse) else OPEN
+
+
+def run(workdir: str, claims: Sequence[str] = tuple(CLAIMS), seeds: int = 3, scale: float = 1.0,
+        sizes: Sizes | None = None) -> dict[str, Any]:
+  """Runs the experiments of some claims and writes WORKDIR/reproduction.json, .md and .html.
+
+  Args:
+    workdir: everything is kept here; what is there is not done again.
+    claims: letters.
+    seeds: how many.
+    scale: factor on steps and test rows.
+    sizes: other ones are for tests.
+
+  Raises:
+    ConfigError: an unknown claim, or a directory of another scale.
+  """
+  if unknown := set(claims) - set(CLAIMS):
+    raise ConfigError(f"--claims: unknown {sorted(unknown)}; known: {', '.join(CLAIMS)}")
+  sizes = (sizes or Sizes()).scaled(scale)
+  _same_sizes(workdir, sizes)
+  start = time.monotonic()
+  results: dict[int, dict[str, Any]] = {}
+  for seed in range(seeds):
+    experiments = Experiments(workdir, seed, sizes)
+    results[seed] = {}
+    for letter in claims:
+      for name, make in CLAIMS[letter].needs:
+        results[seed][name] = make(experiments)
+  found = {"scale": scale, "seeds": seeds, "seconds": round(time.monotonic() - start), "experiment_seconds": round(sum(
+      r["seconds"] for s in results.values() for r in s.values())), "sizes": dataclasses.asdict(sizes),
+      "claims": {letter: judge(CLAIMS[letter], results) for letter in claims}, "results": results}
+  with open(os.path.join(workdir, "reproduction.json"), "w", encoding="utf-8") as file:
+    json.dump(found, file, indent=2)
+  with open(os.path.join(workdir, "reproduction.md"), "w", encoding="utf-8") as file:
+    file.write(markdown(found))
+  report.write(os.path.join(workdir, "reproduction.html"), _page(found, results))
+  say(f"\nWritten: {workdir}/reproduction.json, .md and .html")
+  return found
+
+
+def _same_sizes(workdir: str, sizes: Sizes) -> None:
+  path = os.path.join(workdir, "sizes.json")
+  wanted = json.loads(json.dumps(dataclasses.asdict(sizes)))
+  if os.path.exists(path):
+    with open(path, encoding="utf-8") as file:
+      if (there := json.load(file)) != wanted:
+        changed = [f"{k}: {there[k]} there, {v} asked for" for k, v in wanted.items() if there.get(k) != v]
+        raise ConfigError(f"{workdir}: has experiments of other sizes ({'; '.join(changed)}); name another --workdir")
+    return
+  os.makedirs(workdir, exist_ok=True)
+  with open(path, "w", encoding="utf-8") as file:
+    json.dump(wanted, file, indent=2)
+
+
+def judge(claim: Claim, results: Mapping[int, Results]) -> dict[str, Any]:
+  """A claim's comparisons over seeds."""
+  lines = []
+  for c in claim.comparisons:
+    better, worse = ([r[name][key] for r in results.values()] for name, key in (c.better, c.worse))
+    lines.append({"metric": c.metric, "better": c.name_better, "worse": c.name_worse, "values_better": better, "values_worse": worse,
+                  "outcome": outcome(better, worse)})
+  outcomes = {line["outcome"] for line in lines}
+  verdict = outcomes.pop() if len(outcomes) == 1 else "in part: " + "; ".join(
+      f"{line['metric']}, {line['better']} over {line['worse']}: {line['outcome']}" for line in lines)
+  return {"says": claim.says, "paper": claim.paper, "verdict": verdict, "comparisons": lines}
+
+
+def _range(values: Sequence[float]) -> str:
+  return f"{np.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+  """The table for a document."""
+  lines = ["| | claim | the paper | what was compared | larger in the paper | smaller in the paper | verdict |",
+           "|---|---|---|---|---|---|---|"]
+  for letter, claim in found["claims"].items():
+    for i, c in enumerate(claim["comparisons"]):
+      head = f"| ({letter}) | {claim['says']} | {claim['paper']} " if not i else "| | | "
+      lines.append(f"{head}| {c['metric']} | {c['better']}: {_range(c['values_better'])} | {c['worse']}: {_range(c['values_worse'])} | "
+                   f"**{c['outcome']}** |")
+  return "\n".join(lines) + "\n"
+
+
+def _page(found: Mapping[str, Any], results: Mapping[int, Results]) -> str:
+  rows = [[f"({letter}) {claim['says']}" if not i else "", claim["paper"] if not i else "", c["metric"],
+           f"{c['better']}: {_range(c['values_better'])}", f"{c['worse']}: {_range(c['values_worse'])}", c["outcome"]]
+          for letter, claim in found["claims"].items() for i, c in enumerate(claim["comparisons"])]
+  plots = []
+  for letter in found["claims"]:
+    if curve := CLAIMS[letter].curve:
+      plots.append(_curve(*curve, results))
+  names = [n for n in JOINT if all(n in r for r in results.values())]
+  if names:
+    plots.append(_recall(names, results))
+  intro = f"{found['seeds']} seeds; mean (range over seeds). Two numbers count as told apart only where their ranges do not touch."
+  table = report.table(["claim", "the paper", "compared", "larger in the paper", "smaller in the paper", "verdict"], rows)
+  return report.page("The paper's claims on a generated world", intro, [
+      ("Claims", table), ("Curves", f"<div class=plots>{''.join(plots)}</div>")])
+
+
+def _curve(title: str, axis: str, points: Sequence[tuple[float, str, str]], results: Mapping[int, Results]) -> str:
+  def draw(axes):
+    x = [p[0] for p in points]
+    values = np.array([[r[name][key] for _, name, key in points] for r in results.values()])
+    axes.plot(x, values.mean(0), marker="o", label="mean over seeds")
+    axes.fill_between(x, values.min(0), values.max(0), alpha=0.2, label="range")
+    axes.set(title=title, xlabel=axis, ylabel="exact match", xscale="log", ylim=(0, 1.05))
+    axes.set_xticks(x, [f"{v:g}" for v in x])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+  return report.figure(draw)
+
+
+def _recall(names: Sequence[str], results: Mapping[int, Results]) -> str:
+  def draw(axes):
+    for name in names:
+      curves = [np.array(r[name]["curve"]) for r in results.values()]
+      values = np.stack([c[:, 1] for c in curves])
+      axes.plot(curves[0][:, 0], values.mean(0), marker=".", label=name.replace("_", " "))
+      axes.fill_between(curves[0][:, 0], values.min(0), values.max(0), alpha=0.15)
+    axes.set(title="Recall on unseen people during the joint stage", xlabel="step", ylabel="recall@1", ylim=(0, 1.03))
+    axes.legend(frameon=False)
+  return report.figure(draw)

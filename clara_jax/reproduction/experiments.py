@@ -1,0 +1,228 @@
+"""The trainings that the claims compare: SCP variants, each followed by the same instruct stage, and joint variants.
+
+Every result is a small JSON file; what is there is not done again, and a stopped training goes on.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from clara_jax.config import ClaraConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from clara_jax.data import schemas
+from clara_jax.data.tokens import Layout
+from clara_jax.data.world import World, WorldConfig
+from clara_jax.evaluation import benchmarks
+from clara_jax.evaluation.explain import document_and_memory_means
+from clara_jax.interop import checkpoints, hf
+from clara_jax.memory.compress import compress_corpus
+from clara_jax.memory.store import MemoryStore
+from clara_jax.model import Clara
+from clara_jax.quickstart.recipe import say
+from clara_jax.training import loop
+
+CANDIDATES, TOP_K, NEW_TOKENS = 20, 3, 8
+RATIO = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """What makes it long. Two documents of three facts a person; questions ask for one fact or, 30 % of them, for two."""
+
+  world: WorldConfig = WorldConfig(level=2, kinds=("person",), people=1_500, first_names=60, last_names=60, relations=6, pages=2,
+                                   wordings=2, sentences=1)
+  test_rows: int = 300
+  pretrain: int = 900
+  scp: int = 150
+  instruct: int = 80
+  joint: int = 150
+
+  def scaled(self, factor: float) -> "Sizes":
+    """The same with other numbers of steps and rows."""
+    return dataclasses.replace(self, **{f.name: max(1, round(getattr(self, f.name) * factor)) for f in dataclasses.fields(self)
+                                        if f.name != "world"})
+
+
+def clara_config(vocab_size: int, ratio: int = RATIO) -> ClaraConfig:
+  """0.9 M parameters; documents of at most 48 tokens."""
+  model = ModelConfig(vocab_size=vocab_size, width=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=384,
+                      tie_embeddings=True, initializer_range=0.06, dtype="float32", param_dtype="float32", remat="full")
+  return ClaraConfig(model, LoraConfig(rank=16, alpha=32.0, dropout=0.0), doc_max_length=48, compression_rate=ratio, query_max_length=48,
+                     decoder_max_length=768, top_k=TOP_K, nested_dropout=0.9)
+
+
+# What SCP learns from, and with which weight of the MSE; None: no SCP at all.
+SCP: dict[str, dict[str, Any] | None] = {
+    "all": {"kinds": ("simple", "complex", "paraphrase")},
+    "none": None,
+    "reconstruction": {"kinds": ("reconstruction",)},
+    "simple": {"kinds": ("simple",)},
+    "complex": {"kinds": ("complex",)},
+    "paraphrase": {"kinds": ("paraphrase",)},
+    "without_mse": {"kinds": ("simple", "complex", "paraphrase"), "mse_weight": 0.0},
+    **{f"ratio_{r}": {"kinds": ("simple", "complex", "paraphrase"), "ratio": r} for r in (2, 4, 16, 48)},
+}
+JOINT = {
+    "joint": {},
+    "generator_only": {"freeze": ("query_reasoner",)},
+    "fresh": {"fresh_query_reasoner": True},
+    "contrastive": {"stage": "contrastive"},
+}
+DOCUMENTS_AT_TEST = (1, 2, 3, 5, 8)
+
+
+class Experiments:
+  """The trainings of one seed, in one directory.
+
+  Args:
+    workdir: the base lies in WORKDIR/base, shared by all seeds; the rest in WORKDIR/seed_S.
+    seed: of everything but the world and the base.
+    sizes: steps and rows.
+  """
+
+  def __init__(self, workdir: str, seed: int, sizes: Sizes):
+    self.workdir, self.seed, self.sizes = workdir, seed, sizes
+
+  @functools.cached_property
+  def world(self) -> World:
+    """Fifteen hundred people."""
+    return World(self.sizes.world)
+
+  def directory(self, name: str) -> str:
+    """Of a training."""
+    return os.path.join(self.workdir, f"seed_{self.seed}", name)
+
+  @property
+  def base(self) -> str:
+    """The pretrained base."""
+    return os.path.join(self.workdir, "base")
+
+  def result(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """A result from its file, or made and written."""
+    path = os.path.join(self.workdir, f"seed_{self.seed}", f"{name}.json")
+    if os.path.exists(path):
+      with open(path, encoding="utf-8") as file:
+        return json.load(file)
+    start = time.monotonic()
+    found = make() | {"seconds": round(time.monotonic() - start, 1)}
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".part", "w", encoding="utf-8") as file:
+      json.dump(found, file, indent=2)
+    os.replace(path + ".part", path)
+    return found
+
+  # ---- trainings -------------------------------------------------------------------------------------------------------------
+
+  def _train(self, name, before, rows, ratio=RATIO, mse_weight=0.1, eval_rows=(), memories=None, **train):
+    data = DataConfig(batch_size=32, eval_batch_size=100, candidates=CANDIDATES, bucket=32)
+    tokenizer = self.world.tokenizer()
+    config = dataclasses.replace(clara_config(len(tokenizer), ratio), mse_weight=mse_weight)
+    settings = TrainConfig(seed=self.seed, log_every=50, checkpoint_every=10_000, **train)
+    parsed = [schemas.parse_row(r, f"{name}:{i}") for i, r in enumerate(rows)]
+    workdir = self.base if before is None else self.directory(name)
+    say(f"\n== seed {self.seed}: {name}")
+    weights, base_sha256 = self._before(before, config)
+    run = RunConfig(config, data, settings, base=before and self.base, init_from=None if before == self.base else before)
+    loop.train(run, Layout(tokenizer, config), weights, parsed, eval_rows, workdir=workdir, memories=memories, base_sha256=base_sha256)
+    return workdir
+
+  def _before(self, before: str | None, config: ClaraConfig) -> tuple[dict[str, Any], str | None]:
+    """Weights to start from. Upon the base, special tokens are as many as the ratio wants, and the adapters are new."""
+    if before is None:
+      return {}, None
+    if before != self.base:
+      checkpoint = checkpoints.load(before)
+      return checkpoint.weights, checkpoint.base_sha256
+    model = Clara(config)
+    plain, _ = checkpoints.open_base(model, self.base, "base")
+    fresh = model.init(jax.random.key(self.seed), ("memory_embedding", "compressor", "generator"))
+    return {"base": hf.with_special_tokens(plain, hf.special_tokens(config), config), **fresh}, hf.base_hash(plain)
+
+  def pretrained(self) -> str:
+    """The base: learns to find facts in a text that it has before it, to sum up, and to tell entities apart."""
+    world = self.world
+    questions = itertools.chain(world.scp_rows_of("simple"), world.scp_rows_of("complex"))
+    rows = itertools.chain(world.lookup_rows(versions=1), questions, world.note_rows(most=3))
+    return self._train("base", None, rows, stage="pretrain", steps=self.sizes.pretrain, learning_rate=3e-3, schedule="linear",
+                       final_learning_rate_fraction=0.2)
+
+  def instructed(self, name: str) -> str:
+    """SCP in one variant, then the instruct stage that all share."""
+    base, variant = self.pretrained(), SCP[name]
+    more = {} if variant is None else {k: v for k, v in variant.items() if k != "kinds"}
+    before = base
+    if variant is not None:
+      rows = itertools.chain(*(self.world.scp_rows_of(kind) for kind in variant["kinds"]))
+      before = self._train(f"scp_{name}", base, rows, stage="scp", steps=self.sizes.scp, learning_rate=3e-3, schedule="linear", **more)
+    rows = itertools.chain(self.world.question_list_rows(TOP_K, questions=5, seed=1), self.world.question_rows(TOP_K, complex_share=0.3))
+    return self._train(f"instruct_{name}", before, rows, stage="instruct", steps=self.sizes.instruct, learning_rate=2e-3,
+                       schedule="linear", **more)
+
+  # ---- results ---------------------------------------------------------------------------------------------------------------
+
+  def test_rows(self, documents: int) -> list[schemas.Row]:
+    """Questions about people never seen in training."""
+    rows = self.world.question_rows(documents, True, self.sizes.test_rows, complex_share=0.3)
+    return [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(rows)]
+
+  def answers(self, name: str) -> dict[str, float]:
+    """Answers from K given documents after SCP in one variant and instruct, and the distance that the MSE term measures."""
+    def make():
+      checkpoint = checkpoints.load(self.instructed(name))
+      found = self._evaluate(checkpoint, self.test_rows(TOP_K), "compressor")
+      texts = [d["text"] for d in self.world.documents(True, 300)]
+      documents, memories = document_and_memory_means(checkpoint.model, checkpoint.layout, checkpoint.weights, texts)
+      spread = np.square(documents - documents.mean(0)).mean()
+      return {"em": found["em"], "f1": found["f1"], "distance": float(np.square(documents - memories).mean() / spread)}
+    return self.result(f"answers_{name}", make)
+
+  def documents_at_test(self) -> dict[str, float]:
+    """Answers of the checkpoint that was trained with K documents, given fewer or more; the first gold document is always among them."""
+    def make():
+      checkpoint = checkpoints.load(self.instructed("all"))
+      return {f"em_{n}": self._evaluate(checkpoint, self.test_rows(n), "compressor", only_simple=True)["em"] for n in DOCUMENTS_AT_TEST}
+    return self.result("documents_at_test", make)
+
+  def retrieval(self, name: str) -> dict[str, float]:
+    """Recall and answers before and after a joint variant, 20 candidates of which K are read."""
+    def make():
+      instruct = self.instructed("all")
+      before = checkpoints.load(instruct)
+      store = os.path.join(self.workdir, f"seed_{self.seed}", "store")
+      everyone = [schemas.Document(**d) for side in (False, True) for d in self.world.documents(side)]
+      compress_corpus(before.model, before.layout, before.weights, everyone, store, progress=False)
+      rows = self.test_rows(CANDIDATES)
+      settings = {"stage": "joint", "steps": self.sizes.joint, "learning_rate": 2e-3, "eval_every": 25,
+                  "learning_rate_factors": {"generator": 0.1}, **JOINT[name]}
+      if settings["stage"] == "contrastive":
+        settings.pop("learning_rate_factors")
+      where = self._train(name, instruct, self.world.question_rows(CANDIDATES, complex_share=0.3), eval_rows=rows,
+                          memories=MemoryStore(store).lookup(), **settings)
+      after = checkpoints.load(where)
+      # As the stage starts it: a copy of the compressor, or new.
+      start = before.model.init(jax.random.key(self.seed), ("query_reasoner",))["query_reasoner"] if name == "fresh" else (
+          before.weights["compressor"])
+      first = self._evaluate(dataclasses.replace(before, weights={**before.weights, "query_reasoner": start}), rows, "joint")
+      weights = {"generator": before.weights["generator"], **after.weights}
+      last = self._evaluate(dataclasses.replace(after, weights=weights), rows, "joint")
+      shown = ("recall_at_1", "recall_at_3", "recall_at_5", "em", "f1")
+      return {f"{k}_before": first[k] for k in shown} | {k: last[k] for k in shown} | {"curve": self._curve(where)}
+    return self.result(name, make)
+
+  def _curve(self, where: str) -> list[tuple[int, float]]:
+    with open(os.path.join(where, "metrics.jsonl"), encoding="utf-8") as file:
+      lines = [json.loads(line) for line in file]
+    return sorted({v["step"]: v["recall_at_1"] for v in lines if v["kind"] == "eval" and "recall_at_1" in v}.items())
+
+  def _evaluate(self, checkpoint, rows, setting, only_simple=False):
+    if only_simple:  # two facts may stand in two documents
+      rows = [r for r in rows if len(r.gold) == 1 and " and " not in r.answers[0]]
+    return benchmarks.evaluate(checkpoint.model, checkpoint.layout, checkpoint.weights, rows, setting, batch_size=100,
+                               max_new_tokens=NEW_TOKENS, progress=False).scores
