@@ -7,8 +7,9 @@ RECORDS = ["tensorflow-datasets>=4.9.9", "importlib_resources>=6.0"]  # the latt
 TENSORBOARD = ["tensorboardX>=2.6"]
 INT8 = ["qwix>=0.1.8"]
 COMPACT = ["faiss-cpu>=1.11"]
+EVALUATE = ["bm25s>=0.2", "rouge-score>=0.1.2", "matplotlib>=3.9"]
 SERVE = ["starlette>=0.46", "uvicorn>=0.34", "pydantic>=2.10", "orjson>=3.10", "prometheus-client>=0.21"]
-TEST = ["pytest>=8.3", "pytest-xdist>=3.6", "chex>=0.1.90", "hypothesis>=6.100", "bm25s>=0.2", "peft>=0.17",
+TEST = ["pytest>=8.3", "pytest-xdist>=3.6", "chex>=0.1.90", "hypothesis>=6.100", "peft>=0.17",
         "httpx>=0.28", "playwright>=1.50",
         "libtpu; platform_system == 'Linux'"]  # compiles TPU programs; no TPU is needed
 
@@ -50,8 +51,9 @@ setuptools.setup(
         "tensorboard": TENSORBOARD,
         "int8": INT8,
         "compact": COMPACT,
+        "evaluate": EVALUATE,
         "serve": SERVE,
-        "test": [*TEST, *QUICKSTART, *RECORDS, *TENSORBOARD, *INT8, *COMPACT, *SERVE, "torch>=2.6"],
+        "test": [*TEST, *QUICKSTART, *RECORDS, *TENSORBOARD, *INT8, *COMPACT, *EVALUATE, *SERVE, "torch>=2.6"],
         "lint": ["ruff>=0.9"],
     },
     entry_points={"console_scripts": ["clara = clara_jax.cli.main:run"]},

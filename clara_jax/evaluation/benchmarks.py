@@ -38,30 +38,28 @@ class Evaluation:
 
 
 def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequence[Row], setting: str, *, batch_size: int = 16,
-             max_new_tokens: int = 64, path: str | None = None, progress: bool = True) -> Evaluation:
+             max_new_tokens: int = 64, path: str | None = None, progress: bool = True, name: str | None = None) -> Evaluation:
   """Answers rows from their documents.
 
   Args:
     model, layout, weights: a checkpoint with the roles of the setting.
-    rows: single questions with documents; they may differ in how many.
+    rows: single questions with documents; they may differ in how many. Of fewer than K all are read.
     setting: of `SETTINGS`.
     batch_size: rows a pass; rows with the same number of documents go together.
     max_new_tokens: longest answer.
     path: a JSONL file to which each pass adds its predictions; rows that it has from this checkpoint and setting are not answered again.
     progress: whether lines go to standard error.
+    name: what they call it; default: the setting.
 
   Raises:
-    DataError: a row is no single question, or has fewer than K documents.
+    DataError: a row is no single question, or has no documents.
     ConfigError: the file has predictions of another checkpoint or setting.
   """
   how = SETTINGS[setting]
-  k = model.config.top_k
   for row in rows:
     if row.is_question_list or row.data_type != "qa":
       raise DataError(f"{row.identifier}: expected one question a row")
-    if how.order and len(row.documents) < k:
-      raise DataError(f"{row.identifier}: {len(row.documents)} documents, but top_k={k}")
-    if how.form == "memories" and not row.documents:
+    if (how.order or how.form == "memories") and not row.documents:
       raise DataError(f"{row.identifier}: the row has no documents; `clara candidates` finds some")
   made_by = _made_by(model, weights, setting, max_new_tokens)
   keys = [_key(i, row) for i, row in enumerate(rows)]
@@ -69,7 +67,7 @@ def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequen
   predictions: list[dict[str, Any] | None] = [there.get(key) for key in keys]
   done = sum(p is not None for p in predictions)
   if done and progress:
-    print(f"evaluate {setting}: {done} of {len(rows)} rows were answered before", file=sys.stderr, flush=True)
+    print(f"evaluate {name or setting}: {done} of {len(rows)} rows were answered before", file=sys.stderr, flush=True)
   cutoffs = (1, 3, 5) + ((20,) if max(len(r.documents) for r in rows) >= 20 else ())
   for chosen, answered in _Answers(model, layout, weights, how, max_new_tokens).run(
       rows, [i for i, p in enumerate(predictions) if p is None], batch_size):
@@ -87,7 +85,7 @@ def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequen
         file.writelines(json.dumps(predictions[i], ensure_ascii=False) + "\n" for i in chosen)
     done += len(chosen)
     if progress:
-      print(f"evaluate {setting}: {done}/{len(rows)} rows", file=sys.stderr, flush=True)
+      print(f"evaluate {name or setting}: {done}/{len(rows)} rows", file=sys.stderr, flush=True)
   return Evaluation({"n": len(rows), **mean_scores(predictions)}, predictions)
 
 

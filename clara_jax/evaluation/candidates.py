@@ -5,6 +5,7 @@
 
 import dataclasses
 import importlib
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
@@ -36,6 +37,7 @@ class Bm25:
       import bm25s
     except ImportError:
       raise ConfigError("BM25 needs bm25s: pip install -e '.[evaluate]'") from None
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG itself
     self._tokenize = lambda t: bm25s.tokenize(list(t), stopwords="en", show_progress=False)
     self._index = bm25s.BM25()
     self._index.index(self._tokenize(texts), show_progress=False)

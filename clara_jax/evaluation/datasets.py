@@ -11,7 +11,8 @@
     rows        JSONL of ours, of upstream (`eval_processed_*.jsonl`), FlashRAG, NQ-open, or one passage a row:
                 question, answer | answers | golden_answers, and where there are any docs | contexts | text, pos_index, id
 
-and `tfds:NAME[:SPLIT]` for sets that TFDS has: squad, natural_questions_open. A row may come without documents; `candidates.py` finds some.
+and `tfds:NAME[:SPLIT]` for sets that TFDS has: squad, natural_questions_open. A row may come without documents, perhaps with the ids of its
+gold documents in a corpus (doc_ids, paragraph_id, paragraph_ids); `candidates.py` finds some.
 """
 
 import json
@@ -93,8 +94,9 @@ def _check(row: Row, where: str) -> None:
     raise DataError(f"{where}: the row has no question")
   if not row.answers or not all(isinstance(a, str) for a in row.answers):
     raise DataError(f"{where}: the row has no answer")
-  if any(not 0 <= place < len(row.documents) for place in row.gold):
-    raise DataError(f"{where}: pos_index={list(row.gold)}: there are {len(row.documents)} documents")
+  count = len(row.documents or row.document_ids)
+  if any(not 0 <= place < count for place in row.gold):
+    raise DataError(f"{where}: pos_index={list(row.gold)}: there are {count} documents")
 
 
 def _row(question: str, answers, documents=(), gold=(), identifier="", ids=()) -> Row:
@@ -159,8 +161,12 @@ def _plain(value: Mapping[str, Any], where: str) -> Iterator[Row]:
   if not all(isinstance(d, str) for d in documents):
     raise DataError(f"{where}: docs: expected texts, got {documents!r:.60}")
   gold = [] if gold is None else [gold] if isinstance(gold, int) else gold
+  ids = value.get("doc_ids") or ()
+  if not documents:  # the gold documents of a corpus, by their ids
+    ids = value.get("paragraph_ids") or ([value["paragraph_id"]] if value.get("paragraph_id") else ids)
+    gold = range(len(ids))
   yield _row(question, [answers] if isinstance(answers, str) else answers, documents, gold, value.get("id") or where,
-             value.get("doc_ids") or value.get("paragraph_ids") or ())
+             ids)
 
 
 _FORMATS = {"squad": _squad, "hotpot": _hotpot, "musique": _musique, "pubmedqa": _pubmedqa, "nq": _natural_questions, "rows": _plain}

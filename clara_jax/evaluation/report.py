@@ -67,6 +67,14 @@ def number(value: Any) -> str:
   return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if abs(value) < 0.1 else f"{value:.3f}"
 
 
+_COLOURS: dict[str, str] = {}
+
+
+def _line(name: str) -> dict[str, str]:
+  """Label and colour of a run: the same in all plots."""
+  return {"label": name.replace("_", " "), "color": _COLOURS.setdefault(name, f"C{len(_COLOURS) % 10}")}
+
+
 # ---- what is seen in predictions -----------------------------------------------------------------------------------------------
 
 QUALITY = ("em", "f1", "cover_em", "em_first")
@@ -92,8 +100,9 @@ def recall_curve(runs: Mapping[str, Predictions]) -> str:
     for name, predictions in runs.items():
       rows = [(np.isin(p["ranked"], p["pos_index"]).cumsum() / len(p["pos_index"])) for p in predictions if p.get("pos_index")]
       length = min(map(len, rows))
-      axes.plot(range(1, length + 1), np.mean([r[:length] for r in rows], axis=0), marker=".", label=name.replace("_", " "))
+      axes.plot(range(1, length + 1), np.mean([r[:length] for r in rows], axis=0), marker=".", **_line(name))
     axes.set(title="Recall of gold documents", xlabel="first k documents", ylabel="recall", ylim=(0, 1.03))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
   return figure(draw)
 
@@ -112,7 +121,7 @@ def by_bins(runs: Mapping[str, Predictions], value: Callable[[Mapping[str, Any]]
       x = np.array([v for v, _ in found]) * (1 + 0.004 * shift)
       means = [m for _, m in found]
       axes.errorbar(x, [m.mean for m in means], np.maximum(0, [[m.mean - m.low for m in means], [m.high - m.mean for m in means]]),
-                    marker="o", capsize=3, label=name.replace("_", " "))
+                    marker="o", capsize=3, **_line(name))
     axes.set(title=title, xlabel=xlabel, ylabel="exact match (95 % interval)", ylim=(0, 1.05))
     axes.legend(frameon=False)
   values = {v for predictions in runs.values() for p in predictions if (v := value(p)) is not None}
@@ -129,7 +138,7 @@ def calibration(runs: Mapping[str, Predictions], bins: int = 10) -> str:
       inside = [places == i for i in np.unique(places)]
       x, y, n = np.array([(confidence[m].mean(), exact[m].mean(), m.sum()) for m in inside]).T
       error = (n * np.abs(x - y)).sum() / len(predictions)
-      axes.plot(x, y, marker="o", label=f"{name.replace('_', ' ')} (ECE {error:.2f})")
+      axes.plot(x, y, marker="o", **{**_line(name), "label": f"{name.replace('_', ' ')} (ECE {error:.2f})"})
     axes.set(title="Calibration", xlabel="probability of the answer's tokens (geometric mean)", ylabel="exact match", xlim=(0, 1.02),
              ylim=(0, 1.05))
     axes.legend(frameon=False)
@@ -140,8 +149,7 @@ def against_ratio(points: Mapping[str, tuple[float, statistics.Mean]]) -> str:
   """F1 over compression ratio, a point a run."""
   def draw(axes):
     for name, (ratio, mean) in points.items():
-      axes.errorbar([ratio], [mean.mean], [[mean.mean - mean.low], [mean.high - mean.mean]], marker="o", capsize=3,
-                    label=name.replace("_", " "))
+      axes.errorbar([ratio], [mean.mean], [[mean.mean - mean.low], [mean.high - mean.mean]], marker="o", capsize=3, **_line(name))
     axes.set(title="Quality against compression", xlabel="compression ratio", ylabel="F1 (95 % interval)", xscale="log", ylim=(0, 1.05))
     ticks = sorted({ratio for ratio, _ in points.values()})
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])

@@ -1,6 +1,7 @@
 """Several settings and checkpoints on one file: a table, predictions on disk, a page; and two such runs side by side."""
 
 import dataclasses
+import html
 import json
 import pathlib
 import sys
@@ -48,7 +49,7 @@ def run(checkpoint: Checkpoint, rows: Sequence[Row], settings: Sequence[str], di
   for name, (source, setting) in jobs.items():
     source.require(*SETTINGS[setting].roles())
     found[name] = evaluate(source.model, source.layout, source.weights, rows, setting, batch_size=batch_size, max_new_tokens=max_new_tokens,
-                           path=str(where / "predictions" / f"{name}.jsonl")).predictions
+                           path=str(where / "predictions" / f"{name}.jsonl"), name=name).predictions
     summaries[name] = report.summary(found[name])
   values = {name: {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in s.items()} for name, s in summaries.items()}
   made = {"title": title, "rows": len(rows), "runs": values}
@@ -61,9 +62,10 @@ def run(checkpoint: Checkpoint, rows: Sequence[Row], settings: Sequence[str], di
 def summary_table(summaries: Mapping[str, Mapping[str, Any]], says: Mapping[str, str]) -> str:
   """The table of a run."""
   columns = [c for c in (*report.QUALITY, *report.RETRIEVAL) if any(c in s for s in summaries.values())]
-  rows = [[name.replace("_", " "), says.get(name, ""), *(s.get(c) for c in columns), s["context_tokens"], s["seconds"]]
-          for name, s in summaries.items()]
-  return report.table(["run", "the generator reads", *(c.replace("_", " ") for c in columns), "context tokens", "s a question"], rows)
+  rows = [[name.replace("_", " "), *(s.get(c) for c in columns), s["context_tokens"], s["seconds"]] for name, s in summaries.items()]
+  names = "".join(f"<br><b>{html.escape(name.replace('_', ' '))}</b>: {html.escape(says[name])}" for name in summaries if name in says)
+  header = ["run", *(c.replace("_", " ") for c in columns), "context tokens", "s a question"]
+  return report.table(header, rows) + f"<p class=small>What is read:{names}</p>"
 
 
 def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 RESAMPLES = 2_000
 
@@ -24,6 +23,7 @@ def mean(values: Sequence[float], seed: int = 0) -> Mean:
   data = np.asarray(values, np.float64)
   if len(data) < 2 or (data == data[0]).all():
     return Mean(float(data.mean()), float(data.mean()), float(data.mean()), len(data))
+  from scipy import stats  # half a second
   found = stats.bootstrap((data,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=seed, batch=100).confidence_interval
   return Mean(float(data.mean()), float(found.low), float(found.high), len(data))
 

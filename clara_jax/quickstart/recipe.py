@@ -172,7 +172,9 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0, sizes: Sizes
     say("This installation ships no trained result: training everything here.")
     from_scratch = True
 
-  test_rows = [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(world.question_rows(CANDIDATES, True, sizes.evaluation_rows))]
+  questions = os.path.join(workdir, "questions.jsonl")
+  write_rows(world.question_rows(CANDIDATES, True, sizes.evaluation_rows), questions)
+  test_rows = schemas.read_rows([questions])
   one_rows = [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(world.question_rows(1, True, sizes.evaluation_rows))]
   there = shipped["stages"] if shipped else ()
   for name in ("pretrain", "scp", "instruct"):

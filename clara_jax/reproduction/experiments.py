@@ -34,14 +34,14 @@ RATIO = 8
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What makes it long. Two documents of three facts a person; questions ask for one fact or, 30 % of them, for two."""
+  """What makes it long. Three documents of two facts a person; questions ask for one fact or, a fifth of them, for two."""
 
-  world: WorldConfig = WorldConfig(level=2, kinds=("person",), people=1_500, first_names=60, last_names=60, relations=6, pages=2,
+  world: WorldConfig = WorldConfig(level=2, kinds=("person",), people=1_500, first_names=60, last_names=60, relations=6, pages=3,
                                    wordings=2, sentences=1)
-  test_rows: int = 300
+  test_rows: int = 400
   pretrain: int = 900
-  scp: int = 150
-  instruct: int = 80
+  scp: int = 300
+  instruct: int = 100
   joint: int = 150
 
   def scaled(self, factor: float) -> "Sizes":
@@ -51,10 +51,10 @@ class Sizes:
 
 
 def clara_config(vocab_size: int, ratio: int = RATIO) -> ClaraConfig:
-  """0.9 M parameters; documents of at most 48 tokens."""
+  """0.9 M parameters; documents of at most 32 tokens."""
   model = ModelConfig(vocab_size=vocab_size, width=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=384,
                       tie_embeddings=True, initializer_range=0.06, dtype="float32", param_dtype="float32", remat="full")
-  return ClaraConfig(model, LoraConfig(rank=16, alpha=32.0, dropout=0.0), doc_max_length=48, compression_rate=ratio, query_max_length=48,
+  return ClaraConfig(model, LoraConfig(rank=16, alpha=32.0, dropout=0.0), doc_max_length=32, compression_rate=ratio, query_max_length=40,
                      decoder_max_length=768, top_k=TOP_K, nested_dropout=0.9)
 
 
@@ -67,7 +67,7 @@ SCP: dict[str, dict[str, Any] | None] = {
     "complex": {"kinds": ("complex",)},
     "paraphrase": {"kinds": ("paraphrase",)},
     "without_mse": {"kinds": ("simple", "complex", "paraphrase"), "mse_weight": 0.0},
-    **{f"ratio_{r}": {"kinds": ("simple", "complex", "paraphrase"), "ratio": r} for r in (2, 4, 16, 48)},
+    **{f"ratio_{r}": {"kinds": ("simple", "complex", "paraphrase"), "ratio": r} for r in (2, 4, 16, 32)},
 }
 JOINT = {
     "joint": {},
@@ -121,17 +121,21 @@ class Experiments:
   # ---- trainings -------------------------------------------------------------------------------------------------------------
 
   def _train(self, name, before, rows, ratio=RATIO, mse_weight=0.1, eval_rows=(), memories=None, **train):
+    workdir = self.base if before is None else self.directory(name)
+    finished = os.path.join(workdir, "finished")
+    if os.path.exists(finished):
+      return workdir
     data = DataConfig(batch_size=32, eval_batch_size=100, candidates=CANDIDATES, bucket=32)
     tokenizer = self.world.tokenizer()
     config = dataclasses.replace(clara_config(len(tokenizer), ratio), mse_weight=mse_weight)
     settings = TrainConfig(seed=self.seed, log_every=50, checkpoint_every=10_000, **train)
     parsed = [schemas.parse_row(r, f"{name}:{i}") for i, r in enumerate(rows)]
-    workdir = self.base if before is None else self.directory(name)
     say(f"\n== seed {self.seed}: {name}")
     weights, base_sha256 = self._before(before, config)
     run = RunConfig(config, data, settings, base=before and self.base, init_from=None if before == self.base else before)
     loop.train(run, Layout(tokenizer, config), weights, parsed, eval_rows, workdir=workdir, memories=memories, base_sha256=base_sha256)
-    return workdir
+    with open(finished, "w", encoding="utf-8"):
+      return workdir
 
   def _before(self, before: str | None, config: ClaraConfig) -> tuple[dict[str, Any], str | None]:
     """Weights to start from. Upon the base, special tokens are as many as the ratio wants, and the adapters are new."""
@@ -161,7 +165,7 @@ class Experiments:
     if variant is not None:
       rows = itertools.chain(*(self.world.scp_rows_of(kind) for kind in variant["kinds"]))
       before = self._train(f"scp_{name}", base, rows, stage="scp", steps=self.sizes.scp, learning_rate=3e-3, schedule="linear", **more)
-    rows = itertools.chain(self.world.question_list_rows(TOP_K, questions=5, seed=1), self.world.question_rows(TOP_K, complex_share=0.3))
+    rows = itertools.chain(self.world.question_list_rows(TOP_K, questions=5, seed=1), self.world.question_rows(TOP_K, complex_share=0.2))
     return self._train(f"instruct_{name}", before, rows, stage="instruct", steps=self.sizes.instruct, learning_rate=2e-3,
                        schedule="linear", **more)
 
@@ -169,7 +173,7 @@ class Experiments:
 
   def test_rows(self, documents: int) -> list[schemas.Row]:
     """Questions about people never seen in training."""
-    rows = self.world.question_rows(documents, True, self.sizes.test_rows, complex_share=0.3)
+    rows = self.world.question_rows(documents, True, self.sizes.test_rows, complex_share=0.2)
     return [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(rows)]
 
   def answers(self, name: str) -> dict[str, float]:
@@ -203,7 +207,7 @@ class Experiments:
                   "learning_rate_factors": {"generator": 0.1}, **JOINT[name]}
       if settings["stage"] == "contrastive":
         settings.pop("learning_rate_factors")
-      where = self._train(name, instruct, self.world.question_rows(CANDIDATES, complex_share=0.3), eval_rows=rows,
+      where = self._train(name, instruct, self.world.question_rows(CANDIDATES, complex_share=0.2), eval_rows=rows,
                           memories=MemoryStore(store).lookup(), **settings)
       after = checkpoints.load(where)
       # As the stage starts it: a copy of the compressor, or new.
