@@ -15,7 +15,7 @@ from clara_jax.config import ConfigError
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.schemas import DataError, Document, Malformed, Row
 from clara_jax.data.world import write_rows
-from clara_jax.evaluation import benchmarks, candidates, datasets, explain, metrics, report, runs, statistics
+from clara_jax.evaluation import benchmarks, candidates, datasets, explain, fidelity, metrics, report, runs, statistics
 from clara_jax.evaluation.settings import SETTINGS
 from clara_jax.interop.checkpoints import Checkpoint
 from clara_jax.model import Clara
@@ -339,6 +339,31 @@ def test_pictures_are_of_what_the_mse_measures(checkpoint):
   np.testing.assert_allclose(memories, made_.mean(1), rtol=1e-5)
   a, b, share = explain.picture(documents, memories)
   assert a.shape == b.shape == (6, 2) and 0 < share[1] <= share[0] <= 1
+
+
+# ---- paraphrases -------------------------------------------------------------------------------------------------------------
+
+
+def test_paraphrases_from_memory_tokens(checkpoint, tmp_path):
+  documents = [Document(d["id"], d["text"]) for d in tiny.world().documents(False)[:5]]
+  found = fidelity.paraphrase(checkpoint.model, checkpoint.layout, checkpoint.weights, documents, batch_size=4, max_new_tokens=8,
+                              bert_model=bert(tmp_path))
+  assert [p["id"] for p in found.predictions] == [d.id for d in documents] and found.scores["n"] == 5
+  for p in found.predictions:
+    assert {k: p[k] for k in ("rouge1", "rouge_l", "entities_kept")} == metrics.paraphrase_scores(p["prediction"], p["text"])
+  assert {"rouge1", "rouge_l", "entities_kept", "bertscore"} < set(found.scores)
+
+
+def bert(folder):
+  """A BERT that knows letters."""
+  pytest.importorskip("bert_score")
+  from transformers import BertConfig, BertModel, BertTokenizerFast
+  letters = list(string.ascii_lowercase)
+  (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *[f"##{c}" for c in letters]]))
+  BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=128).save_pretrained(folder)
+  sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+  BertModel(BertConfig(vocab_size=57, **sizes)).save_pretrained(folder)
+  return f"{folder}:2"
 
 
 # ---- the paper's claims ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -16,6 +17,7 @@ from clara_jax.config import ConfigError, MeshConfig
 from clara_jax.data import records as records_lib
 from clara_jax.data import schemas
 from clara_jax.data.tokens import Layout
+from clara_jax.data.world import write_rows
 from clara_jax.evaluation import benchmarks, datasets, logit_lens, runs
 from clara_jax.evaluation import candidates as candidates_lib
 from clara_jax.evaluation import report as report_lib
@@ -291,6 +293,18 @@ def explain(options: argparse.Namespace) -> dict[str, Any]:
     report_lib.write(options.report, report_lib.page(f"{options.checkpoint} on {options.rows}", f"{len(found)} questions, explained.", [
         ("Questions", report_lib.LENS_LEGEND + "".join(map(report_lib.explained, found)))]))
   return {"rows": [dataclasses.asdict(f) for f in found]}
+
+
+def paraphrase(options: argparse.Namespace) -> dict[str, Any]:
+  """`clara paraphrase`."""
+  from clara_jax.evaluation import fidelity
+  checkpoint = _checkpoint(options, "compressor", "generator")
+  documents = list(itertools.islice(schemas.read_documents(options.documents), options.limit))
+  result = fidelity.paraphrase(checkpoint.model, checkpoint.layout, checkpoint.weights, documents, batch_size=options.batch_size,
+                               max_new_tokens=options.max_new_tokens, bert_model=options.bertscore)
+  if options.predictions:
+    write_rows(result.predictions, options.predictions)
+  return result.scores
 
 
 def reproduce(options: argparse.Namespace) -> dict[str, Any]:

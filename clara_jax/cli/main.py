@@ -208,6 +208,15 @@ def _parser() -> argparse.ArgumentParser:
   explain.add_argument("--top", type=positive, default=50, help="words of the lens for each memory token; default 50")
   explain.add_argument("--report", metavar="F.html", help="writes a page")
 
+  paraphrase = command("paraphrase", "Documents written again from their memory tokens: what these keep (ROUGE, entities, BERTScore).")
+  checkpoint(paraphrase)
+  paraphrase.add_argument("--documents", required=True, metavar="F", help="JSONL (.gz): id, text")
+  paraphrase.add_argument("--limit", type=positive, help="only the first documents")
+  paraphrase.add_argument("--batch-size", type=positive, default=16)
+  paraphrase.add_argument("--max-new-tokens", type=positive, default=256)
+  paraphrase.add_argument("--bertscore", metavar="MODEL[:LAYER]", help="also BERTScore with this Hugging Face model (extra bertscore)")
+  paraphrase.add_argument("--predictions", metavar="F", help="writes one JSON a document")
+
   reproduce = command("reproduce", "The paper's claims as experiments on a generated world; goes on by itself where it was stopped.")
   reproduce.add_argument("--workdir", default="reproduction", metavar="DIR")
   reproduce.add_argument("--claims", nargs="+", metavar="LETTER", help="a to h; default: all")

@@ -134,8 +134,10 @@ class _Stages:
       weights, base_sha256 = checkpoint.weights, checkpoint.base_sha256
     config = dataclasses.replace(self.config, nested_dropout=0.0) if name == "without_nested_dropout" else self.config
     run = RunConfig(config, data, train, base=base, init_from=self.directory(before) if before else None)
-    loop.train(run, self.layout, weights, rows, eval_rows, workdir=self.directory(name), memories=memories,
-               base_sha256=base_sha256)
+    result = loop.train(run, self.layout, weights, rows, eval_rows, workdir=self.directory(name), memories=memories,
+                        base_sha256=base_sha256)
+    if result.stopped is not None:  # by SIGTERM; what was done is saved
+      raise KeyboardInterrupt
     self.seconds[name] = round(time.monotonic() - start, 1)
 
 

@@ -133,7 +133,10 @@ class Experiments:
     say(f"\n== seed {self.seed}: {name}")
     weights, base_sha256 = self._before(before, config)
     run = RunConfig(config, data, settings, base=before and self.base, init_from=None if before == self.base else before)
-    loop.train(run, Layout(tokenizer, config), weights, parsed, eval_rows, workdir=workdir, memories=memories, base_sha256=base_sha256)
+    result = loop.train(run, Layout(tokenizer, config), weights, parsed, eval_rows, workdir=workdir, memories=memories,
+                        base_sha256=base_sha256)
+    if result.stopped is not None:  # by SIGTERM; what was done is saved
+      raise KeyboardInterrupt
     with open(finished, "w", encoding="utf-8"):
       return workdir
 

@@ -1,0 +1,67 @@
+"""What memory tokens keep of a document: paraphrases that the generator writes from them alone (paper §5), beside the document."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from clara_jax.config import ConfigError
+from clara_jax.data import prompts
+from clara_jax.data.pipeline import pad_tokens
+from clara_jax.data.schemas import Document
+from clara_jax.data.tokens import Layout
+from clara_jax.evaluation.benchmarks import Evaluation, mean_scores
+from clara_jax.evaluation.metrics import paraphrase_scores
+from clara_jax.inference.generate import make_generate
+from clara_jax.model import Clara
+
+
+def paraphrase(model: Clara, layout: Layout, weights: dict[str, Any], documents: Sequence[Document], *, batch_size: int = 16,
+               max_new_tokens: int = 256, bert_model: str | None = None, progress: bool = True) -> Evaluation:
+  """Writes each document again from its memory tokens and scores it against the document: `rouge1`, `rouge_l`, `entities_kept`, and
+  `bertscore` (F1) where a model is given.
+
+  Args:
+    model, layout, weights: a checkpoint with compressor and generator, best one of the stage `scp`.
+    documents: what is written again.
+    batch_size: documents a pass.
+    max_new_tokens: longest paraphrase.
+    bert_model: a Hugging Face model for BERTScore (arXiv 1904.09675), as NAME or NAME:LAYER; by default its best layer, where it is a
+      published one.
+    progress: whether lines go to standard error.
+
+  Raises:
+    ConfigError: a library is missing (extras 'evaluate', 'bertscore').
+  """
+  prompt = layout.prompt(prompts.paraphrase_messages(layout.slots(1), 0)).ids
+  compress = jax.jit(model.compress)
+  generate = make_generate(model, max_new_tokens, layout.eos_id, layout.pad_id)
+  found: list[dict[str, Any]] = []
+  for start in range(0, len(documents), batch_size):
+    batch = documents[start:start + batch_size]
+    filled = [*batch, *[batch[0]] * (min(batch_size, len(documents)) - len(batch))]
+    memories = compress(weights, pad_tokens(layout.documents([d.text for d in filled]), layout.pad_id, 32))
+    written = np.asarray(generate(weights, pad_tokens([prompt] * len(filled), layout.pad_id, 1), memories[:, None]))
+    texts = [layout.text(ids) for ids in written[:len(batch)]]
+    try:
+      found += [{"id": d.id, "text": d.text, "prediction": t, **paraphrase_scores(t, d.text)} for d, t in zip(batch, texts, strict=True)]
+    except ImportError:
+      raise ConfigError("ROUGE needs rouge-score: pip install -e '.[evaluate]'") from None
+    if progress:
+      print(f"paraphrase: {len(found)}/{len(documents)} documents", file=sys.stderr, flush=True)
+  if bert_model:
+    for row, score in zip(found, _bert_scores(bert_model, found), strict=True):
+      row["bertscore"] = score
+  return Evaluation({"n": len(found), **mean_scores(found)}, found)
+
+
+def _bert_scores(name: str, rows: Sequence[dict[str, Any]]) -> list[float]:
+  try:
+    from bert_score import BERTScorer
+  except ImportError:
+    raise ConfigError("--bertscore needs bert-score: pip install -e '.[bertscore]'") from None
+  model, _, layer = name.rpartition(":") if name.rpartition(":")[2].isdigit() else (name, "", "")
+  scorer = BERTScorer(model_type=model, num_layers=int(layer) if layer else None)
+  return scorer.score([r["prediction"] for r in rows], [r["text"] for r in rows])[2].tolist()
