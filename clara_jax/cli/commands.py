@@ -69,6 +69,8 @@ def show(command: str, report: dict[str, Any]) -> None:
       print(f"({letter}) {claim['says']}: {claim['verdict']}")
     return
   if command == "evaluate" and "runs" in report or command == "compare":
+    if command == "compare":
+      print("B - A, with 95 % intervals")
     _show_table(report.get("runs", report))
     return
   for name, value in report.items():
