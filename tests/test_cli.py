@@ -156,6 +156,7 @@ BAD_ROWS = {
     "empty file": ("", "bad.jsonl: the file has no rows"),
     "counts": ('{"docs": ["d"], "question": ["q", "r"], "answers": ["a"]}', "bad.jsonl:1: 2 questions but 1 answers"),
     "gold": ('{"docs": ["d"], "question": "q", "answer": "a", "pos_index": [3]}', "bad.jsonl:1: pos_index=3"),
+    "k > n": ('{"docs": ["d"], "question": "q", "answer": "a"}', "1 documents, but top_k=2"),
     "long prompt": (json.dumps({"docs": ["d", "e"], "question": "word " * 400, "answer": "a"}), "the window decoder_max_length=256"),
     "question list": ('{"docs": ["d", "e"], "question": ["q"], "answers": ["a"]}', "expected one question a row"),
 }

@@ -262,8 +262,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     raise ConfigError("several settings or --also: name --report DIR")
   if options.report and options.predictions:
     raise ConfigError("--predictions: with --report, predictions are in DIR/predictions")
-  checkpoint = _checkpoint(options, *{role for name in settings for role in SETTINGS[name].roles()})
-  rows = _rows(options)
+  checkpoint = _checkpoint(options, *dict.fromkeys(role for name in settings for role in SETTINGS[name].roles()))
+  rows = _rows(options, checkpoint.model.config.top_k, *settings)
   if options.report is None:
     return benchmarks.evaluate(checkpoint.model, checkpoint.layout, checkpoint.weights, rows, settings[0], batch_size=options.batch_size,
                                max_new_tokens=options.max_new_tokens, path=options.predictions).scores
@@ -277,8 +277,22 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
                   batch_size=options.batch_size, max_new_tokens=options.max_new_tokens)
 
 
-def _rows(options: argparse.Namespace) -> list[schemas.Row]:
-  return datasets.read(options.rows, schemas.Malformed(options.max_malformed))[:options.limit]
+def _rows(options: argparse.Namespace, top_k: int, *settings: str) -> list[schemas.Row]:
+  """The first rows that can be answered in all settings."""
+  malformed = schemas.Malformed(options.max_malformed)
+  rows: list[schemas.Row] = []
+  for row in datasets.read(options.rows, malformed):
+    if len(rows) == options.limit:
+      break
+    try:
+      for name in settings:
+        benchmarks.check(row, SETTINGS[name], top_k)
+      rows.append(row)
+    except schemas.DataError as error:
+      malformed.add(str(error))
+  if not rows:
+    raise schemas.DataError(f"{options.rows}: no row can be answered")
+  return rows
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
@@ -290,7 +304,7 @@ def explain(options: argparse.Namespace) -> dict[str, Any]:
   """`clara explain`."""
   checkpoint = _checkpoint(options, "compressor", "query_reasoner", "generator")
   explainer = Explainer(checkpoint.model, checkpoint.layout, checkpoint.weights, options.max_new_tokens, options.top)
-  found = [explainer.explain(row) for row in _rows(options)]
+  found = [explainer.explain(row) for row in _rows(options, checkpoint.model.config.top_k, "joint")]
   if options.report:
     report_lib.write(options.report, report_lib.page(f"{options.checkpoint} on {options.rows}", f"{len(found)} questions, explained.", [
         ("Questions", report_lib.LENS_LEGEND + "".join(map(report_lib.explained, found)))]))

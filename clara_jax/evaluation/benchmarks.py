@@ -43,7 +43,7 @@ def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequen
 
   Args:
     model, layout, weights: a checkpoint with the roles of the setting.
-    rows: single questions with documents; they may differ in how many. Of fewer than K all are read.
+    rows: single questions with documents; they may differ in how many.
     setting: of `SETTINGS`.
     batch_size: rows a pass; rows with the same number of documents go together.
     max_new_tokens: longest answer.
@@ -52,15 +52,12 @@ def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequen
     name: what they call it; default: the setting.
 
   Raises:
-    DataError: a row is no single question, or has no documents.
+    DataError: a row is no single question, or has too few documents.
     ConfigError: the file has predictions of another checkpoint or setting.
   """
   how = SETTINGS[setting]
   for row in rows:
-    if row.is_question_list or row.data_type != "qa":
-      raise DataError(f"{row.identifier}: expected one question a row")
-    if (how.order or how.form == "memories") and not row.documents:
-      raise DataError(f"{row.identifier}: the row has no documents; `clara candidates` finds some")
+    check(row, how, model.config.top_k)
   made_by = _made_by(model, weights, setting, max_new_tokens)
   keys = [_key(i, row) for i, row in enumerate(rows)]
   there = _read(path, made_by)
@@ -87,6 +84,20 @@ def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequen
     if progress:
       print(f"evaluate {name or setting}: {done}/{len(rows)} rows", file=sys.stderr, flush=True)
   return Evaluation({"n": len(rows), **mean_scores(predictions)}, predictions)
+
+
+def check(row: Row, how: Setting, top_k: int) -> None:
+  """Refuses a row that cannot be answered in a setting.
+
+  Raises:
+    DataError: naming the row.
+  """
+  if row.is_question_list or row.data_type != "qa":
+    raise DataError(f"{row.identifier}: expected one question a row")
+  if how.form == "memories" and not row.documents:
+    raise DataError(f"{row.identifier}: the row has no documents; `clara candidates` finds some")
+  if how.order and len(row.documents) < top_k:
+    raise DataError(f"{row.identifier}: {len(row.documents)} documents, but top_k={top_k}")
 
 
 # Numbers of a prediction that are no scores.

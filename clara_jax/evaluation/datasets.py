@@ -15,13 +15,14 @@ and `tfds:NAME[:SPLIT]` for sets that TFDS has: squad, natural_questions_open. A
 gold documents in a corpus (doc_ids, paragraph_id, paragraph_ids); `candidates.py` finds some.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from clara_jax.data.schemas import DataError, Malformed, Row, read_jsonl
+from clara_jax.data.schemas import DataError, Malformed, Row, parse_row, read_jsonl
 
 TFDS = ("squad", "natural_questions_open")
 
@@ -149,24 +150,23 @@ def _natural_questions(value: Mapping[str, Any], where: str) -> Iterator[Row]:
 
 
 def _plain(value: Mapping[str, Any], where: str) -> Iterator[Row]:
-  question = value["question"]
-  if not isinstance(question, str):
-    raise DataError(f"{where}: expected one question a row, got {question!r:.60}")
+  if "contexts" in value:
+    value = {**value, "docs": value["contexts"]}
+  elif isinstance(value.get("text"), str) and not any(value.get(k) for k in ("docs", "context", "content")):
+    value = {**value, "docs": [_titled(value.get("title") or "", value["text"])], "pos_index": 0}
   answers = next((value[k] for k in ("golden_answers", "answers", "answer") if value.get(k) not in (None, "", [])), ())
-  documents = next((value[k] for k in ("docs", "contexts", "context", "content") if value.get(k)), ())
-  gold = value.get("pos_index")
-  if not documents and isinstance(value.get("text"), str):
-    documents, gold = [_titled(value.get("title") or "", value["text"])], 0
-  documents = [documents] if isinstance(documents, str) else documents
-  if not all(isinstance(d, str) for d in documents):
-    raise DataError(f"{where}: docs: expected texts, got {documents!r:.60}")
-  gold = [] if gold is None else [gold] if isinstance(gold, int) else gold
-  ids = value.get("doc_ids") or ()
-  if not documents:  # the gold documents of a corpus, by their ids
-    ids = value.get("paragraph_ids") or ([value["paragraph_id"]] if value.get("paragraph_id") else ids)
-    gold = range(len(ids))
-  yield _row(question, [answers] if isinstance(answers, str) else answers, documents, gold, value.get("id") or where,
-             ids)
+  answers = [answers] if isinstance(answers, str) else answers
+  if any(value.get(k) for k in ("docs", "context", "content")):
+    row = parse_row(value, where)
+    if row.is_question_list or row.data_type != "qa":
+      raise DataError(f"{where}: expected one question a row")
+    yield dataclasses.replace(row, answers=tuple(dict.fromkeys(answers)))
+    return
+  if not isinstance(value.get("question"), str):
+    raise DataError(f"{where}: the row has no question")
+  # The gold documents of a corpus, by their ids.
+  ids = value.get("paragraph_ids") or ([value["paragraph_id"]] if value.get("paragraph_id") else value.get("doc_ids") or ())
+  yield _row(value["question"], answers, (), range(len(ids)), value.get("id") or where, ids)
 
 
 _FORMATS = {"squad": _squad, "hotpot": _hotpot, "musique": _musique, "pubmedqa": _pubmedqa, "nq": _natural_questions, "rows": _plain}
