@@ -8,6 +8,7 @@ TENSORBOARD = ["tensorboardX>=2.6"]
 INT8 = ["qwix>=0.1.8"]
 COMPACT = ["faiss-cpu>=1.11"]
 EVALUATE = ["bm25s>=0.2", "rouge-score>=0.1.2", "matplotlib>=3.9"]
+SYNTHESIZE = ["aiohttp>=3.10"]
 BERTSCORE = ["bert-score>=0.3.13", "torch>=2.6"]
 SERVE = ["starlette>=0.46", "uvicorn>=0.34", "pydantic>=2.10", "orjson>=3.10", "prometheus-client>=0.21"]
 TEST = ["pytest>=8.3", "pytest-xdist>=3.6", "chex>=0.1.90", "hypothesis>=6.100", "peft>=0.17",
@@ -53,9 +54,10 @@ setuptools.setup(
         "int8": INT8,
         "compact": COMPACT,
         "evaluate": EVALUATE,
+        "synthesize": SYNTHESIZE,
         "bertscore": BERTSCORE,
         "serve": SERVE,
-        "test": [*TEST, *QUICKSTART, *RECORDS, *TENSORBOARD, *INT8, *COMPACT, *EVALUATE, *BERTSCORE, *SERVE, "torch>=2.6"],
+        "test": [*TEST, *QUICKSTART, *RECORDS, *TENSORBOARD, *INT8, *COMPACT, *EVALUATE, *BERTSCORE, *SYNTHESIZE, *SERVE, "torch>=2.6"],
         "lint": ["ruff>=0.9"],
     },
     entry_points={"console_scripts": ["clara = clara_jax.cli.main:run"]},

@@ -33,6 +33,7 @@ from clara_jax.memory.store import MemoryStore, StoreError
 from clara_jax.model import Clara, MissingWeightsError
 from clara_jax.nn.linear import MissingAdapterError
 from clara_jax.retrieval import index as index_lib
+from clara_jax.synthesis.client import Endpoint
 from clara_jax.training import loop, stages
 from clara_jax.training.checkpoint import CheckpointError
 
@@ -262,6 +263,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     raise ConfigError("several settings or --also: name --report DIR")
   if options.report and options.predictions:
     raise ConfigError("--predictions: with --report, predictions are in DIR/predictions")
+  if options.judge and not (options.judge_model and options.report):
+    raise ConfigError("--judge: name --judge-model and --report, too")
+  judge = Endpoint(options.judge, options.judge_model, os.environ.get("OPENAI_API_KEY")) if options.judge else None
   checkpoint = _checkpoint(options, *dict.fromkeys(role for name in settings for role in SETTINGS[name].roles()))
   rows = _rows(options, checkpoint.model.config.top_k, *settings)
   if options.report is None:
@@ -274,7 +278,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
       raise ConfigError(f"--also {given}: expected NAME=CKPT")
     also[name] = checkpoints.load(directory, None, options.dtype)
   return runs.run(checkpoint, rows, settings, options.report, also=also, title=f"{options.checkpoint} on {options.rows}",
-                  batch_size=options.batch_size, max_new_tokens=options.max_new_tokens)
+                  batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, judge=judge)
 
 
 def _rows(options: argparse.Namespace, top_k: int, *settings: str) -> list[schemas.Row]:

@@ -194,6 +194,9 @@ def _parser() -> argparse.ArgumentParser:
   evaluate.add_argument("--also", action="append", default=[], metavar="NAME=CKPT",
                         help="another checkpoint in the setting joint, e.g. a contrastive one; with --report, any number of times")
   evaluate.add_argument("--report", metavar="DIR", help="writes predictions, report.json and report.html; goes on where it was stopped")
+  evaluate.add_argument("--judge", metavar="URL", help="with --report: an OpenAI-compatible server, up to /v1, that says whether answers "
+                        "are grounded in the documents that were read; its key in OPENAI_API_KEY")
+  evaluate.add_argument("--judge-model", metavar="NAME", help="the judge's name there")
   evaluate.add_argument("--batch-size", type=int, default=16)
   evaluate.add_argument("--predictions", metavar="F", help="one JSON a row, of one setting; goes on where it was stopped")
 

@@ -143,14 +143,20 @@ def read_predictions(path: str) -> list[dict[str, Any]]:
   return found
 
 
+def write_predictions(path: str, predictions: Sequence[dict[str, Any]]) -> None:
+  """Writes a file of predictions anew."""
+  part = pathlib.Path(f"{path}.part")
+  part.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions), encoding="utf-8")
+  part.replace(path)
+
+
 def _read(path: str | None, made_by: str) -> dict[str, dict[str, Any]]:
   if path is None or not pathlib.Path(path).exists():
     return {}
   found = read_predictions(path)
   if any(p["made_by"] != made_by for p in found):
     raise ConfigError(f"{path}: has predictions of another checkpoint or other settings; name another file, or remove it")
-  with open(path, "w", encoding="utf-8") as file:  # without a line that was cut
-    file.writelines(json.dumps(p, ensure_ascii=False) + "\n" for p in found)
+  write_predictions(path, found)  # without a line that was cut
   return {p["key"]: p for p in found}
 
 

@@ -77,7 +77,7 @@ def _line(name: str) -> dict[str, str]:
 
 # ---- what is seen in predictions -----------------------------------------------------------------------------------------------
 
-QUALITY = ("em", "f1", "cover_em", "em_first")
+QUALITY = ("em", "f1", "cover_em", "em_first", "grounded")
 RETRIEVAL = ("recall_at_1", "recall_at_3", "recall_at_5", "recall_at_20", "mrr", "ndcg_at_5")
 Predictions = Sequence[Mapping[str, Any]]
 

@@ -11,16 +11,18 @@ from typing import Any
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError, Row
 from clara_jax.evaluation import report, statistics
-from clara_jax.evaluation.benchmarks import evaluate, read_predictions
+from clara_jax.evaluation.benchmarks import evaluate, read_predictions, write_predictions
 from clara_jax.evaluation.explain import Explainer, document_and_memory_means, picture
+from clara_jax.evaluation.judge import grounding
 from clara_jax.evaluation.settings import SETTINGS
 from clara_jax.interop.checkpoints import Checkpoint
+from clara_jax.synthesis.client import Endpoint
 
 EXAMPLES, PICTURED = 5, 150
 
 
 def run(checkpoint: Checkpoint, rows: Sequence[Row], settings: Sequence[str], directory: str, *, also: Mapping[str, Checkpoint],
-        title: str, batch_size: int = 16, max_new_tokens: int = 64) -> dict[str, Any]:
+        title: str, batch_size: int = 16, max_new_tokens: int = 64, judge: Endpoint | None = None) -> dict[str, Any]:
   """Answers all rows in every setting and writes DIR/predictions/NAME.jsonl, DIR/report.json and DIR/report.html.
 
   What was answered before is not answered again.
@@ -33,6 +35,7 @@ def run(checkpoint: Checkpoint, rows: Sequence[Row], settings: Sequence[str], di
     also: other checkpoints, by name, in the setting 'joint' (a contrastive one, a generator-only one).
     title: of the page.
     batch_size, max_new_tokens: see `evaluate`.
+    judge: a language model that says whether answers are grounded (`judge.py`).
 
   Returns:
     What is in report.json: `report.summary` by setting or name.
@@ -48,8 +51,12 @@ def run(checkpoint: Checkpoint, rows: Sequence[Row], settings: Sequence[str], di
   found, summaries = {}, {}
   for name, (source, setting) in jobs.items():
     source.require(*SETTINGS[setting].roles())
+    path = str(where / "predictions" / f"{name}.jsonl")
     found[name] = evaluate(source.model, source.layout, source.weights, rows, setting, batch_size=batch_size, max_new_tokens=max_new_tokens,
-                           path=str(where / "predictions" / f"{name}.jsonl"), name=name).predictions
+                           path=path, name=name).predictions
+    if judge:
+      grounding(rows, found[name], judge)
+      write_predictions(path, found[name])
     summaries[name] = report.summary(found[name])
   values = {name: {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in s.items()} for name, s in summaries.items()}
   made = {"title": title, "rows": len(rows), "runs": values}
