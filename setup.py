@@ -8,7 +8,7 @@ TENSORBOARD = ["tensorboardX>=2.6"]
 INT8 = ["qwix>=0.1.8"]
 COMPACT = ["faiss-cpu>=1.11"]
 EVALUATE = ["bm25s>=0.2", "rouge-score>=0.1.2", "matplotlib>=3.9"]
-SYNTHESIZE = ["aiohttp>=3.10"]
+SYNTHESIZE = ["aiohttp>=3.10", "rouge-score>=0.1.2", "matplotlib>=3.9"]
 BERTSCORE = ["bert-score>=0.3.13", "torch>=2.6"]
 SERVE = ["starlette>=0.46", "uvicorn>=0.34", "pydantic>=2.10", "orjson>=3.10", "prometheus-client>=0.21"]
 TEST = ["pytest>=8.3", "pytest-xdist>=3.6", "chex>=0.1.90", "hypothesis>=6.100", "peft>=0.17",
@@ -24,7 +24,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_namespace_packages(include=["clara_jax", "clara_jax.*"]),
-    package_data={"clara_jax": ["pretrained/**/*", "serving/page/*"]},
+    package_data={"clara_jax": ["pretrained/**/*", "serving/page/*", "synthesis/prompts/*"]},
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.7",

@@ -1,7 +1,9 @@
 """What each command does: one function a command, from parsed options to a report."""
 
 import argparse
+import asyncio
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -17,7 +19,7 @@ from clara_jax.config import ConfigError, MeshConfig
 from clara_jax.data import records as records_lib
 from clara_jax.data import schemas
 from clara_jax.data.tokens import Layout
-from clara_jax.data.world import write_rows
+from clara_jax.data.world import World, write_rows
 from clara_jax.evaluation import benchmarks, datasets, logit_lens, runs
 from clara_jax.evaluation import candidates as candidates_lib
 from clara_jax.evaluation import report as report_lib
@@ -33,7 +35,7 @@ from clara_jax.memory.store import MemoryStore, StoreError
 from clara_jax.model import Clara, MissingWeightsError
 from clara_jax.nn.linear import MissingAdapterError
 from clara_jax.retrieval import index as index_lib
-from clara_jax.synthesis.client import Endpoint
+from clara_jax.synthesis.client import Endpoint, RequestError
 from clara_jax.training import loop, stages
 from clara_jax.training.checkpoint import CheckpointError
 
@@ -41,7 +43,7 @@ from clara_jax.training.checkpoint import CheckpointError
 def bad_input_errors() -> tuple[type[Exception], ...]:
   """Errors of the user's input: one line and exit status 2."""
   return (ConfigError, schemas.DataError, KeyMapError, StoreError, CheckpointError, MissingWeightsError, MissingAdapterError,
-          index_lib.MissingIndexError)
+          index_lib.MissingIndexError, RequestError)
 
 
 def show(command: str, report: dict[str, Any]) -> None:
@@ -313,6 +315,49 @@ def explain(options: argparse.Namespace) -> dict[str, Any]:
     report_lib.write(options.report, report_lib.page(f"{options.checkpoint} on {options.rows}", f"{len(found)} questions, explained.", [
         ("Questions", report_lib.LENS_LEGEND + "".join(map(report_lib.explained, found)))]))
   return {"rows": [dataclasses.asdict(f) for f in found]}
+
+
+def synthesize(options: argparse.Namespace) -> dict[str, Any]:
+  """`clara synthesize`."""
+  from clara_jax.synthesis import pages
+  made: dict[str, Any] = {}
+  if options.documents or options.questions:
+    made = dataclasses.asdict(asyncio.run(_synthesized(options)))
+  elif not options.report:
+    raise ConfigError("--documents or --questions: name one")
+  return made | (pages.write(options.out) if options.report else {})
+
+
+async def _synthesized(options: argparse.Namespace) -> Any:
+  from clara_jax.synthesis import client, documents, factory, rounds, templates
+  if not options.endpoint or options.endpoint != "offline" and not options.model:
+    raise ConfigError("--endpoint and --model: name both")
+  texts = templates.Templates(options.prompts)
+  if options.questions:
+    rows = datasets.read(options.questions)
+    items, work = ((r.identifier, r) for r in rows), rounds.teacher
+  else:
+    count = documents.token_counter(options.tokenizer) if options.tokenizer else documents.words
+    pieces = (p for d in documents.read(options.documents) for p in documents.chunks(d, options.tokens, count))
+    items, work = ((p.id, p) for p in pieces), functools.partial(rounds.scp, rounds=options.rounds)
+  settings = {"directory": options.out, "shard": factory.Shard(options.shard, options.shards),
+              "sampling": factory.Sampling(options.temperature, options.max_reply_tokens),
+              "at_once": options.in_flight + options.in_flight // 4, "record": {
+                  "model": options.model, "endpoint": options.endpoint, "kind": "instruct" if options.questions else "scp",
+                  "tokens": options.tokens, "rounds": options.rounds}}
+  items = itertools.islice(items, options.limit)
+  if options.endpoint == "offline":
+    from clara_jax.quickstart.recipe import Sizes
+    from clara_jax.synthesis.offline import Offline
+    return await factory.produce(items, work, Offline(World(Sizes().world)), texts, **settings)
+  if options.endpoint == "checkpoint":
+    from clara_jax.synthesis.own import OwnModel
+    keep_programs()
+    return await factory.produce(items, work, OwnModel(checkpoints.load(options.model)), texts, **settings)
+  endpoint = client.Endpoint(options.endpoint, options.model, os.environ.get("OPENAI_API_KEY"), options.in_flight, options.timeout,
+                             max_requests=options.max_requests, max_tokens=options.max_tokens, json_schema=not options.no_json_schema)
+  async with client.Client(endpoint) as backend:
+    return await factory.produce(items, work, backend, texts, **settings)
 
 
 def paraphrase(options: argparse.Namespace) -> dict[str, Any]:

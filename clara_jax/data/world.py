@@ -352,7 +352,11 @@ class World:
 
   def question(self, entity: Entity, relation: str, rng: random.Random) -> str:
     """A simple question for one fact."""
-    return rng.choice(RELATIONS[entity.kind][relation]["ask"][:self.config.wordings]).format(s=entity.name)
+    return rng.choice(self.wordings(entity, relation))
+
+  def wordings(self, entity: Entity, relation: str) -> list[str]:
+    """Every way in which a fact is asked for."""
+    return [ask.format(s=entity.name) for ask in RELATIONS[entity.kind][relation]["ask"][:self.config.wordings]]
 
   def page_of(self, entity: Entity, relation: str) -> Page:
     """The document that tells a fact."""

@@ -17,7 +17,11 @@ from clara_jax.config import ConfigError
 
 
 class RequestError(Exception):
-  """A request that failed for good: refused, tried too often, or without an answer that parses."""
+  """A request that failed for good: refused, or tried too often."""
+
+
+class ReplyError(RequestError):
+  """A reply that does not parse, nor does its repair."""
 
 
 class BudgetError(Exception):
@@ -217,7 +221,8 @@ async def ask_json(client: Client, messages: Sequence[Mapping[str, str]], schema
   """A reply by schema. What does not parse is sent back once with the problem, to be repaired.
 
   Raises:
-    RequestError: the repaired reply does not parse either; and as `Client.chat`.
+    ReplyError: the repaired reply does not parse either.
+    RequestError, BudgetError: as `Client.chat`.
   """
   text = await client.chat(messages, schema=schema, name=name, **sampling)
   try:
@@ -228,7 +233,7 @@ async def ask_json(client: Client, messages: Sequence[Mapping[str, str]], schema
     try:
       return parse(await client.chat(again, schema=schema, name=name, **sampling), schema)
     except ValueError as error:
-      raise RequestError(f"the reply {name!r} does not parse, nor does its repair: {error}") from None
+      raise ReplyError(f"the reply {name!r} does not parse, nor does its repair: {error}") from None
 
 
 def parse(text: str, schema: Mapping[str, Any]) -> Any:

@@ -1,0 +1,151 @@
+"""What is to be compressed, in pieces: JSONL, plain text or a Wikipedia extract, cut on sentence bounds."""
+
+import gzip
+import html
+import io
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+
+from tokenizers import Tokenizer
+
+from clara_jax.config import ConfigError
+from clara_jax.data.schemas import DataError, Document
+
+# After a full stop that ends a sentence, with its closing quotes and brackets; before what can begin one.
+_BOUND = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\Wa-z_])|(?<=[。！？])")
+_ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|vs|etc|e\.g|i\.e|No|Fig|Vol|pp|ca|approx|Inc|Ltd|Co)|\b[A-Z])\.$")
+_EXTRACT = re.compile(r'<doc id="([^"]*)"[^>]*? title="([^"]*)"[^>]*>\n(.*?)\n?</doc>', re.DOTALL)
+
+
+def read(path: str) -> Iterator[Document]:
+  """Documents of a file or of all files below a directory, in order of their names.
+
+  JSONL (`id`, `text`, `title`; also of WikiExtractor `--json`), WikiExtractor `<doc …>` files, and plain text, one document a file. All may
+  be gzipped.
+
+  Raises:
+    DataError: by file and row; an id that comes twice.
+  """
+  root = pathlib.Path(path)
+  if not root.exists():
+    raise DataError(f"{path}: no such file")
+  files = sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else [root]
+  seen: set[int] = set()  # of hashes: a corpus has millions
+  for file in files:
+    for document in _file(file, root):
+      if (key := hash(document.id)) in seen:
+        raise DataError(f"{file}: id {document.id!r} comes twice")
+      seen.add(key)
+      yield document
+
+
+def _file(file: pathlib.Path, root: pathlib.Path) -> Iterator[Document]:
+  try:
+    with (gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb")) as raw:
+      stream = io.TextIOWrapper(raw, encoding="utf-8")
+      first = next((line for line in stream if line.strip()), "")
+      stream.seek(0)
+      if first.startswith("{"):
+        yield from _rows(file, stream)
+      elif first.startswith("<doc "):
+        for number, title, text in _EXTRACT.findall(stream.read()):
+          text = "\n".join(text.split("\n")[1:]).strip() or text  # the first line is the title again
+          yield Document(number, html.unescape(text), html.unescape(title))
+      elif first:
+        name = file.name if file == root else str(file.relative_to(root))
+        yield Document(name.removesuffix(".gz").removesuffix(".txt"), stream.read().strip())
+  except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    raise DataError(f"{file}: not readable as UTF-8 text: {error}") from None
+
+
+def _rows(file: pathlib.Path, stream: io.TextIOWrapper) -> Iterator[Document]:
+  for number, line in enumerate(stream, 1):
+    if not line.strip():
+      continue
+    try:
+      value = json.loads(line)
+      text = value.get("text", value.get("contents"))
+    except (json.JSONDecodeError, AttributeError):
+      raise DataError(f"{file}:{number}: not a JSON object") from None
+    if not isinstance(text, str):
+      raise DataError(f"{file}:{number}: the document has no 'text'")
+    if not text.strip():
+      continue  # Wikipedia's redirects
+    if value.get("id") in (None, ""):
+      raise DataError(f"{file}:{number}: the document has no 'id'")
+    yield Document(str(value["id"]), text.strip(), str(value.get("title") or ""))
+
+
+def sentences(text: str) -> list[str]:
+  """Sentences of a text, without the space between them; lines are bounds, too."""
+  found: list[str] = []
+  for line in text.split("\n"):
+    start = 0
+    for bound in _BOUND.finditer(line):
+      if _ABBREVIATION.search(line[start:bound.start()]):
+        continue
+      end = bound.start() + len(bound[0].rstrip())
+      found.append(line[start:end].strip())
+      start = bound.end()
+    found.append(line[start:].strip())
+  return [s for s in found if s]
+
+
+def words(text: str) -> int:
+  """Number of words: the measure where no tokenizer is chosen."""
+  return len(text.split())
+
+
+def token_counter(directory: str) -> Callable[[str], int]:
+  """Number of tokens by a directory's tokenizer.json.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  path = pathlib.Path(directory, "tokenizer.json")
+  if not path.is_file():
+    raise ConfigError(f"--tokenizer {directory}: has no tokenizer.json")
+  tokenizer = Tokenizer.from_file(str(path))
+  return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def chunks(document: Document, limit: int, count: Callable[[str], int] = words) -> Iterator[Document]:
+  """Pieces of at most `limit` tokens with the document's title, `ID#0`, `ID#1` …; a document that fits keeps its id.
+
+  Args:
+    document: the whole.
+    limit: tokens of title and text.
+    count: tokens of a text. Sums over sentences stand for the whole, so that a piece may be a token or two off its count.
+  """
+  room = limit - (count(document.title) + 1 if document.title else 0)
+  pieces: list[str] = []
+  held: list[str] = []
+  size = 0
+  for sentence in (part for s in sentences(document.text) for part in _short(s, room, count)):
+    length = count(sentence)
+    if held and size + length > room:
+      pieces.append(" ".join(held))
+      held, size = [], 0
+    held.append(sentence)
+    size += length
+  if held:
+    pieces.append(" ".join(held))
+  for number, text in enumerate(pieces):
+    yield Document(document.id if len(pieces) == 1 else f"{document.id}#{number}", text, document.title)
+
+
+def _short(sentence: str, room: int, count: Callable[[str], int]) -> Iterator[str]:
+  """A sentence that is too long, in words."""
+  if count(sentence) <= room:
+    yield sentence
+    return
+  held: list[str] = []
+  for word in sentence.split():
+    if held and count(" ".join([*held, word])) > room:
+      yield " ".join(held)
+      held = []
+    held.append(word)
+  if held:
+    yield " ".join(held)

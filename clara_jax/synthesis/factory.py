@@ -1,0 +1,243 @@
+"""Many documents at once through their rounds: resumable, in shards, with rows, rejects and a manifest at the end."""
+
+import asyncio
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from clara_jax.config import ConfigError
+from clara_jax.synthesis.client import BudgetError, RequestError, Usage, ask_json
+from clara_jax.synthesis.journal import Journal
+from clara_jax.synthesis.rounds import SCHEMAS, Ask, Outcome
+from clara_jax.synthesis.templates import Templates
+
+FAILURES = 20  # requests that fail for good in a row: the server is not there
+
+
+class Backend(Protocol):
+  """What replies: `client.Client`, `offline.Offline`, `own.OwnModel`."""
+
+  usage: Usage
+
+  async def chat(self, messages: Sequence[Mapping[str, str]], *, schema: Mapping[str, Any] | None = None, name: str = "reply",
+                 temperature: float = 0.0, max_tokens: int = 1024, seed: int | None = None) -> str:
+    """The text of a reply."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How replies are drawn; the seed of each request comes from its content."""
+
+  temperature: float = 0.7
+  max_tokens: int = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """Which part of a corpus this worker does: items whose number is `index` modulo `count`."""
+
+  index: int = 0
+  count: int = 1
+
+  def __post_init__(self):
+    if not 0 <= self.index < self.count:
+      raise ConfigError(f"--shard {self.index}: expected 0 to {self.count - 1}")
+
+  def path(self, directory: str, name: str, suffix: str) -> str:
+    """A file of this shard."""
+    return os.path.join(directory, f"{name}-{self.index:05d}-of-{self.count:05d}.{suffix}")
+
+
+class _Remembered:
+  """A backend for one document: replies that it had before are not asked for again."""
+
+  def __init__(self, backend: Backend, journal: Journal, document: str):
+    self._backend, self._journal, self._document = backend, journal, document
+    self._replies = journal.replies(document)
+    self.step = ""
+
+  async def chat(self, messages, *, seed=None, **options):
+    key = hashlib.blake2b(json.dumps([self.step, messages]).encode(), digest_size=8).hexdigest()
+    if (text := self._replies.pop(key, None)) is None:
+      text = await self._backend.chat(messages, seed=int(key[:7], 16), **options)
+      self._journal.reply(self._document, key, text)
+    return text
+
+
+def asker(backend: Any, templates: Templates, sampling: Sampling) -> Ask:
+  """The `Ask` of a document; `backend` may have an attribute `step`, which tells repeated requests apart."""
+  async def ask(template: str, schema: str, attempt: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    backend.step = f"{template} {values.get('round', 0)} {attempt}"
+    return await ask_json(backend, templates.messages(template, **values), SCHEMAS[schema], schema,
+                          temperature=sampling.temperature, max_tokens=sampling.max_tokens)
+  return ask
+
+
+@dataclasses.dataclass
+class Report:
+  """What a shard has come to.
+
+  Attributes:
+    accepted, rejected: documents.
+    open: documents whose requests failed; the next start does them.
+    rows: written.
+    rounds: of the finished documents, the most of any part, on average.
+    requests: sent by this start, tries again included; `requests_a_document` on average.
+    tokens: of this start's prompts and replies.
+    reasons: rejected documents by reason; refused: by the checks, within the rounds.
+  """
+
+  accepted: int = 0
+  rejected: int = 0
+  open: int = 0
+  rows: int = 0
+  rounds: float = 0.0
+  requests: int = 0
+  requests_a_document: float = 0.0
+  tokens: int = 0
+  seconds: float = 0.0
+  reasons: dict[str, int] = dataclasses.field(default_factory=dict)
+  refused: dict[str, int] = dataclasses.field(default_factory=dict)
+  stopped: str | None = None
+
+
+async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], Awaitable[Outcome]], backend: Backend, templates: Templates,
+                  directory: str, *, shard: Shard = Shard(), sampling: Sampling = Sampling(), at_once: int = 80,
+                  record: Mapping[str, Any] | None = None, progress: bool = True) -> Report:
+  """Works on every item that is not finished and writes DIR/rows-…, rejected-… and manifest-….
+
+  Args:
+    items: (id, what `work` takes); ids are unique.
+    work: `rounds.scp` or `rounds.teacher`.
+    backend: what replies.
+    templates, sampling: the prompts.
+    directory: DIR; a second start with the same one goes on.
+    shard: which of the items.
+    at_once: items that are open at a time.
+    record: what else the manifest tells (model, endpoint).
+    progress: whether lines go to standard error.
+
+  Raises:
+    ConfigError: the directory has items made by other prompts, model or sampling.
+    RequestError: the server fails all the time; what was done is kept.
+  """
+  os.makedirs(directory, exist_ok=True)
+  made_by = {"prompts_sha256": templates.sha256, "temperature": sampling.temperature, "max_tokens": sampling.max_tokens, **(record or {})}
+  _same_settings(shard.path(directory, "settings", "json"), made_by)
+  journal = Journal(shard.path(directory, "journal", "jsonl"))
+  start, before, failures = time.monotonic(), journal.done, 0
+  report = Report()
+  waiting = ((name, item) for n, (name, item) in enumerate(items) if n % shard.count == shard.index and not journal.is_done(name))
+
+  async def worker() -> None:
+    nonlocal failures
+    for name, item in waiting:
+      if report.stopped:
+        return
+      try:
+        outcome = await work(item, asker(_Remembered(backend, journal, name), templates, sampling))
+      except BudgetError as error:
+        report.stopped = str(error)
+        return
+      except RequestError as error:
+        report.open += 1
+        failures += 1
+        if failures >= FAILURES:
+          report.stopped = f"{failures} requests in a row failed; the last one: {error}"
+          return
+        continue
+      failures = 0
+      journal.finish(name, vars(outcome))
+
+  async def tell() -> None:
+    while True:
+      await asyncio.sleep(10)
+      done, seconds = journal.done - before, time.monotonic() - start
+      print(f"synthesize: {journal.done} documents, {done / seconds:.1f}/s; {backend.usage.requests} requests, "
+            f"{backend.usage.requests / seconds:.0f}/s, at most {backend.usage.in_flight} in flight; retries {backend.usage.retries}",
+            file=sys.stderr, flush=True)
+
+  teller = asyncio.create_task(tell()) if progress else None
+  try:
+    async with asyncio.TaskGroup() as group:
+      for _ in range(at_once):
+        group.create_task(worker())
+  except ExceptionGroup as problems:
+    raise problems.exceptions[0] from None
+  finally:
+    if teller:
+      teller.cancel()
+    finished = journal.done - before
+    report.requests, report.seconds = backend.usage.requests, round(time.monotonic() - start, 2)
+    report.tokens = backend.usage.prompt_tokens + backend.usage.completion_tokens
+    report.requests_a_document = round(report.requests / max(1, finished), 2)
+    _write(journal, directory, shard, report, made_by, backend.usage)
+    journal.close()
+  if report.stopped and failures >= FAILURES:
+    raise RequestError(report.stopped)
+  return report
+
+
+def _same_settings(path: str, made_by: Mapping[str, Any]) -> None:
+  if not os.path.exists(path):
+    with open(path, "w", encoding="utf-8") as file:
+      json.dump(made_by, file, indent=2)
+    return
+  with open(path, encoding="utf-8") as file:
+    there = json.load(file)
+  if there != made_by:
+    changed = [f"{k}: {there.get(k)} there, {made_by.get(k)} now" for k in sorted({*there, *made_by}) if there.get(k) != made_by.get(k)]
+    raise ConfigError(f"{path}: was made with other settings ({'; '.join(changed)}); name another --out")
+
+
+def _write(journal: Journal, directory: str, shard: Shard, report: Report, made_by: Mapping[str, Any], usage: Usage) -> None:
+  """Rows, rejects and manifest from the journal, each file whole or not at all."""
+  reasons: collections.Counter = collections.Counter()
+  refused: collections.Counter = collections.Counter()
+  rounds = pairs = 0
+  paths = {name: shard.path(directory, name, "jsonl") for name in ("rows", "rejected")}
+  with open(f"{paths['rows']}.part", "w", encoding="utf-8") as rows, open(f"{paths['rejected']}.part", "w", encoding="utf-8") as rejects:
+    for document, outcome in journal.outcomes():
+      refused.update(outcome["refused"])
+      rounds += outcome["rounds"]
+      if outcome["reason"]:
+        report.rejected += 1
+        reasons[outcome["reason"]] += 1
+        rejects.write(json.dumps({"id": document, "reason": outcome["reason"], "rounds": outcome["rounds"]}, ensure_ascii=False) + "\n")
+        continue
+      report.accepted += 1
+      for row in outcome["rows"]:
+        report.rows += 1
+        pairs += len(row["question"]) if isinstance(row["question"], list) else 0
+        rows.write(json.dumps(row, ensure_ascii=False) + "\n")
+  for path in paths.values():
+    os.replace(f"{path}.part", path)
+  done = report.accepted + report.rejected
+  report.rounds = round(rounds / max(1, done), 2)
+  report.reasons, report.refused = dict(reasons.most_common()), dict(refused.most_common())
+  manifest = {**made_by, **dataclasses.asdict(report), "pairs_a_document": round(pairs / max(1, report.accepted), 2),
+              "usage": dataclasses.asdict(usage), "shard": shard.index, "shards": shard.count}
+  path = shard.path(directory, "manifest", "json")
+  with open(f"{path}.part", "w", encoding="utf-8") as file:
+    json.dump(manifest, file, indent=2)
+  os.replace(f"{path}.part", path)
+
+
+def outcomes(directory: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  """(document, outcome) of all shards.
+
+  Raises:
+    ConfigError: there is no journal.
+  """
+  paths = sorted(pathlib.Path(directory).glob("journal-*.jsonl"))
+  if not paths:
+    raise ConfigError(f"{directory}: nothing was synthesized here")
+  return itertools.chain.from_iterable(Journal(str(p), compact=False).outcomes() for p in paths)

@@ -1,0 +1,112 @@
+"""What has been done, on disk: one append-only file. A kill loses at most what was in flight; a finished document is written once.
+
+    {"r": document, "k": key of a request, "t": reply}        a reply, as long as its document is not finished
+    {"d": document, "o": outcome}                             a finished document
+
+A document that was stopped is worked on again from its replies: its requests have the same keys.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from clara_jax.data.schemas import DataError
+
+
+class Journal:
+  """Opens a journal, or begins one.
+
+  Args:
+    path: the file.
+    compact: whether replies of finished documents are removed now.
+
+  Raises:
+    DataError: a line in the middle is damaged.
+  """
+
+  def __init__(self, path: str, compact: bool = True):
+    self.path = path
+    self._done: set[bytes] = set()
+    self._replies: dict[str, dict[str, str]] = {}
+    if os.path.exists(path):
+      self._read(compact)
+    self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+  def _read(self, compact: bool) -> None:
+    end = 0
+    waste = 0
+    for start, value in self._lines():
+      end = start
+      if "d" in value:
+        self._done.add(_digest(value["d"]))
+    if end < os.path.getsize(self.path):  # the line that a kill has cut
+      os.truncate(self.path, end)
+    for _, value in self._lines():
+      if "r" in value:
+        if _digest(value["r"]) in self._done:
+          waste += 1
+        else:
+          self._replies.setdefault(value["r"], {})[value["k"]] = value["t"]
+    if compact and waste > 1000:
+      part = f"{self.path}.part"
+      with open(part, "w", encoding="utf-8") as file:
+        for _, value in self._lines():
+          if "d" in value or _digest(value["r"]) not in self._done:
+            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+      os.replace(part, self.path)
+
+  def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(end, value) of every whole line."""
+    end = 0
+    with open(self.path, "rb") as file:
+      for number, line in enumerate(file, 1):
+        if not line.endswith(b"\n"):
+          return
+        end += len(line)
+        try:
+          yield end, json.loads(line)
+        except json.JSONDecodeError:
+          raise DataError(f"{self.path}:{number}: the journal is damaged here") from None
+
+  def is_done(self, document: str) -> bool:
+    """Whether a document is finished."""
+    return _digest(document) in self._done
+
+  @property
+  def done(self) -> int:
+    """Finished documents."""
+    return len(self._done)
+
+  def replies(self, document: str) -> dict[str, str]:
+    """Replies that a document had when it was stopped, by key; they are handed over once."""
+    return self._replies.pop(document, {})
+
+  def reply(self, document: str, key: str, text: str) -> None:
+    """Keeps a reply."""
+    self._append({"r": document, "k": key, "t": text})
+
+  def finish(self, document: str, outcome: dict[str, Any]) -> None:
+    """Keeps what became of a document."""
+    self._append({"d": document, "o": outcome})
+    self._done.add(_digest(document))
+
+  def _append(self, value: dict[str, Any]) -> None:
+    data = memoryview((json.dumps(value, ensure_ascii=False) + "\n").encode())
+    while data:
+      data = data[os.write(self._file, data):]
+
+  def outcomes(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(document, outcome) of all that are finished, in the order in which they were."""
+    for _, value in self._lines():
+      if "d" in value:
+        yield value["d"], value["o"]
+
+  def close(self) -> None:
+    """Closes the file."""
+    os.close(self._file)
+
+
+def _digest(document: str) -> bytes:
+  return hashlib.blake2b(document.encode(), digest_size=8).digest()

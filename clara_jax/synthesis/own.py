@@ -1,0 +1,46 @@
+"""Our own base as the language model of the factory: a checkpoint, greedy, one request at a time."""
+
+import asyncio
+import concurrent.futures
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from clara_jax.data import prompts
+from clara_jax.data.pipeline import pad_tokens
+from clara_jax.inference.generate import make_generate
+from clara_jax.interop.checkpoints import Checkpoint
+from clara_jax.synthesis.client import RequestError, Usage
+
+
+class OwnModel:
+  """Replies of a checkpoint's base, without any role; see `factory.Backend`. JSON is only asked for in words.
+
+  Args:
+    checkpoint: whose base replies.
+    max_tokens: of a reply.
+  """
+
+  def __init__(self, checkpoint: Checkpoint, max_tokens: int = 512):
+    self._layout, self._weights = checkpoint.layout, checkpoint.weights
+    self._window = checkpoint.model.config.decoder_max_length
+    self._generate = make_generate(checkpoint.model, max_tokens, self._layout.eos_id, self._layout.pad_id, None)
+    self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    self.usage = Usage(in_flight=1)
+
+  async def chat(self, messages: Sequence[Mapping[str, str]], *, schema: Mapping[str, Any] | None = None, name: str = "reply",
+                 temperature: float = 0.0, max_tokens: int = 1024, seed: int | None = None) -> str:
+    return await asyncio.get_running_loop().run_in_executor(self._thread, self._reply, messages)
+
+  def _reply(self, messages):
+    ids = np.array(self._layout.ids(prompts.render(self._layout.tokenizer, messages)), np.int32)
+    if len(ids) > self._window:
+      raise RequestError(f"the prompt has {len(ids)} tokens, the window decoder_max_length={self._window}")
+    found = np.asarray(self._generate(self._weights, pad_tokens([ids], self._layout.pad_id, 128), None))[0]
+    text = self._layout.text(found)
+    self.usage.requests += 1
+    self.usage.answered += 1
+    self.usage.prompt_tokens += len(ids)
+    self.usage.completion_tokens += int((found != self._layout.pad_id).sum())
+    return text
