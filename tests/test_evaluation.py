@@ -212,7 +212,7 @@ def test_bm25_candidates(tmp_path):
   found = candidates.Bm25([d.text for d in corpus]).search([r.questions[0] for r in rows], 20)
   hits = [{places[r.documents[g]] for g in r.gold} & set(f[:5].tolist()) for r, f in zip(rows, found, strict=True)]
   recall = np.mean([len(h) / len(r.gold) for h, r in zip(hits, rows, strict=True)])
-  assert summary.recall_at_5 == pytest.approx(recall, abs=1e-4) and 0.4 < summary.recall_at_5 < summary.recall < 1
+  assert summary.recall_at_5 == pytest.approx(recall, abs=1e-4) and 0.4 < summary.recall_at_5 < summary.recall_at_count < 1
   assert summary.gold_not_in_corpus == 0 and summary.documents == len(corpus)
   oracle, _ = made(rows, corpus, 20, "oracle")
   path = str(tmp_path / "rows.jsonl")
@@ -221,6 +221,9 @@ def test_bm25_candidates(tmp_path):
     assert {row.documents[g] for g in row.gold} == {before.documents[g] for g in before.gold}
     assert len(set(row.documents)) == 20 and row.answers == before.answers
   assert len({row.gold[0] for row in datasets.read(path)}) > 10  # shuffled
+  elsewhere, lost = made(rows[:5], corpus[-40:], 6, "oracle")
+  assert lost.gold_not_in_corpus == 10 and all({r["docs"][g] for g in r["pos_index"]} == {b.documents[g] for g in b.gold}
+                                               for r, b in zip(elsewhere, rows, strict=False))
   assert [r["docs"] for r in normal] == [[corpus[p].text for p in f] for f in found]
 
 
@@ -231,7 +234,7 @@ def test_questions_without_documents_and_dense_retrievers(tmp_path, monkeypatch)
   corpus = [Document("x", "aaa"), Document("y", "bbb", "b"), Document("z", "cc")]
   rows = [Row(("b",), ("yes",), (), (0,), "qa", "1", False, ("y",)), Row(("c",), ("no",), (), (), "qa", "2")]
   found, summary = made(rows, corpus, 2, "normal", "encoder:encode")
-  assert found[0]["docs"][0] == "b\nbbb" and found[0]["pos_index"] == [0] and found[1]["doc_ids"][0] == "z" and summary.recall == 1
+  assert found[0]["docs"][0] == "b\nbbb" and found[0]["pos_index"] == [0] and found[1]["doc_ids"][0] == "z" and summary.recall_at_count == 1
   with pytest.raises(ConfigError, match="--retriever nothing:here"):
     made(rows, corpus, 2, "normal", "nothing:here")
   with pytest.raises(DataError, match="4 candidates a row, but the corpus has 3 documents"):
@@ -270,7 +273,7 @@ def test_every_setting_and_a_page(checkpoint, tmp_path, monkeypatch):
   same = lambda p: {k: v for k, v in p.items() if k not in ("seconds", "confidence", "scores")}
   assert sorted(map(str, map(same, again.predictions))) == sorted(map(str, map(same, whole)))
   assert len(path.read_text().splitlines()) == 11
-  with pytest.raises(ConfigError, match="another checkpoint or other settings"):
+  with pytest.raises(ConfigError, match="another checkpoint, setting, K"):
     benchmarks.evaluate(checkpoint.model, checkpoint.layout, tiny.weights(1), rows, "joint", path=str(path))
 
 
@@ -283,8 +286,10 @@ def test_two_runs_are_compared(checkpoint, tmp_path):
   a, b = (benchmarks.read_predictions(str(tmp_path / n / "predictions" / "joint.jsonl")) for n in "ab")
   assert found["recall_at_1"]["mean"] == pytest.approx(np.mean([q["recall_at_1"] - p["recall_at_1"] for p, q in zip(a, b, strict=True)]))
   assert "B is right where A was wrong" in (tmp_path / "page.html").read_text()
-  with pytest.raises(DataError, match="no run in common"):
-    runs.compare(str(tmp_path / "a"), str(tmp_path / "a" / "predictions" / "joint.jsonl"))
+  with pytest.raises(DataError, match="no such file or directory"):
+    runs.compare(str(tmp_path / "a"), str(tmp_path / "c"))
+  with pytest.raises(ConfigError, match="predictions of other rows"):
+    runs.run(checkpoint, tiny.rows("joint")[20:24], ["joint"], str(tmp_path / "a"), also={}, title="a", max_new_tokens=3)
 
 
 # ---- explanations ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import dataclasses
 import functools
+import gzip
 import itertools
 import json
 import os
@@ -43,7 +44,7 @@ from clara_jax.training.checkpoint import CheckpointError
 def bad_input_errors() -> tuple[type[Exception], ...]:
   """Errors of the user's input: one line and exit status 2."""
   return (ConfigError, schemas.DataError, KeyMapError, StoreError, CheckpointError, MissingWeightsError, MissingAdapterError,
-          index_lib.MissingIndexError, RequestError)
+          index_lib.MissingIndexError, RequestError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def show(command: str, report: dict[str, Any]) -> None:
@@ -63,18 +64,23 @@ def show(command: str, report: dict[str, Any]) -> None:
   if command == "explain":
     for row in report["rows"]:
       print(f"\n{row['question']}\n  {row['prediction']}  (wanted: {' | '.join(row['answers'])})")
+      print("  memory tokens say: " + ", ".join(w["word"] for w in row["lens"][:15]))
       for document in row["documents"]:
-        print(f"    {'gold ' if document['is_gold'] else '     '}attention {document['attention']:.0%}  gain {document['gain']:+.2f}  "
-              f"{document['text'][:90]}")
+        print(f"    {'gold ' if document['is_gold'] else '     '}attention {document['attention']:.0%}  gain {document['gain']:+.2f} nats  "
+              f"{' '.join(document['text'].split())[:90]}")
+    return
+  if command == "compare":
+    for run, metrics in report.items():
+      print(f"{run}: {next(iter(metrics.values()))['n']} rows")
+      for name, d in metrics.items():
+        print(f"  {name:>14}  A {d['a']:.3f}  B {d['b']:.3f}  B - A {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]  p {d['p']:.4f}")
     return
   if command == "reproduce":
     for letter, claim in report["claims"].items():
       print(f"({letter}) {claim['says']}: {claim['verdict']}")
     return
-  if command == "evaluate" and "runs" in report or command == "compare":
-    if command == "compare":
-      print("B - A, with 95 % intervals")
-    _show_table(report.get("runs", report))
+  if command == "evaluate" and "runs" in report:
+    _show_table(report["runs"])
     return
   for name, value in report.items():
     if not isinstance(value, (list, dict)):
@@ -244,18 +250,28 @@ def _answerer(options: argparse.Namespace) -> Answerer:
 
 def candidates(options: argparse.Namespace) -> Any:
   """`clara candidates`."""
+  if os.path.abspath(options.out) == os.path.abspath(options.questions):
+    raise ConfigError(f"--out {options.out}: is the file of the questions")
+  _output_file("--out", options.out)
   rows = datasets.read(options.questions, schemas.Malformed(options.max_malformed))
   corpus = list(schemas.read_documents(options.corpus)) if options.corpus else candidates_lib.own_corpus(rows)
   made = candidates_lib.make(rows, corpus, options.count, options.setting, options.retriever, options.seed)
   os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
-  report = None
-  with open(options.out, "w", encoding="utf-8") as file:
+  report, part = None, f"{options.out}.part"
+  with (gzip.open(part, "wt", encoding="utf-8") if options.out.endswith(".gz") else open(part, "w", encoding="utf-8")) as file:
     for row in made:
       if isinstance(row, dict):
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
       else:
         report = row
+  os.replace(part, options.out)
   return report
+
+
+def _output_file(option: str, path: str | None) -> None:
+  """Refuses what cannot be written before any work is done."""
+  if path and os.path.isdir(path):
+    raise ConfigError(f"{option} {path}: is a directory, expected the name of a file")
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -278,7 +294,10 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     name, equals, directory = given.partition("=")
     if not equals or not name:
       raise ConfigError(f"--also {given}: expected NAME=CKPT")
-    also[name] = checkpoints.load(directory, None, options.dtype)
+    try:
+      also[name] = checkpoints.load(directory, None, options.dtype)
+    except checkpoints.CheckpointError as error:
+      raise ConfigError(f"--also {given}: {error}") from None
   return runs.run(checkpoint, rows, settings, options.report, also=also, title=f"{options.checkpoint} on {options.rows}",
                   batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, judge=judge)
 
@@ -303,11 +322,13 @@ def _rows(options: argparse.Namespace, top_k: int, *settings: str) -> list[schem
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
   """`clara compare`."""
+  _output_file("--report", options.report)
   return runs.compare(options.a, options.b, options.report)
 
 
 def explain(options: argparse.Namespace) -> dict[str, Any]:
   """`clara explain`."""
+  _output_file("--report", options.report)
   checkpoint = _checkpoint(options, "compressor", "query_reasoner", "generator")
   explainer = Explainer(checkpoint.model, checkpoint.layout, checkpoint.weights, options.max_new_tokens, options.top)
   found = [explainer.explain(row) for row in _rows(options, checkpoint.model.config.top_k, "joint")]
@@ -362,6 +383,7 @@ async def _synthesized(options: argparse.Namespace) -> Any:
 
 def paraphrase(options: argparse.Namespace) -> dict[str, Any]:
   """`clara paraphrase`."""
+  _output_file("--predictions", options.predictions)
   from clara_jax.evaluation import fidelity
   checkpoint = _checkpoint(options, "compressor", "generator")
   documents = list(itertools.islice(schemas.read_documents(options.documents), options.limit))

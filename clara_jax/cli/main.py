@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
                      help="questions with documents: JSONL, or the published files of SQuAD, HotpotQA, 2Wiki, MuSiQue, PubMedQA, NQ")
     sub.add_argument("--limit", type=positive, help="only the first rows")
     sub.add_argument("--max-malformed", type=int, default=0, metavar="N", help="bad rows that are passed over and reported")
-    sub.add_argument("--max-new-tokens", type=int, default=64)
+    sub.add_argument("--max-new-tokens", type=positive, default=64, help="of the longest answer; default 64")
 
   candidates = command("candidates", "A first-stage retriever finds documents for questions.")
   candidates.add_argument("--questions", required=True, metavar="F", help="what evaluate reads, with or without documents")
@@ -197,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
   evaluate.add_argument("--judge", metavar="URL", help="with --report: an OpenAI-compatible server, up to /v1, that says whether answers "
                         "are grounded in the documents that were read; its key in OPENAI_API_KEY")
   evaluate.add_argument("--judge-model", metavar="NAME", help="the judge's name there")
-  evaluate.add_argument("--batch-size", type=int, default=16)
+  evaluate.add_argument("--batch-size", type=positive, default=16, help="rows a pass; default 16")
   evaluate.add_argument("--predictions", metavar="F", help="one JSON a row, of one setting; goes on where it was stopped")
 
   compare = command("compare", "Two runs of evaluate on the same rows: differences with intervals.")
@@ -238,14 +238,16 @@ def _parser() -> argparse.ArgumentParser:
   checkpoint(paraphrase)
   paraphrase.add_argument("--documents", required=True, metavar="F", help="JSONL (.gz): id, text")
   paraphrase.add_argument("--limit", type=positive, help="only the first documents")
-  paraphrase.add_argument("--batch-size", type=positive, default=16)
-  paraphrase.add_argument("--max-new-tokens", type=positive, default=256)
+  paraphrase.add_argument("--batch-size", type=positive, default=16, help="documents a pass; default 16")
+  paraphrase.add_argument("--max-new-tokens", type=positive, default=256, help="of the longest paraphrase; default 256")
   paraphrase.add_argument("--bertscore", metavar="MODEL[:LAYER]", help="also BERTScore with this Hugging Face model (extra bertscore)")
   paraphrase.add_argument("--predictions", metavar="F", help="writes one JSON a document")
 
   reproduce = command("reproduce", "The paper's claims as experiments on a generated world; goes on by itself where it was stopped.")
   reproduce.add_argument("--workdir", default="reproduction", metavar="DIR")
-  reproduce.add_argument("--claims", nargs="+", metavar="LETTER", help="a to h; default: all")
+  reproduce.add_argument("--claims", nargs="+", metavar="LETTER",
+                         help="a SCP beats reconstruction and none; b all kinds of data beat each; c the MSE term; d joint beats generator "
+                         "only; e against labels; f a copied query reasoner; g ratios; h more or fewer documents; default: all")
   reproduce.add_argument("--seeds", type=positive, default=3, help="default 3")
   reproduce.add_argument("--scale", type=float, default=1.0, help="factor on steps and test rows; default 1: an hour on two cores")
 

@@ -53,7 +53,7 @@ def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequen
 
   Raises:
     DataError: a row is no single question, or has too few documents.
-    ConfigError: the file has predictions of another checkpoint or setting.
+    ConfigError: the file has predictions of another checkpoint or setting, or of other rows.
   """
   how = SETTINGS[setting]
   for row in rows:
@@ -61,6 +61,8 @@ def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequen
   made_by = _made_by(model, weights, setting, max_new_tokens)
   keys = [_key(i, row) for i, row in enumerate(rows)]
   there = _read(path, made_by)
+  if there and not any(key in there for key in keys):
+    raise ConfigError(f"{path}: has predictions of other rows; name another place, or remove it")
   predictions: list[dict[str, Any] | None] = [there.get(key) for key in keys]
   done = sum(p is not None for p in predictions)
   if done and progress:
@@ -131,7 +133,7 @@ def read_predictions(path: str) -> list[dict[str, Any]]:
   """
   file = pathlib.Path(path)
   if not file.is_file():
-    raise DataError(f"{path}: no such file")
+    raise DataError(f"{path}: {'is a directory, expected a file of predictions' if file.is_dir() else 'no such file'}")
   lines = file.read_text(encoding="utf-8").split("\n")
   try:
     found = [json.loads(line) for line in lines[:-1]]
@@ -155,7 +157,7 @@ def _read(path: str | None, made_by: str) -> dict[str, dict[str, Any]]:
     return {}
   found = read_predictions(path)
   if any(p["made_by"] != made_by for p in found):
-    raise ConfigError(f"{path}: has predictions of another checkpoint or other settings; name another file, or remove it")
+    raise ConfigError(f"{path}: has predictions of another checkpoint, setting, K or --max-new-tokens; name another place, or remove it")
   write_predictions(path, found)  # without a line that was cut
   return {p["key"]: p for p in found}
 

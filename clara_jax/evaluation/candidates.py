@@ -74,9 +74,13 @@ def open_retriever(name: str, texts: Sequence[str]) -> Retriever:
     return Bm25(texts)
   module, _, function = name.partition(":")
   try:
-    return Dense(texts, getattr(importlib.import_module(module), function))
+    encode = getattr(importlib.import_module(module), function)
   except (ImportError, AttributeError, ValueError) as error:
     raise ConfigError(f"--retriever {name}: {error}; expected bm25 or MODULE:FUNCTION") from None
+  try:
+    return Dense(texts, encode)
+  except (TypeError, ValueError, IndexError) as error:
+    raise ConfigError(f"--retriever {name}: {error}; expected encode(texts, kind) -> vectors [n, d]") from None
 
 
 def own_corpus(rows: Sequence[Row]) -> list[Document]:
@@ -87,13 +91,19 @@ def own_corpus(rows: Sequence[Row]) -> list[Document]:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What a retriever gave: rows written, and how many of their gold documents were among the first 5 and among all candidates before
-  any were put there; `gold_not_in_corpus` counts gold documents that it could not find."""
+  """What a retriever gave, before any gold documents were put there.
+
+  Attributes:
+    rows: written.
+    documents: in the corpus.
+    recall_at_5, recall_at_count: mean share of a row's gold documents among the first 5, and among all candidates; None without gold.
+    gold_not_in_corpus: gold documents that no retriever could find.
+  """
 
   rows: int
   documents: int
   recall_at_5: float | None
-  recall: float | None
+  recall_at_count: float | None
   gold_not_in_corpus: int
 
 
@@ -111,7 +121,7 @@ def make(rows: Sequence[Row], corpus: Sequence[Document], count: int, setting: L
     batch: questions a search.
 
   Raises:
-    DataError: fewer documents than `count`.
+    DataError: fewer documents than `count`; 'oracle' without the text of a gold document.
   """
   if count > len(corpus):
     raise DataError(f"{count} candidates a row, but the corpus has {len(corpus)} documents")
@@ -120,20 +130,37 @@ def make(rows: Sequence[Row], corpus: Sequence[Document], count: int, setting: L
   found = open_retriever(retriever, texts)
   recall: list[tuple[float, float]] = []
   lost = 0
+  own: dict[str, int] = {}  # gold documents of rows that the corpus lacks, behind it
   for start in range(0, len(rows), batch):
     block = rows[start:start + batch]
-    for row, places in zip(block, found.search([r.questions[0] for r in block], count).tolist(), strict=True):
+    for row, places in zip(block, _search(found, retriever, [r.questions[0] for r in block], count), strict=True):
       keys = [by_text.get(row.documents[g]) if row.documents else by_id.get(row.document_ids[g]) for g in row.gold]
       gold = list(dict.fromkeys(key for key in keys if key is not None))
       lost += keys.count(None)
       if keys:
         recall.append(tuple(len(set(places[:k]) & set(gold)) / len(set(row.gold)) for k in (5, count)))
       if setting == "oracle":
+        for g in row.gold:
+          if keys[row.gold.index(g)] is None:
+            if not row.documents:
+              raise DataError(f"{row.identifier}: its gold document {row.document_ids[g]!r} is not in the corpus")
+            text = row.documents[g]
+            if text not in own:
+              own[text] = len(texts)
+              texts.append(text)
+            gold.append(own[text])
         kept = gold[:count]
         places = kept + [p for p in places if p not in kept][:count - len(kept)]
         random.Random(f"{seed}:{row.identifier}").shuffle(places)
       yield {"id": row.identifier, "question": row.questions[0], "answer": row.answers[0], "golden_answers": list(row.answers),
-             "docs": [texts[p] for p in places], "doc_ids": [corpus[p].id for p in places],
+             "docs": [texts[p] for p in places], "doc_ids": [corpus[p].id if p < len(corpus) else f"gold {p}" for p in places],
              "pos_index": [i for i, p in enumerate(places) if p in gold]}
-  means = np.mean(recall, axis=0).round(4).tolist() if recall else [None, None]
-  yield Report(len(rows), len(corpus), *means, lost)
+  at_5, at_count = np.mean(recall, axis=0).round(4).tolist() if recall else (None, None)
+  yield Report(len(rows), len(corpus), at_5 if count >= 5 else None, at_count, lost)
+
+
+def _search(found: Retriever, name: str, questions: Sequence[str], count: int) -> list[list[int]]:
+  try:
+    return found.search(questions, count).tolist()
+  except (TypeError, ValueError, IndexError) as error:
+    raise ConfigError(f"--retriever {name}: {error}; expected encode(texts, kind) -> vectors [n, d]") from None

@@ -35,6 +35,7 @@ def paraphrase(model: Clara, layout: Layout, weights: dict[str, Any], documents:
   Raises:
     ConfigError: a library is missing (extras 'evaluate', 'bertscore').
   """
+  scorer = _bert_scorer(bert_model) if bert_model else None
   prompt = layout.prompt(prompts.paraphrase_messages(layout.slots(1), 0)).ids
   compress = jax.jit(model.compress)
   generate = make_generate(model, max_new_tokens, layout.eos_id, layout.pad_id)
@@ -51,17 +52,19 @@ def paraphrase(model: Clara, layout: Layout, weights: dict[str, Any], documents:
       raise ConfigError("ROUGE needs rouge-score: pip install -e '.[evaluate]'") from None
     if progress:
       print(f"paraphrase: {len(found)}/{len(documents)} documents", file=sys.stderr, flush=True)
-  if bert_model:
-    for row, score in zip(found, _bert_scores(bert_model, found), strict=True):
-      row["bertscore"] = score
+  if scorer:
+    scores = scorer.score([r["prediction"] for r in found], [r["text"] for r in found])[2].tolist()
+    found = [{**row, "bertscore": score} for row, score in zip(found, scores, strict=True)]
   return Evaluation({"n": len(found), **mean_scores(found)}, found)
 
 
-def _bert_scores(name: str, rows: Sequence[dict[str, Any]]) -> list[float]:
+def _bert_scorer(name: str) -> Any:
   try:
     from bert_score import BERTScorer
   except ImportError:
     raise ConfigError("--bertscore needs bert-score: pip install -e '.[bertscore]'") from None
   model, _, layer = name.rpartition(":") if name.rpartition(":")[2].isdigit() else (name, "", "")
-  scorer = BERTScorer(model_type=model, num_layers=int(layer) if layer else None)
-  return scorer.score([r["prediction"] for r in rows], [r["text"] for r in rows])[2].tolist()
+  try:
+    return BERTScorer(model_type=model, num_layers=int(layer) if layer else None)
+  except (KeyError, OSError, ValueError) as error:
+    raise ConfigError(f"--bertscore {name}: {error}; expected a Hugging Face model, NAME:LAYER where bert-score does not know it") from None

@@ -85,7 +85,7 @@ Predictions = Sequence[Mapping[str, Any]]
 def summary(predictions: Predictions) -> dict[str, Any]:
   """Means with intervals of quality and retrieval, context tokens and seconds a question (median)."""
   found: dict[str, Any] = {"rows": len(predictions)}
-  for name in (*QUALITY, *RETRIEVAL, "squad_f1", "hotpot_f1"):
+  for name in sorted({k for p in predictions for k, v in p.items() if isinstance(v, float) and k not in ("seconds", "confidence")}):
     values = [p[name] for p in predictions if name in p]
     if values:
       found[name] = statistics.mean(values)

@@ -4,6 +4,7 @@ import dataclasses
 import html
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,10 +42,11 @@ def run(checkpoint: Checkpoint, rows: Sequence[Row], settings: Sequence[str], di
     What is in report.json: `report.summary` by setting or name.
 
   Raises:
-    ConfigError: a name is used twice.
+    ConfigError: a name is used twice, or cannot be that of a file.
   """
-  if taken := set(also) & set(settings):
-    raise ConfigError(f"--also {taken.pop()}: is the name of a setting")
+  for name in also:
+    if name in settings or not re.fullmatch(r"[\w.-]+", name):
+      raise ConfigError(f"--also {name}: {'is the name of a setting' if name in settings else 'expected letters, digits, _ . -'}")
   jobs = {name: (checkpoint, name) for name in settings} | {name: (other, "joint") for name, other in also.items()}
   where = pathlib.Path(directory)
   (where / "predictions").mkdir(parents=True, exist_ok=True)
@@ -62,6 +64,8 @@ def run(checkpoint: Checkpoint, rows: Sequence[Row], settings: Sequence[str], di
   made = {"title": title, "rows": len(rows), "runs": values}
   (where / "report.json").write_text(json.dumps(made, indent=2), encoding="utf-8")
   report.write(where / "report.html", _page(title, checkpoint, also, rows, found, summaries, max_new_tokens))
+  if others := sorted({f.stem for f in (where / "predictions").glob("*.jsonl")} - set(found)):
+    print(f"evaluate: the report has {', '.join(found)}; there are older predictions of {', '.join(others)}", file=sys.stderr)
   print(f"evaluate: {where / 'report.html'}", file=sys.stderr, flush=True)
   return made
 
@@ -93,7 +97,8 @@ def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):
   if ratios:
     plots.append(report.against_ratio({name: (ratio, summaries[name]["f1"]) for name, ratio in ratios.items()}))
   note = ("<p class=small>Means over rows with their 95 % bootstrap intervals. em, f1 and cover em: best over the gold answers; em first: "
-          "against the first one. Seconds: retrieval and answer, in batches, documents compressed before.</p>")
+          "against the first one. Seconds: retrieval and answer, in batches, median over rows; documents were compressed before. "
+          "The first pass of each shape compiles.</p>")
   sections = [("Results", summary_table(summaries, says) + note),
               ("Plots", f"<div class=plots>{''.join(plots)}</div>")]
   if "joint" in found:
@@ -143,38 +148,53 @@ def compare(a: str, b: str, page: str | None = None) -> dict[str, Any]:
     page: an HTML file to write.
 
   Returns:
-    {run: {metric: `statistics.Difference` of b - a}}.
+    {run: {metric: {`a`, `b`: means, and `statistics.Difference` of b - a}}}.
 
   Raises:
     DataError: they have no run or no row in common.
   """
   pairs = _pairs(a, b)
-  differences: dict[str, dict[str, statistics.Difference]] = {}
+  found: dict[str, dict[str, dict[str, Any]]] = {}
   sections = []
   for name, (left, right) in pairs.items():
     metrics = [m for m in (*report.QUALITY, *report.RETRIEVAL) if all(m in p for p in (*left, *right))]
-    differences[name] = {m: statistics.compare([p[m] for p in left], [p[m] for p in right]) for m in metrics}
+    values = {m: ([p[m] for p in left], [p[m] for p in right]) for m in metrics}
+    differences = {m: statistics.compare(*v) for m, v in values.items()}
+    found[name] = {m: {"a": statistics.mean(v[0]).mean, "b": statistics.mean(v[1]).mean, **dataclasses.asdict(differences[m])}
+                   for m, v in values.items()}
     if page:
-      sections.append((name.replace("_", " "), _comparison(left, right, differences[name])))
+      sections.append((f"{name.replace('_', ' ')}: {len(left)} rows", _comparison(left, right, differences)))
   if page:
     report.write(page, report.page("Two runs", f"A: {a}. B: {b}. Positive differences: B is better.", sections))
-  return {name: {m: dataclasses.asdict(d) for m, d in found.items()} for name, found in differences.items()}
+  return found
 
 
 def _pairs(a, b):
   def files(path):
     where = pathlib.Path(path)
-    return {f.stem: f for f in sorted((where / "predictions").glob("*.jsonl"))} if where.is_dir() else {"predictions": where}
+    if not where.exists():
+      raise DataError(f"{path}: no such file or directory")
+    if not where.is_dir():
+      return {where.stem: where}
+    if not (found := {f.stem: f for f in sorted((where / "predictions").glob("*.jsonl"))}):
+      raise DataError(f"{path}: is no directory of clara evaluate --report")
+    return found
   left, right = files(a), files(b)
+  if pathlib.Path(a).is_file() and pathlib.Path(b).is_file():  # whatever they are called
+    left, right = ({"predictions": next(iter(f.values()))} for f in (left, right))
   names = [name for name in left if name in right]
   if not names:
     raise DataError(f"{a} and {b}: no run in common: {sorted(left)} and {sorted(right)}")
+  if alone := sorted({*left, *right} - set(names)):
+    print(f"compare: only one of the two has {', '.join(alone)}", file=sys.stderr)
   pairs = {}
   for name in names:
     first, second = ({p["key"]: p for p in read_predictions(str(f[name]))} for f in (left, right))
     keys = [key for key in first if key in second]
     if not keys:
       raise DataError(f"{left[name]} and {right[name]}: no row in common")
+    if more := len(first) + len(second) - 2 * len(keys):
+      print(f"compare {name}: {len(keys)} rows; {more} are in one of the two only", file=sys.stderr)
     pairs[name] = [first[key] for key in keys], [second[key] for key in keys]
   return pairs
 
