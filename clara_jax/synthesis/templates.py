@@ -53,10 +53,13 @@ class Templates:
       system, line, user = texts[f"{name}.jinja"].partition("\n---\n")
       if not line:
         raise ConfigError(f"{name}.jinja: expected a system text, a line ---, and a user text")
-      try:
-        self._parts[name] = environment.from_string(system), environment.from_string(user)
-      except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"{name}.jinja:{error.lineno}: {error.message}") from None
+      parsed = []
+      for part, first in ((system, 1), (user, system.count("\n") + 3)):
+        try:
+          parsed.append(environment.from_string(part))
+        except jinja2.TemplateSyntaxError as error:
+          raise ConfigError(f"{name}.jinja:{first + error.lineno - 1}: {error.message}") from None
+      self._parts[name] = tuple(parsed)
     self.sha256 = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
 
   def messages(self, name: str, **values: Any) -> list[dict[str, str]]:
