@@ -1,6 +1,8 @@
 """The data factory against a real HTTP server that has faults: what is accepted is right and complete, kills lose nothing, how fast it is.
 
     python benchmarks/synthesis.py --scratch DIR [faults kills throughput memory]
+    python benchmarks/synthesis.py --scratch DIR --passages F tokens
+    python benchmarks/synthesis.py --scratch DIR --workdir quickstart training
 
 The server is another process on loopback and plays the model (`clara_jax/synthesis/offline.py`) for a generated world: 5 % of its replies
 are 429, 2 % 500, 2 % hang, 5 % broken JSON; 10 % of its answers are wrong, 20 % of the facts are left out. Prints one JSON object.
@@ -53,7 +55,7 @@ def serve(port: int, moods: bool, delay: float) -> None:
       await asyncio.sleep(delay)
     name = body["response_format"]["json_schema"]["name"]
     text = model.reply(body["messages"], name, body["seed"])
-    print(hashlib.blake2b(raw, digest_size=8).hexdigest(), flush=False)
+    print(hashlib.blake2b(raw, digest_size=8).hexdigest(), flush=True)
     return web.json_response({"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 100, "completion_tokens": 20}})
 
   app = web.Application(client_max_size=2**22)
@@ -130,7 +132,7 @@ def kills(scratch: pathlib.Path, documents: pathlib.Path, count: int) -> dict:
     while True:
       process = subprocess.Popen(command(url, documents, out), stdout=subprocess.PIPE, text=True)
       try:
-        process.communicate(timeout=rng.uniform(7, 10) if killed < count else None)
+        process.communicate(timeout=rng.uniform(5, 7) if killed < count else None)
         break
       except subprocess.TimeoutExpired:
         process.kill()
@@ -187,6 +189,67 @@ def memory(scratch: pathlib.Path, count: int) -> dict:
   return json.loads(done.stdout)
 
 
+def training(scratch: pathlib.Path, workdir: str) -> dict:
+  """The quickstart's scp stage from the factory's rows, beside the same from the world's own: exact answers on unseen people."""
+  import itertools
+
+  from clara_jax.config import RunConfig
+  from clara_jax.data import schemas
+  from clara_jax.evaluation import benchmarks
+  from clara_jax.interop import checkpoints
+  from clara_jax.quickstart import recipe
+  from clara_jax.synthesis import rounds, templates
+  from clara_jax.training import loop
+  world = World(recipe.Sizes().world)
+  documents = [schemas.Document(d["id"], d["text"]) for d in world.documents(False)]
+  made = asyncio.run(factory.produce(((d.id, d) for d in documents), rounds.scp, Offline(world, FAULTS), templates.Templates(),
+                                     str(scratch / "quickstart")))
+  before = checkpoints.load(f"{workdir}/stages/pretrain")
+  data, train = recipe._stage("scp", recipe.Sizes(), 0)
+  found = {"documents": len(documents), "accepted": made.accepted}
+  test = [schemas.parse_row(r, "test") for r in world.question_rows(1, True, 500)]
+  for name, rows_ in (("factory", rows(scratch / "quickstart")), ("world", world.scp_rows(versions=1, complex_share=0.0))):
+    parsed = [schemas.parse_row(r, name) for r in itertools.chain(rows_, world.lookup_rows(versions=1))]
+    where = str(scratch / f"scp_{name}")
+    config = RunConfig(before.model.config, data, train, base=f"{workdir}/stages/pretrain", init_from=f"{workdir}/stages/pretrain")
+    loop.train(config, before.layout, before.weights, parsed, workdir=where, base_sha256=before.base_sha256)
+    after = checkpoints.load(where)
+    found[name] = benchmarks.evaluate(after.model, after.layout, after.weights, test, "compressor", batch_size=100, max_new_tokens=4,
+                                      progress=False).scores["em"]
+  return found
+
+
+def tokens(passages: str, rounds: float = 1.5, attempts: float = 1.2) -> dict:
+  """Tokens of a document's requests: prompts rendered for real passages (4 tokens for 3 words) with as many pairs as the paper had, 7.8
+  simple and 4.6 complex ones, and so many rounds and paraphrases on average."""
+  import itertools
+  import statistics
+
+  from clara_jax.data.schemas import read_documents
+  from clara_jax.synthesis.templates import Templates
+  made = Templates()
+
+  def prompt(name, **values):
+    return sum(len(m["content"].split()) for m in made.messages(name, **values)) * 4 / 3
+
+  sent, received = [], []
+  for document in itertools.islice(read_documents(passages), 500):
+    text = f"{document.title}\n{document.text}"
+    total = answered = 0.0
+    for kind, count, words in (("simple", 7.8, (12, 3)), ("complex", 4.6, (22, 5))):
+      pair = ("word " * words[0], "word " * words[1])
+      pairs = [pair] * round(count)
+      again = prompt("answers", document=text, questions=[q for q, _ in pairs])
+      again += prompt("check", document=text, kept=[], pairs=pairs, kind=kind)
+      total += prompt(f"{kind}_questions", document=text) + again + prompt("verdict", document=text, pairs=pairs, kind=kind)
+      total += (rounds - 1) * (prompt(f"{kind}_supplement", document=text, pairs=pairs, missing=["word " * 8]) + again)
+      answered += (count * sum(words) + 60) * 4 / 3
+    total += attempts * (prompt("paraphrase", document=text, problems=[]) + prompt("paraphrase_check", document=text, paraphrase=text))
+    sent.append(total)
+    received.append(answered + attempts * (len(text.split()) + 20) * 4 / 3)
+  return {"passages": len(sent), "prompt_tokens": statistics.mean(sent), "reply_tokens": statistics.mean(received)}
+
+
 def main() -> None:
   """Prints one JSON object."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -194,6 +257,8 @@ def main() -> None:
   parser.add_argument("--scratch", type=pathlib.Path, metavar="DIR")
   parser.add_argument("--documents", type=int, default=2_000)
   parser.add_argument("--kills", type=int, default=10)
+  parser.add_argument("--workdir", metavar="DIR", help="of a finished quickstart, for `training`")
+  parser.add_argument("--passages", metavar="F", help="documents of `tokens`")
   parser.add_argument("--memory", type=int, default=100_000, help="documents of that study")
   parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
   parser.add_argument("--moods", action="store_true", help=argparse.SUPPRESS)
@@ -209,8 +274,9 @@ def main() -> None:
   write_rows([*world.documents(False), *world.documents(True)][:options.documents], str(documents))
   report = {"cores": os.cpu_count(), "faults_of_the_server": dataclasses.asdict(FAULTS)}
   for task in options.tasks or TASKS:
-    more = {"faults": (documents,), "kills": (documents, options.kills), "memory": (options.memory,)}.get(task, ())
-    report[task] = globals()[task](options.scratch, *more)
+    more = {"faults": (documents,), "kills": (documents, options.kills), "memory": (options.memory,),
+            "training": (options.workdir,)}.get(task, ())
+    report[task] = tokens(options.passages) if task == "tokens" else globals()[task](options.scratch, *more)
     print(task, report[task], file=sys.stderr, flush=True)
   print(json.dumps(report, indent=2))
 
