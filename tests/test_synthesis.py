@@ -367,6 +367,9 @@ def test_documents_of_every_form(tmp_path):
   (tmp_path / "c.jsonl").write_text('{"id": 1, "text": "again"}\n')
   with pytest.raises(DataError, match="id '1' comes twice"):
     list(documents.read(str(tmp_path)))
+  (tmp_path / "c.jsonl").unlink()
+  reading = documents.Reading(str(tmp_path), 20, documents.words)
+  assert reading.share == 0 and len(list(reading)) == 3 and reading.share == 1
 
 
 def test_documents_are_cut_on_sentence_bounds():
@@ -384,8 +387,9 @@ def test_the_command(tmp_path, capsys):
   world = World(Sizes().world)
   write_rows(world.documents(False, 5), str(tmp_path / "documents.jsonl"))
   status = main(["synthesize", "--json", "--documents", str(tmp_path / "documents.jsonl"), "--endpoint", "offline", "--out",
-                 str(tmp_path / "out"), "--report"])
+                 str(tmp_path / "out"), "--report", "--records", "--price", "1", "2"])
   report = json.loads(capsys.readouterr().out)
+  assert report["records"]["rows"] == report["rows"] and report["cost"] > 0
   assert status == 0 and report["accepted"] + report["rejected"] == 5 and {"rounds", "requests", "tokens"} < set(report)
   assert main(["synthesize", "--out", str(tmp_path / "nothing"), "--report"]) == 2
   assert "nothing was synthesized here" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import dataclasses
 import functools
+import glob
 import gzip
 import itertools
 import json
@@ -346,6 +347,11 @@ def synthesize(options: argparse.Namespace) -> dict[str, Any]:
     made = dataclasses.asdict(asyncio.run(_synthesized(options)))
   elif not options.report:
     raise ConfigError("--documents or --questions: name one")
+  if options.records:
+    paths = sorted(glob.glob(os.path.join(glob.escape(options.out), "rows-*.jsonl")))
+    count = sum(1 for path in paths for _ in schemas.read_jsonl(path))
+    made["records"] = dataclasses.asdict(records_lib.build("instruct" if options.questions else "scp", paths,
+                                                           os.path.join(options.out, "records"), min(32, count)))
   return made | (pages.write(options.out) if options.report else {})
 
 
@@ -359,11 +365,12 @@ async def _synthesized(options: argparse.Namespace) -> Any:
     items, work = ((r.identifier, r) for r in rows), rounds.teacher
   else:
     count = documents.token_counter(options.tokenizer) if options.tokenizer else documents.words
-    pieces = (p for d in documents.read(options.documents) for p in documents.chunks(d, options.tokens, count))
+    pieces = documents.Reading(options.documents, options.tokens, count)
     items, work = ((p.id, p) for p in pieces), functools.partial(rounds.scp, rounds=options.rounds)
   settings = {"directory": options.out, "shard": factory.Shard(options.shard, options.shards),
               "sampling": factory.Sampling(options.temperature, options.max_reply_tokens),
-              "at_once": options.in_flight + options.in_flight // 4, "record": {
+              "at_once": options.in_flight + options.in_flight // 4, "price": tuple(options.price),
+              "share": None if options.questions or options.limit else lambda: pieces.share, "record": {
                   "model": options.model, "endpoint": options.endpoint, "kind": "instruct" if options.questions else "scp",
                   "tokens": options.tokens, "rounds": options.rounds}}
   items = itertools.islice(items, options.limit)

@@ -229,6 +229,9 @@ def _parser() -> argparse.ArgumentParser:
   synthesize.add_argument("--no-json-schema", action="store_true", help="for servers without response_format")
   synthesize.add_argument("--max-requests", type=positive, help="budget of this start")
   synthesize.add_argument("--max-tokens", type=positive, help="budget of this start: prompts and replies")
+  synthesize.add_argument("--price", type=float, nargs=2, default=(0.0, 0.0), metavar=("PROMPTS", "REPLIES"),
+                          help="of a million tokens; the report then has the cost")
+  synthesize.add_argument("--records", action="store_true", help="also ArrayRecord, of all shards that are there, in DIR/records")
   synthesize.add_argument("--shard", type=int, default=0, metavar="I", help="this worker's part of the corpus")
   synthesize.add_argument("--shards", type=positive, default=1, metavar="N", help="how many workers there are")
   synthesize.add_argument("--limit", type=positive, help="only the first documents or questions")

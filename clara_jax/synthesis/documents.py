@@ -41,6 +41,27 @@ def read(path: str) -> Iterator[Document]:
       yield document
 
 
+class Reading:
+  """Documents of `read` in pieces of at most `limit` tokens, and how far it has come.
+
+  Attributes:
+    share: of the documents, how many have been read: 0 … 1.
+  """
+
+  def __init__(self, path: str, limit: int, count: Callable[[str], int]):
+    self._path, self._limit, self._count = path, limit, count
+    self._total, self._done = sum(1 for _ in read(path)), 0
+
+  @property
+  def share(self) -> float:
+    return self._done / max(1, self._total)
+
+  def __iter__(self) -> Iterator[Document]:
+    for document in read(self._path):
+      yield from chunks(document, self._limit, self._count)
+      self._done += 1
+
+
 def _file(file: pathlib.Path, root: pathlib.Path) -> Iterator[Document]:
   try:
     with (gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb")) as raw:

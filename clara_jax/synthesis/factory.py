@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import dataclasses
+import datetime
 import hashlib
 import itertools
 import json
@@ -91,7 +92,7 @@ class Report:
     rows: written.
     rounds: of the finished documents, the most of any part, on average.
     requests: sent by this start, tries again included; `requests_a_document` on average.
-    tokens: of this start's prompts and replies.
+    tokens: of this start's prompts and replies; `cost` by their prices.
     reasons: rejected documents by reason; refused: by the checks, within the rounds.
   """
 
@@ -103,6 +104,7 @@ class Report:
   requests: int = 0
   requests_a_document: float = 0.0
   tokens: int = 0
+  cost: float = 0.0
   seconds: float = 0.0
   reasons: dict[str, int] = dataclasses.field(default_factory=dict)
   refused: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -111,7 +113,8 @@ class Report:
 
 async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], Awaitable[Outcome]], backend: Backend, templates: Templates,
                   directory: str, *, shard: Shard = Shard(), sampling: Sampling = Sampling(), at_once: int = 80,
-                  record: Mapping[str, Any] | None = None, progress: bool = True) -> Report:
+                  record: Mapping[str, Any] | None = None, price: tuple[float, float] = (0.0, 0.0),
+                  share: Callable[[], float] | None = None, progress: bool = True) -> Report:
   """Works on every item that is not finished and writes DIR/rows-…, rejected-… and manifest-….
 
   Args:
@@ -123,6 +126,8 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
     shard: which of the items.
     at_once: items that are open at a time.
     record: what else the manifest tells (model, endpoint).
+    price: of a million tokens of prompts and of replies.
+    share: of the items that were handed out, for the time left.
     progress: whether lines go to standard error.
 
   Raises:
@@ -158,11 +163,15 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
       journal.finish(name, vars(outcome))
 
   async def tell() -> None:
+    first = share() if share else 0.0
     while True:
       await asyncio.sleep(10)
       done, seconds = journal.done - before, time.monotonic() - start
+      left = ""
+      if share and (now := share()) > first:
+        left = f", left {datetime.timedelta(seconds=round(seconds * (1 - now) / (now - first)))}"
       print(f"synthesize: {journal.done} documents, {done / seconds:.1f}/s; {backend.usage.requests} requests, "
-            f"{backend.usage.requests / seconds:.0f}/s, at most {backend.usage.in_flight} in flight; retries {backend.usage.retries}",
+            f"{backend.usage.requests / seconds:.0f}/s, at most {backend.usage.in_flight} in flight; retries {backend.usage.retries}{left}",
             file=sys.stderr, flush=True)
 
   teller = asyncio.create_task(tell()) if progress else None
@@ -178,6 +187,7 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
     finished = journal.done - before
     report.requests, report.seconds = backend.usage.requests, round(time.monotonic() - start, 2)
     report.tokens = backend.usage.prompt_tokens + backend.usage.completion_tokens
+    report.cost = round((price[0] * backend.usage.prompt_tokens + price[1] * backend.usage.completion_tokens) / 1e6, 4)
     report.requests_a_document = round(report.requests / max(1, finished), 2)
     _write(journal, directory, shard, report, made_by, backend.usage)
     journal.close()

@@ -61,6 +61,7 @@ def _pairs_plot(pairs: dict[str, list[int]]) -> str:
       counts = np.bincount(values, minlength=most + 1) if values else np.zeros(most + 1)
       axes.bar(np.arange(most + 1) + 0.4 * shift - 0.2, counts, width=0.4, label=kind)
     axes.set(title="Pairs of a document", xlabel="questions with answers", ylabel="documents")
+    axes.set_xticks(range(most + 1))
     axes.legend(frameon=False)
   return report.figure(draw)
 
@@ -70,13 +71,14 @@ def _coverage_plot(left: dict[str, collections.Counter], total: int) -> str:
     for kind, counts in left.items():
       numbers = range(1, max(counts, default=1) + 1)
       axes.plot(numbers, [1 - counts[n] / max(1, total) for n in numbers], marker="o", label=kind)
-    axes.set(title="Coverage", xlabel="rounds", ylabel="share of documents with nothing missing", ylim=(0, 1.03))
+    axes.set(title="Coverage", xlabel="rounds", ylabel="documents with nothing missing", ylim=(0, 1.03))
+    axes.set_xticks(range(1, max(max(c, default=1) for c in left.values()) + 1))
     axes.legend(frameon=False)
   return report.figure(draw)
 
 
 def _example(rows: list[dict[str, Any]]) -> str:
-  told = f"<p class=doc>{html.escape(rows[0]['docs'][0])}</p>"
+  told = f"<h3>{html.escape(rows[0]['id'].rpartition('/')[0])}</h3><p class=doc>{html.escape(rows[0]['docs'][0])}</p>"
   for row in rows:
     if isinstance(row["question"], list):
       told += report.table([row.get("kind", "question"), "answer"], [list(p) for p in zip(row["question"], row["answers"], strict=True)])

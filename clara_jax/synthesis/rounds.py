@@ -71,8 +71,11 @@ async def scp(document: Document, ask: Ask, rounds: int = ROUNDS) -> Outcome:
     written, attempts = await _paraphrase(text, ask, outcome, rounds)
     rows.append({"data_type": "paraphrase", "question": "", "answer": written, "docs": [text], "kind": "paraphrase"})
     for row in rows:
-      used = attempts if row["kind"] == "paraphrase" else len(outcome.coverage[row["kind"]])
-      outcome.rows.append({"id": f"{document.id}/{row['kind']}", **row, "provenance": {"document": document.id, "rounds": used}})
+      provenance: dict[str, Any] = {"document": document.id, "rounds": attempts, "checks": ["cheap", "paraphrase_check"]}
+      if row["kind"] != "paraphrase":
+        missing = outcome.coverage[row["kind"]]
+        provenance |= {"rounds": len(missing), "missing_by_round": missing, "checks": ["cheap", "check", "verdict"]}
+      outcome.rows.append({"id": f"{document.id}/{row['kind']}", **row, "provenance": provenance})
   except _Rejected as problem:
     outcome.reason = str(problem)
   return outcome
@@ -109,7 +112,8 @@ async def _pairs(kind: str, text: str, ask: Ask, outcome: Outcome, rounds: int) 
       missing = missing or ["everything"]
       outcome.coverage[kind].append(len(missing))
       continue
-    outcome.refused["check: wrong pair"] += checked["correct"].count(False)
+    if wrong := checked["correct"].count(False):
+      outcome.refused["check: wrong pair"] += wrong
     kept += [pair for pair, right in zip(pairs, checked["correct"], strict=True) if right]
     missing = checked["missing"]
     outcome.coverage[kind].append(len(missing))
