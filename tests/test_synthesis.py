@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -15,8 +16,10 @@ from clara_jax.data import schemas
 from clara_jax.data.schemas import DataError, Document
 from clara_jax.data.world import World, write_rows
 from clara_jax.evaluation import judge
+from clara_jax.interop.checkpoints import Checkpoint
+from clara_jax.model import Clara
 from clara_jax.quickstart.recipe import Sizes
-from clara_jax.synthesis import checks, documents, factory, offline, rounds, templates
+from clara_jax.synthesis import checks, documents, factory, offline, own, rounds, templates
 from clara_jax.synthesis import pages as synthesis_pages
 from clara_jax.synthesis.client import BudgetError, Client, Endpoint, RequestError, ask_json, parse
 from clara_jax.synthesis.journal import Journal
@@ -320,6 +323,18 @@ def test_a_teacher_answers_questions(tmp_path):
   found = {r["id"]: r for r in rows_of(tmp_path)}
   assert report.accepted == 8 and all(found[r.identifier]["answer"] == r.answers[0] for r in rows)
   assert all(schemas.parse_row(r, "row").gold == next(x.gold for x in rows if x.identifier == r["id"]) for r in found.values())
+
+
+def test_our_own_base_as_the_model(tmp_path):
+  config = dataclasses.replace(tiny.config(), decoder_max_length=1024)
+  checkpoint = Checkpoint("here", Clara(config), tiny.weights(), tiny.layout(decoder_max_length=1024), None, None)
+  model = own.OwnModel(checkpoint, max_tokens=8)
+  report = run_factory(tmp_path / "long", model, pages(2))
+  assert report.rejected == 2 and model.usage.answered == 2 * 3 * 2  # it speaks no JSON, nor after being asked to repair it
+  assert all(reason.startswith("simple_questions: no reply that parses") for reason in report.reasons)
+  short = Checkpoint("here", Clara(tiny.config()), tiny.weights(), tiny.layout(), None, None)
+  report = run_factory(tmp_path / "short", own.OwnModel(short), pages(2))
+  assert report.rejected == 2 and "the window decoder_max_length=256" in str(report.reasons)
 
 
 def test_prompts_can_be_replaced(tmp_path):

@@ -21,7 +21,7 @@ class RequestError(Exception):
 
 
 class ReplyError(RequestError):
-  """A reply that does not parse, nor does its repair."""
+  """The fault of one request, not of the server: it was refused, or its reply does not parse, nor does the repair."""
 
 
 class BudgetError(Exception):
@@ -168,7 +168,9 @@ class Client:
         if response.status >= 500 or response.status == 408:
           raise _Again("5xx" if response.status >= 500 else "timeout")
         if response.status != 200:
-          raise RequestError(f"{self.endpoint.url}: {response.status}: {(await response.text())[:300]}")
+          # 400, 413, 422: this request is at fault (too long, say), not the server.
+          kind = ReplyError if response.status in (400, 413, 422) else RequestError
+          raise kind(f"{self.endpoint.url}: {response.status}: {(await response.text())[:300]}")
         value = json.loads(await response.read())
     except TimeoutError:
       self._shrink()

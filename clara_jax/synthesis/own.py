@@ -11,7 +11,7 @@ from clara_jax.data import prompts
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.inference.generate import make_generate
 from clara_jax.interop.checkpoints import Checkpoint
-from clara_jax.synthesis.client import RequestError, Usage
+from clara_jax.synthesis.client import ReplyError, Usage
 
 
 class OwnModel:
@@ -36,7 +36,7 @@ class OwnModel:
   def _reply(self, messages):
     ids = np.array(self._layout.ids(prompts.render(self._layout.tokenizer, messages)), np.int32)
     if len(ids) > self._window:
-      raise RequestError(f"the prompt has {len(ids)} tokens, the window decoder_max_length={self._window}")
+      raise ReplyError(f"the prompt has {len(ids)} tokens, the window decoder_max_length={self._window}")
     found = np.asarray(self._generate(self._weights, pad_tokens([ids], self._layout.pad_id, 128), None))[0]
     text = self._layout.text(found)
     self.usage.requests += 1
