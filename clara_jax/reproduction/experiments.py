@@ -70,8 +70,8 @@ SCP: dict[str, dict[str, Any] | None] = {
     **{f"ratio_{r}": {"kinds": ("simple", "complex", "paraphrase"), "ratio": r} for r in (2, 4, 16, 32)},
 }
 SCP_RATE, JOINT_RATE = 3e-3, 2e-3
-# The paper's joint stage learns twenty times slower than its SCP (5e-6 and 1e-4). Ours learns fast, to end within 150 steps; where the start
-# is what is compared, it is the paper's way.
+# The paper's joint stage learns twenty times slower than its SCP (5e-6 and 1e-4). Ours learns fast, to end within 150 steps; where the
+# start is what is compared, it is the paper's way.
 SLOW_RATE = SCP_RATE / 20
 JOINT = {
     "joint": {},
