@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import os
 import pathlib
 import threading
 
@@ -21,7 +22,7 @@ from clara_jax.model import Clara
 from clara_jax.quickstart.recipe import Sizes
 from clara_jax.synthesis import checks, documents, factory, offline, own, rounds, templates
 from clara_jax.synthesis import pages as synthesis_pages
-from clara_jax.synthesis.client import BudgetError, Client, Endpoint, RequestError, ask_json, parse
+from clara_jax.synthesis.client import BudgetError, Client, Endpoint, ReplyError, RequestError, ask_json, parse
 from clara_jax.synthesis.journal import Journal
 from tests import tiny
 
@@ -275,9 +276,41 @@ def test_budgets_and_servers_that_are_gone(tmp_path):
   model.error = BudgetError("max_requests=9 are spent")
   assert run_factory(tmp_path / "a", model, pages()).stopped == "max_requests=9 are spent"
   model.error = RequestError("nobody there")
-  with pytest.raises(RequestError, match="20 requests in a row failed; the last one: nobody there"):
+  with pytest.raises(RequestError, match="20 requests in a row failed; the last one: nobody there.*the same command goes on"):
     run_factory(tmp_path / "b", model, pages(40))
   assert run_factory(tmp_path / "b", offline.Offline(tiny.world()), pages(40)).accepted == 40
+  with pytest.raises(RequestError, match="3 documents are left open; the last problem: nobody there"):
+    run_factory(tmp_path / "c", model, pages(3))
+  model.error = ReplyError("refused: 400")
+  with pytest.raises(RequestError, match="20 documents in a row got no reply that parses.*refused: 400"):
+    run_factory(tmp_path / "d", model, pages(40))
+
+
+def test_one_process_and_one_division_a_directory(tmp_path):
+  model = offline.Offline(tiny.world())
+  run_factory(tmp_path, model, pages(4))
+  held = Journal(str(tmp_path / "journal-00000-of-00001.jsonl"))
+  with pytest.raises(ConfigError, match="another process is working on this shard"):
+    run_factory(tmp_path, model, pages(4))
+  held.close()
+  with pytest.raises(ConfigError, match="divided otherwise than by --shards 2"):
+    run_factory(tmp_path, model, pages(4), shard=factory.Shard(0, 2))
+  with open(tmp_path / "journal-00000-of-00001.jsonl", "ab") as file:
+    file.write(b'{"d": "half')
+  size = os.path.getsize(tmp_path / "journal-00000-of-00001.jsonl")
+  assert synthesis_pages.write(str(tmp_path))["documents"] == 4  # a look changes nothing
+  assert os.path.getsize(tmp_path / "journal-00000-of-00001.jsonl") == size
+
+
+@pytest.mark.parametrize("body", ["[1, 2]", "null", '{"usage": [1]}', '{"error": {"message": "overloaded"}}'])
+def test_odd_bodies_are_tried_again(body):
+  async def handle(_, number):
+    return web.Response(text=body) if number == 1 else reply("done \ud83d")
+  with serving(handle) as (url, _):
+    (found,), usage = chat(url)
+  assert found == "done ?" and sum(usage.retries.values()) == 1
+  with pytest.raises(ValueError, match="no text that can be kept"):
+    parse('{"answers": ["\\ud83d"]}', SCHEMA)
 
 
 def test_a_journal_forgets_replies_of_what_is_finished(tmp_path):

@@ -177,15 +177,17 @@ class Client:
       raise _Again("timeout") from None
     except self._errors as error:
       raise _Again("connection" if not isinstance(error, ValueError) else "reply") from None
-    spent = value.get("usage") or {}
-    self.usage.prompt_tokens += spent.get("prompt_tokens") or 0
-    self.usage.completion_tokens += spent.get("completion_tokens") or 0
+    spent = value.get("usage") if isinstance(value, dict) else None
+    for name in ("prompt_tokens", "completion_tokens"):
+      count = spent.get(name) if isinstance(spent, dict) else None
+      setattr(self.usage, name, getattr(self.usage, name) + (count if isinstance(count, int) else 0))
     try:
       text = value["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
-      raise _Again("reply") from None
+      raise _Again(f"reply: {value['error']!r:.200}" if isinstance(value, dict) and "error" in value else "reply") from None
     if not isinstance(text, str):
       raise _Again("reply")
+    text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair
     self._limit = min(float(self.endpoint.in_flight), self._limit + 1 / self._limit)
     self.usage.in_flight = int(self._limit)
     return text
@@ -253,8 +255,11 @@ def parse(text: str, schema: Mapping[str, Any]) -> Any:
     raise ValueError("there is no JSON object")
   try:
     value, _ = json.JSONDecoder().raw_decode(text, start)
+    json.dumps(value, ensure_ascii=False).encode()
   except json.JSONDecodeError as error:
     raise ValueError(f"not valid JSON: {error}") from None
+  except (UnicodeEncodeError, RecursionError) as error:
+    raise ValueError(f"no text that can be kept: {type(error).__name__}") from None
   _check(value, schema, "the reply")
   return value
 

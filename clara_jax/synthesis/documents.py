@@ -31,7 +31,7 @@ def read(path: str) -> Iterator[Document]:
   root = pathlib.Path(path)
   if not root.exists():
     raise DataError(f"{path}: no such file")
-  files = sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else [root]
+  files = sorted(f for f in root.rglob("*") if f.is_file() and not f.name.startswith(".")) if root.is_dir() else [root]
   seen: set[int] = set()  # of hashes: a corpus has millions
   for file in files:
     for document in _file(file, root):
@@ -51,6 +51,8 @@ class Reading:
   def __init__(self, path: str, limit: int, count: Callable[[str], int]):
     self._path, self._limit, self._count = path, limit, count
     self._total, self._done = sum(1 for _ in read(path)), 0
+    if not self._total:
+      raise DataError(f"{path}: has no documents")
 
   @property
   def share(self) -> float:
@@ -65,10 +67,10 @@ class Reading:
 def _file(file: pathlib.Path, root: pathlib.Path) -> Iterator[Document]:
   try:
     with (gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb")) as raw:
-      stream = io.TextIOWrapper(raw, encoding="utf-8")
+      stream = io.TextIOWrapper(raw, encoding="utf-8-sig")
       first = next((line for line in stream if line.strip()), "")
       stream.seek(0)
-      if first.startswith("{"):
+      if first.startswith("{") or file.name.removesuffix(".gz").endswith((".jsonl", ".json")):
         yield from _rows(file, stream)
       elif first.startswith("<doc "):
         for number, title, text in _EXTRACT.findall(stream.read()):

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from typing import Any, Protocol
 
 from clara_jax.config import ConfigError
+from clara_jax.synthesis import journal as journal_lib
 from clara_jax.synthesis.client import BudgetError, RequestError, Usage, ask_json
 from clara_jax.synthesis.journal import Journal
 from clara_jax.synthesis.rounds import SCHEMAS, Ask, Outcome
@@ -94,6 +95,7 @@ class Report:
     requests: sent by this start, tries again included; `requests_a_document` on average.
     tokens: of this start's prompts and replies; `cost` by their prices.
     reasons: rejected documents by reason; refused: by the checks, within the rounds.
+    stopped: why this start ended early; problem: the last request that failed for good.
   """
 
   accepted: int = 0
@@ -109,6 +111,7 @@ class Report:
   reasons: dict[str, int] = dataclasses.field(default_factory=dict)
   refused: dict[str, int] = dataclasses.field(default_factory=dict)
   stopped: str | None = None
+  problem: str | None = None
 
 
 async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], Awaitable[Outcome]], backend: Backend, templates: Templates,
@@ -132,18 +135,20 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
 
   Raises:
     ConfigError: the directory has items made by other prompts, model or sampling.
-    RequestError: the server fails all the time; what was done is kept.
+    RequestError: the server fails all the time, or some requests failed for good; what was done is kept.
   """
   os.makedirs(directory, exist_ok=True)
   made_by = {"prompts_sha256": templates.sha256, "temperature": sampling.temperature, "max_tokens": sampling.max_tokens, **(record or {})}
+  endpoint = made_by.pop("endpoint", None)  # a server may move
+  _same_shards(directory, shard)
   _same_settings(shard.path(directory, "settings", "json"), made_by)
   journal = Journal(shard.path(directory, "journal", "jsonl"))
-  start, before, failures = time.monotonic(), journal.done, 0
+  start, before, failures, unread = time.monotonic(), journal.done, 0, 0
   report = Report()
   waiting = ((name, item) for n, (name, item) in enumerate(items) if n % shard.count == shard.index and not journal.is_done(name))
 
   async def worker() -> None:
-    nonlocal failures
+    nonlocal failures, unread
     for name, item in waiting:
       if report.stopped:
         return
@@ -155,10 +160,15 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
       except RequestError as error:
         report.open += 1
         failures += 1
+        report.problem = str(error)
         if failures >= FAILURES:
-          report.stopped = f"{failures} requests in a row failed; the last one: {error}"
+          report.stopped = f"{FAILURES} requests in a row failed; the last one: {error}"
           return
         continue
+      unread = unread + 1 if outcome.reason and "no reply that parses" in outcome.reason else 0
+      if unread >= FAILURES:
+        report.stopped, report.problem = f"{FAILURES} documents in a row got no reply that parses", outcome.reason
+        return
       failures = 0
       journal.finish(name, vars(outcome))
 
@@ -189,11 +199,18 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
     report.tokens = backend.usage.prompt_tokens + backend.usage.completion_tokens
     report.cost = round((price[0] * backend.usage.prompt_tokens + price[1] * backend.usage.completion_tokens) / 1e6, 4)
     report.requests_a_document = round(report.requests / max(1, finished), 2)
-    _write(journal, directory, shard, report, made_by, backend.usage)
+    _write(journal, directory, shard, report, {**made_by, "endpoint": endpoint}, backend.usage)
     journal.close()
-  if report.stopped and failures >= FAILURES:
-    raise RequestError(report.stopped)
+  if report.problem:
+    why = report.stopped or f"{report.open} documents are left open"
+    raise RequestError(f"{why}; the last problem: {report.problem}; what was done is kept, the same command goes on")
   return report
+
+
+def _same_shards(directory: str, shard: Shard) -> None:
+  others = [p.name for p in pathlib.Path(directory).glob("journal-*.jsonl") if not p.name.endswith(f"-of-{shard.count:05d}.jsonl")]
+  if others:
+    raise ConfigError(f"{directory}: has {others[0]}, work that was divided otherwise than by --shards {shard.count}; name another --out")
 
 
 def _same_settings(path: str, made_by: Mapping[str, Any]) -> None:
@@ -215,7 +232,7 @@ def _write(journal: Journal, directory: str, shard: Shard, report: Report, made_
   rounds = pairs = 0
   paths = {name: shard.path(directory, name, "jsonl") for name in ("rows", "rejected")}
   with open(f"{paths['rows']}.part", "w", encoding="utf-8") as rows, open(f"{paths['rejected']}.part", "w", encoding="utf-8") as rejects:
-    for document, outcome in journal.outcomes():
+    for document, outcome in journal_lib.outcomes(journal.path):
       refused.update(outcome["refused"])
       rounds += outcome["rounds"]
       if outcome["reason"]:
@@ -250,4 +267,4 @@ def outcomes(directory: str) -> Iterator[tuple[str, dict[str, Any]]]:
   paths = sorted(pathlib.Path(directory).glob("journal-*.jsonl"))
   if not paths:
     raise ConfigError(f"{directory}: nothing was synthesized here")
-  return itertools.chain.from_iterable(Journal(str(p), compact=False).outcomes() for p in paths)
+  return itertools.chain.from_iterable(journal_lib.outcomes(str(p)) for p in paths)

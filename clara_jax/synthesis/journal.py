@@ -6,12 +6,14 @@
 A document that was stopped is worked on again from its replies: its requests have the same keys.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from typing import Any
 
+from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError
 
 
@@ -20,55 +22,48 @@ class Journal:
 
   Args:
     path: the file.
-    compact: whether replies of finished documents are removed now.
 
   Raises:
     DataError: a line in the middle is damaged.
+    ConfigError: another process is working on it.
   """
 
-  def __init__(self, path: str, compact: bool = True):
+  def __init__(self, path: str):
     self.path = path
     self._done: set[bytes] = set()
     self._replies: dict[str, dict[str, str]] = {}
+    self._lock = os.open(f"{path}.lock", os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      os.close(self._lock)
+      raise ConfigError(f"{path}: another process is working on this shard") from None
     if os.path.exists(path):
-      self._read(compact)
+      self._read()
     self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
-  def _read(self, compact: bool) -> None:
+  def _read(self) -> None:
     end = 0
     waste = 0
-    for start, value in self._lines():
+    for start, value in _lines(self.path):
       end = start
       if "d" in value:
         self._done.add(_digest(value["d"]))
     if end < os.path.getsize(self.path):  # the line that a kill has cut
       os.truncate(self.path, end)
-    for _, value in self._lines():
+    for _, value in _lines(self.path):
       if "r" in value:
         if _digest(value["r"]) in self._done:
           waste += 1
         else:
           self._replies.setdefault(value["r"], {})[value["k"]] = value["t"]
-    if compact and waste > 1000:
+    if waste > 1000:
       part = f"{self.path}.part"
       with open(part, "w", encoding="utf-8") as file:
-        for _, value in self._lines():
+        for _, value in _lines(self.path):
           if "d" in value or _digest(value["r"]) not in self._done:
             file.write(json.dumps(value, ensure_ascii=False) + "\n")
       os.replace(part, self.path)
-
-  def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(end, value) of every whole line."""
-    end = 0
-    with open(self.path, "rb") as file:
-      for number, line in enumerate(file, 1):
-        if not line.endswith(b"\n"):
-          return
-        end += len(line)
-        try:
-          yield end, json.loads(line)
-        except json.JSONDecodeError:
-          raise DataError(f"{self.path}:{number}: the journal is damaged here") from None
 
   def is_done(self, document: str) -> bool:
     """Whether a document is finished."""
@@ -97,15 +92,31 @@ class Journal:
     while data:
       data = data[os.write(self._file, data):]
 
-  def outcomes(self) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(document, outcome) of all that are finished, in the order in which they were."""
-    for _, value in self._lines():
-      if "d" in value:
-        yield value["d"], value["o"]
-
   def close(self) -> None:
     """Closes the file."""
     os.close(self._file)
+    os.close(self._lock)
+
+
+def outcomes(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  """(document, outcome) of all that a journal has finished, in the order in which they were; the file is only read."""
+  for _, value in _lines(path):
+    if "d" in value:
+      yield value["d"], value["o"]
+
+
+def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+  """(end, value) of every whole line."""
+  end = 0
+  with open(path, "rb") as file:
+    for number, line in enumerate(file, 1):
+      if not line.endswith(b"\n"):
+        return
+      end += len(line)
+      try:
+        yield end, json.loads(line)
+      except json.JSONDecodeError:
+        raise DataError(f"{path}:{number}: the journal is damaged here") from None
 
 
 def _digest(document: str) -> bytes:
