@@ -16,11 +16,10 @@ from clara_jax.config import ConfigError
 from clara_jax.data import schemas
 from clara_jax.data.schemas import DataError, Document
 from clara_jax.data.world import World, write_rows
-from clara_jax.evaluation import judge
 from clara_jax.interop.checkpoints import Checkpoint
 from clara_jax.model import Clara
 from clara_jax.quickstart.recipe import Sizes
-from clara_jax.synthesis import checks, documents, factory, offline, own, rounds, templates
+from clara_jax.synthesis import checks, documents, factory, judge, offline, own, rounds, templates
 from clara_jax.synthesis import pages as synthesis_pages
 from clara_jax.synthesis.client import BudgetError, Client, Endpoint, ReplyError, RequestError, ask_json, parse
 from clara_jax.synthesis.journal import Journal

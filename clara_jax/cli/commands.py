@@ -38,6 +38,7 @@ from clara_jax.model import Clara, MissingWeightsError
 from clara_jax.nn.linear import MissingAdapterError
 from clara_jax.retrieval import index as index_lib
 from clara_jax.synthesis.client import Endpoint, RequestError
+from clara_jax.synthesis.judge import grounding
 from clara_jax.training import loop, stages
 from clara_jax.training.checkpoint import CheckpointError
 
@@ -284,7 +285,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     raise ConfigError("--predictions: with --report, predictions are in DIR/predictions")
   if options.judge and not (options.judge_model and options.report):
     raise ConfigError("--judge: name --judge-model and --report, too")
-  judge = Endpoint(options.judge, options.judge_model, os.environ.get("OPENAI_API_KEY")) if options.judge else None
+  judge = None
+  if options.judge:
+    judge = functools.partial(grounding, endpoint=Endpoint(options.judge, options.judge_model, os.environ.get("OPENAI_API_KEY")))
   checkpoint = _checkpoint(options, *dict.fromkeys(role for name in settings for role in SETTINGS[name].roles()))
   rows = _rows(options, checkpoint.model.config.top_k, *settings)
   if options.report is None:

@@ -23,6 +23,7 @@ from clara_jax.evaluation.likelihood import make_likelihood, until_end
 from clara_jax.evaluation.metrics import answer_scores, retrieval_scores
 from clara_jax.evaluation.settings import SETTINGS, Setting
 from clara_jax.inference.generate import make_generate
+from clara_jax.memory.store import fingerprint
 from clara_jax.model import Clara
 from clara_jax.training import metrics as means
 from clara_jax.training import stages
@@ -38,7 +39,8 @@ class Evaluation:
 
 
 def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequence[Row], setting: str, *, batch_size: int = 16,
-             max_new_tokens: int = 64, path: str | None = None, progress: bool = True, name: str | None = None) -> Evaluation:
+             max_new_tokens: int = 64, path: str | None = None, progress: bool = True, name: str | None = None,
+             weights_sha256: str | None = None) -> Evaluation:
   """Answers rows from their documents.
 
   Args:
@@ -50,6 +52,7 @@ def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequen
     path: a JSONL file to which each pass adds its predictions; rows that it has from this checkpoint and setting are not answered again.
     progress: whether lines go to standard error.
     name: what they call it; default: the setting.
+    weights_sha256: `weights_hash` of the weights, where it is known.
 
   Raises:
     DataError: a row is no single question, or has too few documents.
@@ -58,7 +61,8 @@ def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequen
   how = SETTINGS[setting]
   for row in rows:
     check(row, how, model.config.top_k)
-  made_by = _made_by(model, weights, setting, max_new_tokens)
+  identity = f"{setting} {max_new_tokens} {model.config.top_k} {weights_sha256 or weights_hash(weights)}"
+  made_by = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
   keys = [_key(i, row) for i, row in enumerate(rows)]
   there = _read(path, made_by)
   if there and not any(key in there for key in keys):
@@ -117,12 +121,9 @@ def _key(place: int, row: Row) -> str:
   return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
-def _made_by(model: Clara, weights: dict[str, Any], setting: str, max_new_tokens: int) -> str:
-  digest = hashlib.blake2b(f"{setting} {max_new_tokens} {model.config.top_k}".encode(), digest_size=8)
-  for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
-    digest.update(jax.tree_util.keystr(path).encode())
-    digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
-  return digest.hexdigest()
+def weights_hash(weights: dict[str, Any]) -> str:
+  """A content hash of all groups of a checkpoint."""
+  return fingerprint(weights, tuple(sorted(weights)))
 
 
 def read_predictions(path: str) -> list[dict[str, Any]]:

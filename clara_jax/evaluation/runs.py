@@ -6,24 +6,23 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError, Row
 from clara_jax.evaluation import report, statistics
-from clara_jax.evaluation.benchmarks import evaluate, read_predictions, write_predictions
+from clara_jax.evaluation.benchmarks import evaluate, read_predictions, weights_hash, write_predictions
 from clara_jax.evaluation.explain import Explainer, document_and_memory_means, picture
-from clara_jax.evaluation.judge import grounding
 from clara_jax.evaluation.settings import SETTINGS
 from clara_jax.interop.checkpoints import Checkpoint
-from clara_jax.synthesis.client import Endpoint
 
 EXAMPLES, PICTURED = 5, 150
+Judge = Callable[[Sequence[Row], Sequence[dict[str, Any]]], Any]
 
 
 def run(checkpoint: Checkpoint, rows: Sequence[Row], settings: Sequence[str], directory: str, *, also: Mapping[str, Checkpoint],
-        title: str, batch_size: int = 16, max_new_tokens: int = 64, judge: Endpoint | None = None) -> dict[str, Any]:
+        title: str, batch_size: int = 16, max_new_tokens: int = 64, judge: Judge | None = None) -> dict[str, Any]:
   """Answers all rows in every setting and writes DIR/predictions/NAME.jsonl, DIR/report.json and DIR/report.html.
 
   What was answered before is not answered again.
@@ -36,7 +35,7 @@ def run(checkpoint: Checkpoint, rows: Sequence[Row], settings: Sequence[str], di
     also: other checkpoints, by name, in the setting 'joint' (a contrastive one, a generator-only one).
     title: of the page.
     batch_size, max_new_tokens: see `evaluate`.
-    judge: a language model that says whether answers are grounded (`judge.py`).
+    judge: adds to predictions whether their answers are grounded (`synthesis/judge.py`).
 
   Returns:
     What is in report.json: `report.summary` by setting or name.
@@ -51,14 +50,16 @@ def run(checkpoint: Checkpoint, rows: Sequence[Row], settings: Sequence[str], di
   where = pathlib.Path(directory)
   (where / "predictions").mkdir(parents=True, exist_ok=True)
   found, summaries = {}, {}
+  hashes = {id(source): weights_hash(source.weights) for source in (checkpoint, *also.values())}
   for name, (source, setting) in jobs.items():
     source.require(*SETTINGS[setting].roles())
     path = str(where / "predictions" / f"{name}.jsonl")
     found[name] = evaluate(source.model, source.layout, source.weights, rows, setting, batch_size=batch_size, max_new_tokens=max_new_tokens,
-                           path=path, name=name).predictions
+                           path=path, name=name, weights_sha256=hashes[id(source)]).predictions
     if judge:
-      grounding(rows, found[name], judge)
-      write_predictions(path, found[name])
+      judge(rows, found[name])
+      keys = {p["key"] for p in found[name]}
+      write_predictions(path, [*found[name], *(p for p in read_predictions(path) if p["key"] not in keys)])
     summaries[name] = report.summary(found[name])
   values = {name: {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in s.items()} for name, s in summaries.items()}
   made = {"title": title, "rows": len(rows), "runs": values}

@@ -15,7 +15,7 @@ from flax import struct
 from clara_jax.batch import Tokens
 from clara_jax.config import ModelConfig, Role
 from clara_jax.model import Clara, Weights
-from clara_jax.nn.decoder import EMPTY, KeyValues, extend
+from clara_jax.nn.decoder import EMPTY, KeyValues, extend, first_slots
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> KeyValues:
@@ -80,17 +80,16 @@ class Greedy:
     model, (batch, length) = self.model, prompt.ids.shape
     start = 0 if beginning is None else beginning.positions.shape[1]
     positions = jnp.broadcast_to(jnp.arange(start, length, dtype=jnp.int32), (batch, length - start))
-    cache = empty_cache(model.config.model, batch, start)
+    cache = empty_cache(model.config.model, batch, length + self.max_new_tokens)
     x = self._embed(weights, prompt.ids, memories)[:, start:]
     if beginning is None:
       hidden, read = model.hidden(weights, self.role, x, keep=True)
     else:
       cache = extend(cache, beginning, 0)
-      hidden, read = model.hidden(weights, self.role, x, positions=positions, cache=cache)
+      hidden, read = model.hidden(weights, self.role, x, positions=positions, cache=first_slots(cache, start))
     # Padding is no token: the positions after a prompt belong to its answer.
     read = read._replace(positions=jnp.where(positions < prompt.lengths[:, None], positions, EMPTY))
-    room = empty_cache(model.config.model, batch, length + self.max_new_tokens)
-    cache = extend(extend(room, cache, 0), read, start)
+    cache = extend(cache, read, start)
     last = jnp.take_along_axis(hidden, (prompt.lengths - 1 - start)[:, None, None], axis=1)[:, 0]
     first = jnp.argmax(model.logits(weights, last), axis=-1).astype(jnp.int32)
     answer = jnp.full((batch, self.max_new_tokens), self.pad_id, jnp.int32).at[:, 0].set(first)

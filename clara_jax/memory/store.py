@@ -83,10 +83,10 @@ def read_manifest(directory: str) -> Manifest | None:
   return _read_manifest(file) if file.exists() else None
 
 
-def fingerprint(weights: dict[str, Any]) -> str:
-  """A content hash of the weights that shape memory tokens: base, memory embedding, compressor."""
+def fingerprint(weights: dict[str, Any], groups: Sequence[str] = ("base", "memory_embedding", "compressor")) -> str:
+  """A content hash of groups of weights, by default of those that shape memory tokens."""
   digest = hashlib.sha256()
-  for group in ("base", "memory_embedding", "compressor"):
+  for group in groups:
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights[group]):
       digest.update(f"{group}{jax.tree_util.keystr(path)}".encode())
       digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())

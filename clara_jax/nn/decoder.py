@@ -229,3 +229,8 @@ def extend(cache: KeyValues, new: KeyValues, slot: jax.Array | int) -> KeyValues
     values = jnp.broadcast_to(values, (*slots.shape[:axis], values.shape[axis], *slots.shape[axis + 1:])).astype(slots.dtype)
     return jax.lax.dynamic_update_slice_in_dim(slots, values, slot, axis)
   return KeyValues(*(write(a, b, axis) for a, b, axis in zip(cache, new, (3, 3, 1), strict=True)))
+
+
+def first_slots(cache: KeyValues, count: int) -> KeyValues:
+  """The first `count` slots of a cache."""
+  return KeyValues(cache.keys[..., :count, :], cache.values[..., :count, :], cache.positions[:, :count])

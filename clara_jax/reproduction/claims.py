@@ -11,8 +11,8 @@ import numpy as np
 
 from clara_jax.config import ConfigError
 from clara_jax.evaluation import report
-from clara_jax.quickstart.recipe import say
-from clara_jax.reproduction.experiments import DOCUMENTS_AT_TEST, JOINT, RATIO, TOP_K, Experiments, Sizes
+from clara_jax.quickstart.recipe import TOP_K, say
+from clara_jax.reproduction.experiments import DOCUMENTS_AT_TEST, JOINT, RATIO, Experiments, Sizes
 
 Results = Mapping[str, Mapping[str, Any]]  # of one seed, by experiment
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clara_jax.config import ClaraConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from clara_jax.config import ClaraConfig, DataConfig, RunConfig, TrainConfig
 from clara_jax.data import schemas
 from clara_jax.data.tokens import Layout
 from clara_jax.data.world import World, WorldConfig
@@ -25,10 +25,11 @@ from clara_jax.interop import checkpoints, hf
 from clara_jax.memory.compress import compress_corpus
 from clara_jax.memory.store import MemoryStore
 from clara_jax.model import Clara
-from clara_jax.quickstart.recipe import say
+from clara_jax.quickstart import recipe
+from clara_jax.quickstart.recipe import CANDIDATES, TOP_K, say
 from clara_jax.training import loop
 
-CANDIDATES, TOP_K, NEW_TOKENS = 20, 3, 8
+NEW_TOKENS = 8
 RATIO = 8
 
 
@@ -51,11 +52,9 @@ class Sizes:
 
 
 def clara_config(vocab_size: int, ratio: int = RATIO) -> ClaraConfig:
-  """0.9 M parameters; documents of at most 32 tokens."""
-  model = ModelConfig(vocab_size=vocab_size, width=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=384,
-                      tie_embeddings=True, initializer_range=0.06, dtype="float32", param_dtype="float32", remat="full")
-  return ClaraConfig(model, LoraConfig(rank=16, alpha=32.0, dropout=0.0), doc_max_length=32, compression_rate=ratio, query_max_length=40,
-                     decoder_max_length=768, top_k=TOP_K, nested_dropout=0.9)
+  """The quickstart's model for documents of at most 32 tokens."""
+  return dataclasses.replace(recipe.clara_config(vocab_size), doc_max_length=32, compression_rate=ratio, query_max_length=40,
+                             decoder_max_length=768)
 
 
 # What SCP learns from, and with which weight of the MSE; None: no SCP at all.

@@ -165,7 +165,7 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
           report.stopped = f"{FAILURES} requests in a row failed; the last one: {error}"
           return
         continue
-      unread = unread + 1 if outcome.reason and "no reply that parses" in outcome.reason else 0
+      unread = unread + 1 if outcome.unread else 0
       if unread >= FAILURES:
         report.stopped, report.problem = f"{FAILURES} documents in a row got no reply that parses", outcome.reason
         return

@@ -45,6 +45,7 @@ class Outcome:
     rounds: most rounds that a part of it took.
     refused: how often the cheap checks and the model refused something, by reason.
     coverage: for 'simple' and 'complex', statements that were missing after each round.
+    unread: whether it was rejected because no reply could be read.
   """
 
   rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -52,9 +53,14 @@ class Outcome:
   rounds: int = 0
   refused: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   coverage: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+  unread: bool = False
 
 
 class _Rejected(Exception):
+  pass
+
+
+class _Unread(_Rejected):
   pass
 
 
@@ -77,7 +83,7 @@ async def scp(document: Document, ask: Ask, rounds: int = ROUNDS) -> Outcome:
         provenance |= {"rounds": len(missing), "missing_by_round": missing, "checks": ["cheap", "check", "verdict"]}
       outcome.rows.append({"id": f"{document.id}/{row['kind']}", **row, "provenance": provenance})
   except _Rejected as problem:
-    outcome.reason = str(problem)
+    outcome.reason, outcome.unread = str(problem), isinstance(problem, _Unread)
   return outcome
 
 
@@ -88,7 +94,7 @@ async def _reply(ask: Ask, template: str, schema: str, **values: Any) -> dict[st
       return await ask(template, schema, attempt, values)
     except ReplyError as error:
       problem = error
-  raise _Rejected(f"{template}: no reply that parses: {problem}")
+  raise _Unread(f"{template}: no reply that parses: {problem}")
 
 
 async def _pairs(kind: str, text: str, ask: Ask, outcome: Outcome, rounds: int) -> list[tuple[str, str]]:
@@ -172,5 +178,5 @@ async def teacher(row: Row, ask: Ask) -> Outcome:
                          "docs": list(row.documents), "pos_index": list(row.gold),
                          "provenance": {"golden_answers": list(row.answers), "rounds": 1}})
   except _Rejected as problem:
-    outcome.reason = str(problem)
+    outcome.reason, outcome.unread = str(problem), isinstance(problem, _Unread)
   return outcome
