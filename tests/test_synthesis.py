@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import pathlib
+import signal
 import threading
 
 import pytest
@@ -215,7 +216,7 @@ def test_what_is_accepted_is_right_and_complete(tmp_path):
   parsed = schemas.read_rows([str(tmp_path / "rows-00000-of-00001.jsonl")])  # trains scp as it is
   assert {r.data_type for r in parsed} == {"qa", "paraphrase"} and len(parsed) == 3 * report.accepted
   manifest = json.loads((tmp_path / "manifest-00000-of-00001.json").read_text())
-  assert manifest["prompts_sha256"] == templates.Templates().sha256 and manifest["accepted"] == report.accepted
+  assert manifest["settings"]["prompts_sha256"] == templates.Templates().sha256 and manifest["accepted"] == report.accepted
   numbers = synthesis_pages.write(str(tmp_path))
   assert numbers["accepted"] == report.accepted and (tmp_path / "report.html").read_text().count("<svg") == 2
 
@@ -285,6 +286,23 @@ def test_budgets_and_servers_that_are_gone(tmp_path):
     run_factory(tmp_path / "d", model, pages(40))
 
 
+def test_rejected_documents_can_be_tried_again(tmp_path):
+  class Mute(offline.Offline):
+    async def chat(self, messages, **options):
+      return "" if self.is_mute else await super().chat(messages, **options)
+  model = Mute(tiny.world(), FAULTS)
+  model.is_mute = True
+  assert run_factory(tmp_path, model, pages(5)).rejected == 5
+  model.is_mute = False
+  assert run_factory(tmp_path, model, pages(5)).rejected == 5
+  assert run_factory(tmp_path, model, pages(5), retry_rejected="complex").rejected == 5
+  report = run_factory(tmp_path, model, pages(5), retry_rejected="simple_questions: no reply")
+  assert report.accepted == 5 and report.rejected == 0 and len({r["id"] for r in rows_of(tmp_path)}) == len(rows_of(tmp_path)) == 15
+  assert run_factory(tmp_path, model, pages(5)).accepted == 5
+  with pytest.raises(DataError, match="says something else"):
+    run_factory(tmp_path, model, [dataclasses.replace(d, text="new") for d in pages(5)])
+
+
 def test_one_process_and_one_division_a_directory(tmp_path):
   model = offline.Offline(tiny.world())
   run_factory(tmp_path, model, pages(4))
@@ -317,12 +335,16 @@ def test_a_journal_forgets_replies_of_what_is_finished(tmp_path):
   journal = Journal(path)
   for i in range(1_200):
     journal.reply("done", str(i), "text")
-  journal.finish("done", {"reason": None})
+  journal.finish("done", "text", {"reason": None})
   journal.reply("open", "k", "text")
+  journal.spend([3, 2, 1])
   journal.close()
   again = Journal(path)
-  assert again.is_done("done") and not again.is_done("open") and again.replies("open") == {"k": "text"} and not again.replies("open")
-  assert len(pathlib.Path(path).read_text().splitlines()) == 2
+  assert again.spent == [3, 2, 1]
+  assert again.is_done("done", "text") and not again.is_done("open", "") and again.replies("open") == {"k": "text"} and not again.replies("open")
+  assert len(pathlib.Path(path).read_text().splitlines()) == 3
+  with pytest.raises(DataError, match="'done' says something else than when it was done"):
+    again.is_done("done", "other text")
   again.close()
   pathlib.Path(path).write_text('{"d": \n{"d": "x", "o": {}}\n')
   with pytest.raises(DataError, match="journal.jsonl:1: the journal is damaged"):
@@ -381,8 +403,13 @@ def test_prompts_can_be_replaced(tmp_path):
     (folder / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
       templates.Templates(str(folder))
-  with pytest.raises(ConfigError, match="'documents' is undefined"):
-    templates.Templates().messages("teacher", question="who?")
+  mine = tmp_path / "mine"
+  mine.mkdir()
+  (mine / "teacher.jinja~").touch()
+  templates.Templates(str(mine))
+  (mine / "teacher.jinja").write_text("a\n---\n{{ passages }}")
+  with pytest.raises(ConfigError, match="teacher.jinja: 'passages' is undefined; it has: demonstrations, documents, question"):
+    templates.Templates(str(mine))
 
 
 @pytest.mark.parametrize("text, others, wanted", [
@@ -392,6 +419,11 @@ def test_prompts_can_be_replaced(tmp_path):
     ("Кто написал эту книгу?", (), "question: another script")])
 def test_cheap_checks_of_questions(text, others, wanted):
   assert checks.question(text, "Homer wrote the Odyssey.", others) == wanted
+
+
+def test_a_model_that_does_not_stop_asking():
+  passed, reasons = checks.kept([f"Who wrote the book of number {i}?" for i in range(1000)], "Homer wrote it.", [])
+  assert len(passed) == 50 and reasons == ["question: too many in a reply"] * 950
 
 
 def test_cheap_checks_of_answers_and_paraphrases():
@@ -419,6 +451,12 @@ def test_documents_of_every_form(tmp_path):
   assert reading.share == 0 and len(list(reading)) == 3 and reading.share == 1
 
 
+def test_extracts_without_text_and_with_quotes(tmp_path):
+  (tmp_path / "wiki_00").write_text('<doc id="8" url="u" title="x">\n</doc>\n'
+                                    '<doc id="9" url="u" title="The "B" side">\nThe "B" side\nText.\n</doc>\n<doc id="10" title="C" rev="1">\nNo title here.\n</doc>\n')
+  assert list(documents.read(str(tmp_path))) == [Document("9", "Text.", 'The "B" side'), Document("10", "No title here.", "C")]
+
+
 def test_documents_are_cut_on_sentence_bounds():
   text = 'Dr. J. Smith came in 1912. "Who is it?" she asked. It was late (very late). 它很小。它很大。'
   assert documents.sentences(text) == [
@@ -428,6 +466,8 @@ def test_documents_are_cut_on_sentence_bounds():
   assert [p.id for p in pieces] == [f"x#{i}" for i in range(len(pieces))] and {p.title for p in pieces} == {"A title"}
   assert all(documents.words(p.text) <= 17 for p in pieces) and " ".join(p.text for p in pieces).split() == long.text.split()
   assert list(documents.chunks(Document("y", "Short. Text."), 20)) == [Document("y", "Short. Text.")]
+  (piece,) = documents.chunks(Document("z", "Short. Text.", "a title that is much too long"), 8)
+  assert piece == Document("z", "Short. Text.", "a title that is")
 
 
 def test_the_command(tmp_path, capsys):
@@ -438,5 +478,36 @@ def test_the_command(tmp_path, capsys):
   report = json.loads(capsys.readouterr().out)
   assert report["records"]["rows"] == report["rows"] and report["cost"] > 0
   assert status == 0 and report["accepted"] + report["rejected"] == 5 and {"rounds", "requests", "tokens"} < set(report)
+  same = ["--documents", str(tmp_path / "documents.jsonl"), "--endpoint", "offline", "--out", str(tmp_path / "out")]
+  assert main(["synthesize", "--json", "--out", str(tmp_path / "out"), "--records"]) == 0  # again, and alone
+  assert json.loads(capsys.readouterr().out)["records"] == report["records"] | {"seconds": pytest.approx(0, abs=60)}
+  assert main(["synthesize", "--json", *same]) == 0
+  assert (again := json.loads(capsys.readouterr().out))["requests"] == report["requests"] and again["accepted"] == report["accepted"]
+  def refused(*more):
+    status = main(["synthesize", *same, *more])
+    return status == 2 and capsys.readouterr().err
+  for more, message in ((["--questions", "x"], "name one of them"), (["--max-requests", "3"], "budgets are for servers"),
+                        (["--temperature", "-1"], "expected 0 or more"), (["--out", str(tmp_path / "documents.jsonl")], "is a file")):
+    assert message in refused(*more)
+
+
+def test_sigterm_writes_what_there_is(tmp_path, capsys):
+  world = World(Sizes().world)
+  model = offline.Offline(world)
+  write_rows(world.documents(False, 20), str(tmp_path / "documents.jsonl"))
+
+  async def handle(body, number):
+    if number == 60:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return reply(model.reply(body["messages"], body["response_format"]["json_schema"]["name"], body["seed"]))
+  with serving(handle) as (url, _):
+    command = ["synthesize", "--documents", str(tmp_path / "documents.jsonl"), "--endpoint", url, "--model", "m",
+               "--out", str(tmp_path / "out"), "--in-flight", "2"]
+    assert main(command) == 130
+    manifest = json.loads((tmp_path / "out" / "manifest-00000-of-00001.json").read_text())
+    assert 0 < manifest["accepted"] < 20 and manifest["rows"] == len(rows_of(tmp_path / "out")) and manifest["open"] > 0
+    assert main(command) == 0
+  manifest = json.loads((tmp_path / "out" / "manifest-00000-of-00001.json").read_text())
+  assert manifest["accepted"] == 20 and manifest["requests"] > manifest["usage_of_the_last_start"]["requests"] and not manifest["open"]
   assert main(["synthesize", "--out", str(tmp_path / "nothing"), "--report"]) == 2
   assert "nothing was synthesized here" in capsys.readouterr().err

@@ -9,6 +9,9 @@ import gzip
 import itertools
 import json
 import os
+import shutil
+import signal
+import tempfile
 import time
 from typing import Any
 
@@ -344,39 +347,59 @@ def explain(options: argparse.Namespace) -> dict[str, Any]:
 
 def synthesize(options: argparse.Namespace) -> dict[str, Any]:
   """`clara synthesize`."""
-  from clara_jax.synthesis import pages
+  from clara_jax.synthesis import factory, pages
   made: dict[str, Any] = {}
+  if options.documents and options.questions:
+    raise ConfigError("--documents and --questions: name one of them")
   if options.documents or options.questions:
-    made = dataclasses.asdict(asyncio.run(_synthesized(options)))
-  elif not options.report:
+    # SIGTERM as Ctrl-C: requests are given up, rows and manifest are written.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+      made = dataclasses.asdict(asyncio.run(_synthesized(options)))
+    finally:
+      signal.signal(signal.SIGTERM, before)
+  elif not (options.report or options.records):
     raise ConfigError("--documents or --questions: name one")
+  if options.report:
+    made |= pages.write(options.out)
   if options.records:
+    kind = factory.settings(options.out)["kind"]
     paths = sorted(glob.glob(os.path.join(glob.escape(options.out), "rows-*.jsonl")))
     count = sum(1 for path in paths for _ in schemas.read_jsonl(path))
-    made["records"] = dataclasses.asdict(records_lib.build("instruct" if options.questions else "scp", paths,
-                                                           os.path.join(options.out, "records"), min(32, count)))
-  return made | (pages.write(options.out) if options.report else {})
+    if not count:
+      raise ConfigError(f"--records: {options.out} has no accepted rows")
+    directory = os.path.join(options.out, "records")
+    with tempfile.TemporaryDirectory(prefix="records-", dir=options.out) as folder:  # takes the place of earlier ones when it is whole
+      fresh = os.path.join(folder, "records")
+      built = records_lib.build(kind, [path for path in paths if os.path.getsize(path)], fresh, min(32, count))
+      shutil.rmtree(directory, ignore_errors=True)
+      os.replace(fresh, directory)
+    made["records"] = dataclasses.asdict(dataclasses.replace(built, directory=built.directory.replace(fresh, directory)))
+  return made
 
 
 async def _synthesized(options: argparse.Namespace) -> Any:
   from clara_jax.synthesis import client, documents, factory, rounds, templates
   if not options.endpoint or options.endpoint != "offline" and not options.model:
     raise ConfigError("--endpoint and --model: name both")
+  for name in ("max_requests", "max_tokens"):
+    if getattr(options, name) and options.endpoint in ("offline", "checkpoint"):
+      raise ConfigError(f"--{name.replace('_', '-')}: budgets are for servers, not for --endpoint {options.endpoint}")
   texts = templates.Templates(options.prompts)
   if options.questions:
-    rows = datasets.read(options.questions)
+    rows = _questions(options.questions)[:options.limit]
     items, work = ((r.identifier, r) for r in rows), rounds.teacher
   else:
     count = documents.token_counter(options.tokenizer) if options.tokenizer else documents.words
-    pieces = documents.Reading(options.documents, options.tokens, count)
+    pieces = documents.Reading(options.documents, options.tokens, count, options.limit)
     items, work = ((p.id, p) for p in pieces), functools.partial(rounds.scp, rounds=options.rounds)
   settings = {"directory": options.out, "shard": factory.Shard(options.shard, options.shards),
               "sampling": factory.Sampling(options.temperature, options.max_reply_tokens),
               "at_once": options.in_flight + options.in_flight // 4, "price": tuple(options.price),
-              "share": None if options.questions or options.limit else lambda: pieces.share, "record": {
+              "share": None if options.questions else lambda: pieces.share, "retry_rejected": options.retry_rejected, "record": {
                   "model": options.model, "endpoint": options.endpoint, "kind": "instruct" if options.questions else "scp",
-                  "tokens": options.tokens, "rounds": options.rounds}}
-  items = itertools.islice(items, options.limit)
+                  "tokens": options.tokens, "tokens_by": documents.tokenizer_hash(options.tokenizer) if options.tokenizer else "words",
+                  "rounds": options.rounds}}
   if options.endpoint == "offline":
     from clara_jax.quickstart.recipe import Sizes
     from clara_jax.synthesis.offline import Offline
@@ -385,10 +408,23 @@ async def _synthesized(options: argparse.Namespace) -> Any:
     from clara_jax.synthesis.own import OwnModel
     keep_programs()
     return await factory.produce(items, work, OwnModel(checkpoints.load(options.model)), texts, **settings)
-  endpoint = client.Endpoint(options.endpoint, options.model, os.environ.get("OPENAI_API_KEY"), options.in_flight, options.timeout,
+  key = os.environ.get("OPENAI_API_KEY", "").strip()
+  endpoint = client.Endpoint(options.endpoint, options.model, key, options.in_flight, options.timeout,
                              max_requests=options.max_requests, max_tokens=options.max_tokens, json_schema=not options.no_json_schema)
   async with client.Client(endpoint) as backend:
     return await factory.produce(items, work, backend, texts, **settings)
+
+
+def _questions(path: str) -> list[schemas.Row]:
+  """Rows with names of their own that do not depend on where the file lies."""
+  rows = [dataclasses.replace(row, identifier=f"{os.path.basename(path)}{row.identifier.removeprefix(path)}")
+          if row.identifier.startswith(f"{path}:") else row for row in datasets.read(path)]
+  seen: set[str] = set()
+  for row in rows:
+    if row.identifier in seen:
+      raise schemas.DataError(f"{path}: id {row.identifier!r} comes twice")
+    seen.add(row.identifier)
+  return rows
 
 
 def paraphrase(options: argparse.Namespace) -> dict[str, Any]:

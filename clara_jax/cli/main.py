@@ -231,7 +231,10 @@ def _parser() -> argparse.ArgumentParser:
   synthesize.add_argument("--max-tokens", type=positive, help="budget of this start: prompts and replies")
   synthesize.add_argument("--price", type=float, nargs=2, default=(0.0, 0.0), metavar=("PROMPTS", "REPLIES"),
                           help="of a million tokens; the report then has the cost")
-  synthesize.add_argument("--records", action="store_true", help="also ArrayRecord, of all shards that are there, in DIR/records")
+  synthesize.add_argument("--records", action="store_true",
+                          help="also ArrayRecord, of all shards that are there, in DIR/records; alone, of what is there")
+  synthesize.add_argument("--retry-rejected", nargs="?", const="", metavar="REASON",
+                          help="documents that were rejected are tried again, with other seeds; only those whose reason begins so")
   synthesize.add_argument("--shard", type=int, default=0, metavar="I", help="this worker's part of the corpus")
   synthesize.add_argument("--shards", type=positive, default=1, metavar="N", help="how many workers there are")
   synthesize.add_argument("--limit", type=positive, help="only the first documents or questions")

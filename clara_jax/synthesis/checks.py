@@ -10,6 +10,7 @@ _POINTS_AT_IT = re.compile(r"\b(the|this|that|given|above)\s+(document|passage|t
                            r"|\baccording to (it|this)\b|\bmentioned (above|here)\b", re.IGNORECASE)
 QUESTION_WORDS, ANSWER_WORDS = (3, 60), (1, 50)
 NEAR_DUPLICATE, FOUND, ROUGE_L = 0.9, 0.5, (0.1, 0.95)
+QUESTIONS = 50  # of one reply; a model that repeats itself does not hold the others up
 
 
 def question(text: str, document: str, others: Iterable[str]) -> str | None:
@@ -75,8 +76,8 @@ def _unspaced(text: str) -> bool:
 def kept(questions: Sequence[str], document: str, there: Sequence[str]) -> tuple[list[str], list[str]]:
   """Questions that pass, each compared with those before it, and why the others do not."""
   passed: list[str] = []
-  reasons = []
-  for text in questions:
+  reasons = ["question: too many in a reply"] * max(0, len(questions) - QUESTIONS)
+  for text in questions[:QUESTIONS]:
     if problem := question(text, document, [*there, *passed]):
       reasons.append(problem)
     else:

@@ -59,6 +59,10 @@ class Endpoint:
     for name in ("in_flight", "attempts"):
       if getattr(self, name) < 1:
         raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+    if not self.seconds > 0:
+      raise ConfigError(f"--timeout {self.seconds}: expected more than 0 seconds")
+    if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+      raise ConfigError("OPENAI_API_KEY: holds a character that no key has (a line end?)")
 
 
 @dataclasses.dataclass

@@ -1,8 +1,10 @@
 """What is to be compressed, in pieces: JSONL, plain text or a Wikipedia extract, cut on sentence bounds."""
 
 import gzip
+import hashlib
 import html
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -16,7 +18,8 @@ from clara_jax.data.schemas import DataError, Document
 # After a full stop that ends a sentence, with its closing quotes and brackets; before what can begin one.
 _BOUND = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\Wa-z_])|(?<=[。！？])")
 _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|vs|etc|e\.g|i\.e|No|Fig|Vol|pp|ca|approx|Inc|Ltd|Co)|\b[A-Z])\.$")
-_EXTRACT = re.compile(r'<doc id="([^"]*)"[^>]*? title="([^"]*)"[^>]*>\n(.*?)\n?</doc>', re.DOTALL)
+# WikiExtractor does not escape the quotes of a title.
+_EXTRACT = re.compile(r'<doc id="([^"\n]*)"[^\n]*? title="([^\n]*?)"(?: \w+="[^"\n]*")*>\n(.*?)\n?</doc>', re.DOTALL)
 
 
 def read(path: str) -> Iterator[Document]:
@@ -42,15 +45,15 @@ def read(path: str) -> Iterator[Document]:
 
 
 class Reading:
-  """Documents of `read` in pieces of at most `limit` tokens, and how far it has come.
+  """Documents of `read`, or only the `first` of them, in pieces of at most `limit` tokens, and how far it has come.
 
   Attributes:
     share: of the documents, how many have been read: 0 … 1.
   """
 
-  def __init__(self, path: str, limit: int, count: Callable[[str], int]):
-    self._path, self._limit, self._count = path, limit, count
-    self._total, self._done = sum(1 for _ in read(path)), 0
+  def __init__(self, path: str, limit: int, count: Callable[[str], int], first: int | None = None):
+    self._path, self._limit, self._count, self._first = path, limit, count, first
+    self._total, self._done = sum(1 for _ in itertools.islice(read(path), first)), 0
     if not self._total:
       raise DataError(f"{path}: has no documents")
 
@@ -59,7 +62,7 @@ class Reading:
     return self._done / max(1, self._total)
 
   def __iter__(self) -> Iterator[Document]:
-    for document in read(self._path):
+    for document in itertools.islice(read(self._path), self._first):
       yield from chunks(document, self._limit, self._count)
       self._done += 1
 
@@ -74,8 +77,10 @@ def _file(file: pathlib.Path, root: pathlib.Path) -> Iterator[Document]:
         yield from _rows(file, stream)
       elif first.startswith("<doc "):
         for number, title, text in _EXTRACT.findall(stream.read()):
-          text = "\n".join(text.split("\n")[1:]).strip() or text  # the first line is the title again
-          yield Document(number, html.unescape(text), html.unescape(title))
+          first_line, _, rest = text.partition("\n")
+          text = rest if first_line.strip() == title.strip() else text
+          if text.strip():  # redirects and categories have none
+            yield Document(number, html.unescape(text.strip()), html.unescape(title))
       elif first:
         name = file.name if file == root else str(file.relative_to(root))
         yield Document(name.removesuffix(".gz").removesuffix(".txt"), stream.read().strip())
@@ -127,22 +132,32 @@ def token_counter(directory: str) -> Callable[[str], int]:
   Raises:
     ConfigError: there is none.
   """
+  tokenizer = Tokenizer.from_file(str(_tokenizer_file(directory)))
+  return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def tokenizer_hash(directory: str) -> str:
+  """SHA-256 of a directory's tokenizer.json."""
+  return hashlib.sha256(_tokenizer_file(directory).read_bytes()).hexdigest()
+
+
+def _tokenizer_file(directory: str) -> pathlib.Path:
   path = pathlib.Path(directory, "tokenizer.json")
   if not path.is_file():
     raise ConfigError(f"--tokenizer {directory}: has no tokenizer.json")
-  tokenizer = Tokenizer.from_file(str(path))
-  return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+  return path
 
 
 def chunks(document: Document, limit: int, count: Callable[[str], int] = words) -> Iterator[Document]:
   """Pieces of at most `limit` tokens with the document's title, `ID#0`, `ID#1` …; a document that fits keeps its id.
 
   Args:
-    document: the whole.
+    document: the whole. Of a title that takes more than half of the limit, the beginning stays.
     limit: tokens of title and text.
     count: tokens of a text. Sums over sentences stand for the whole, so that a piece may be a token or two off its count.
   """
-  room = limit - (count(document.title) + 1 if document.title else 0)
+  title = next(_short(document.title, limit // 2, count), "")
+  room = limit - (count(title) + 1 if title else 0)
   pieces: list[str] = []
   held: list[str] = []
   size = 0
@@ -156,7 +171,7 @@ def chunks(document: Document, limit: int, count: Callable[[str], int] = words) 
   if held:
     pieces.append(" ".join(held))
   for number, text in enumerate(pieces):
-    yield Document(document.id if len(pieces) == 1 else f"{document.id}#{number}", text, document.title)
+    yield Document(document.id if len(pieces) == 1 else f"{document.id}#{number}", text, title)
 
 
 def _short(sentence: str, room: int, count: Callable[[str], int]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from typing import Any, Protocol
 
 from clara_jax.config import ConfigError
+from clara_jax.data.schemas import Document, Row
 from clara_jax.synthesis import journal as journal_lib
 from clara_jax.synthesis.client import BudgetError, RequestError, Usage, ask_json
 from clara_jax.synthesis.journal import Journal
@@ -41,6 +42,10 @@ class Sampling:
   temperature: float = 0.7
   max_tokens: int = 2048
 
+  def __post_init__(self):
+    if not 0 <= self.temperature < float("inf"):
+      raise ConfigError(f"--temperature {self.temperature}: expected 0 or more")
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -63,11 +68,11 @@ class _Remembered:
 
   def __init__(self, backend: Backend, journal: Journal, document: str):
     self._backend, self._journal, self._document = backend, journal, document
-    self._replies = journal.replies(document)
+    self._replies, self._tries = journal.replies(document), journal.tries(document)
     self.step = ""
 
   async def chat(self, messages, *, seed=None, **options):
-    key = hashlib.blake2b(json.dumps([self.step, messages]).encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b(json.dumps([self.step, self._tries, messages]).encode(), digest_size=8).hexdigest()
     if (text := self._replies.pop(key, None)) is None:
       text = await self._backend.chat(messages, seed=int(key[:7], 16), **options)
       self._journal.reply(self._document, key, text)
@@ -89,11 +94,12 @@ class Report:
 
   Attributes:
     accepted, rejected: documents.
-    open: documents whose requests failed; the next start does them.
+    open: documents that this start began and did not end; the next one does them.
     rows: written.
     rounds: of the finished documents, the most of any part, on average.
-    requests: sent by this start, tries again included; `requests_a_document` on average.
-    tokens: of this start's prompts and replies; `cost` by their prices.
+    requests, tokens, cost: of all starts: requests with tries again, tokens of prompts and replies, `cost` by their prices.
+    requests_a_document: on average.
+    seconds: of this start.
     reasons: rejected documents by reason; refused: by the checks, within the rounds.
     stopped: why this start ended early; problem: the last request that failed for good.
   """
@@ -117,48 +123,66 @@ class Report:
 async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], Awaitable[Outcome]], backend: Backend, templates: Templates,
                   directory: str, *, shard: Shard = Shard(), sampling: Sampling = Sampling(), at_once: int = 80,
                   record: Mapping[str, Any] | None = None, price: tuple[float, float] = (0.0, 0.0),
-                  share: Callable[[], float] | None = None, progress: bool = True) -> Report:
+                  share: Callable[[], float] | None = None, retry_rejected: str | None = None, progress: bool = True) -> Report:
   """Works on every item that is not finished and writes DIR/rows-…, rejected-… and manifest-….
 
   Args:
-    items: (id, what `work` takes); ids are unique.
+    items: (id, what `work` takes, a `Document` or a `Row`); ids are unique.
     work: `rounds.scp` or `rounds.teacher`.
     backend: what replies.
     templates, sampling: the prompts.
     directory: DIR; a second start with the same one goes on.
     shard: which of the items.
     at_once: items that are open at a time.
-    record: what else the manifest tells (model, endpoint).
+    record: what else the manifest tells (model, endpoint) and later starts must agree in, but for the endpoint.
     price: of a million tokens of prompts and of replies.
     share: of the items that were handed out, for the time left.
+    retry_rejected: items that were rejected with a reason that begins so are open again, with other seeds ('' is all).
     progress: whether lines go to standard error.
 
   Raises:
     ConfigError: the directory has items made by other prompts, model or sampling.
+    DataError: an item says something else than when it was done.
     RequestError: the server fails all the time, or some requests failed for good; what was done is kept.
   """
-  os.makedirs(directory, exist_ok=True)
+  try:
+    os.makedirs(directory, exist_ok=True)
+  except (FileExistsError, NotADirectoryError):
+    raise ConfigError(f"--out {directory}: is a file, expected a directory") from None
   made_by = {"prompts_sha256": templates.sha256, "temperature": sampling.temperature, "max_tokens": sampling.max_tokens, **(record or {})}
   endpoint = made_by.pop("endpoint", None)  # a server may move
   _same_shards(directory, shard)
   _same_settings(shard.path(directory, "settings", "json"), made_by)
   journal = Journal(shard.path(directory, "journal", "jsonl"))
+  if retry_rejected is not None:
+    for name, outcome in list(journal_lib.outcomes(journal.path)):
+      if outcome["reason"] and outcome["reason"].startswith(retry_rejected):
+        journal.withdraw(name)
   start, before, failures, unread = time.monotonic(), journal.done, 0, 0
   report = Report()
-  waiting = ((name, item) for n, (name, item) in enumerate(items) if n % shard.count == shard.index and not journal.is_done(name))
+  waiting = ((name, item) for n, (name, item) in enumerate(items)
+             if n % shard.count == shard.index and not journal.is_done(name, _said(item)))
+  told = [0, 0, 0]
+
+  def spend() -> None:
+    nonlocal told
+    usage = backend.usage
+    now = [usage.requests, usage.prompt_tokens, usage.completion_tokens]
+    journal.spend([a - b for a, b in zip(now, told, strict=True)])
+    told = now
 
   async def worker() -> None:
     nonlocal failures, unread
     for name, item in waiting:
       if report.stopped:
         return
+      report.open += 1
       try:
         outcome = await work(item, asker(_Remembered(backend, journal, name), templates, sampling))
       except BudgetError as error:
         report.stopped = str(error)
         return
       except RequestError as error:
-        report.open += 1
         failures += 1
         report.problem = str(error)
         if failures >= FAILURES:
@@ -170,7 +194,9 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
         report.stopped, report.problem = f"{FAILURES} documents in a row got no reply that parses", outcome.reason
         return
       failures = 0
-      journal.finish(name, vars(outcome))
+      journal.finish(name, _said(item), vars(outcome))
+      report.open -= 1
+      spend()
 
   async def tell() -> None:
     first = share() if share else 0.0
@@ -178,7 +204,7 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
       await asyncio.sleep(10)
       done, seconds = journal.done - before, time.monotonic() - start
       left = ""
-      if share and (now := share()) > first:
+      if share and 1 > (now := share()) > first:  # at 1, the last ones are at work
         left = f", left {datetime.timedelta(seconds=round(seconds * (1 - now) / (now - first)))}"
       print(f"synthesize: {journal.done} documents, {done / seconds:.1f}/s; {backend.usage.requests} requests, "
             f"{backend.usage.requests / seconds:.0f}/s, at most {backend.usage.in_flight} in flight; retries {backend.usage.retries}{left}",
@@ -194,17 +220,21 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
   finally:
     if teller:
       teller.cancel()
-    finished = journal.done - before
-    report.requests, report.seconds = backend.usage.requests, round(time.monotonic() - start, 2)
-    report.tokens = backend.usage.prompt_tokens + backend.usage.completion_tokens
-    report.cost = round((price[0] * backend.usage.prompt_tokens + price[1] * backend.usage.completion_tokens) / 1e6, 4)
-    report.requests_a_document = round(report.requests / max(1, finished), 2)
+    spend()
+    report.requests, prompts, replies = journal.spent
+    report.tokens, report.seconds = prompts + replies, round(time.monotonic() - start, 2)
+    report.cost = round((price[0] * prompts + price[1] * replies) / 1e6, 4)
+    report.requests_a_document = round(report.requests / max(1, journal.done), 2)
     _write(journal, directory, shard, report, {**made_by, "endpoint": endpoint}, backend.usage)
     journal.close()
   if report.problem:
     why = report.stopped or f"{report.open} documents are left open"
     raise RequestError(f"{why}; the last problem: {report.problem}; what was done is kept, the same command goes on")
   return report
+
+
+def _said(item: Document | Row) -> str:
+  return repr((item.title, item.text) if isinstance(item, Document) else (item.questions, item.documents))
 
 
 def _same_shards(directory: str, shard: Shard) -> None:
@@ -215,8 +245,9 @@ def _same_shards(directory: str, shard: Shard) -> None:
 
 def _same_settings(path: str, made_by: Mapping[str, Any]) -> None:
   if not os.path.exists(path):
-    with open(path, "w", encoding="utf-8") as file:
+    with open(f"{path}.part", "w", encoding="utf-8") as file:
       json.dump(made_by, file, indent=2)
+    os.replace(f"{path}.part", path)
     return
   with open(path, encoding="utf-8") as file:
     there = json.load(file)
@@ -250,12 +281,23 @@ def _write(journal: Journal, directory: str, shard: Shard, report: Report, made_
   done = report.accepted + report.rejected
   report.rounds = round(rounds / max(1, done), 2)
   report.reasons, report.refused = dict(reasons.most_common()), dict(refused.most_common())
-  manifest = {**made_by, **dataclasses.asdict(report), "pairs_a_document": round(pairs / max(1, report.accepted), 2),
-              "usage": dataclasses.asdict(usage), "shard": shard.index, "shards": shard.count}
+  manifest = {"settings": made_by, **dataclasses.asdict(report), "pairs_a_document": round(pairs / max(1, report.accepted), 2),
+              "usage_of_the_last_start": dataclasses.asdict(usage), "shard": shard.index, "shards": shard.count}
   path = shard.path(directory, "manifest", "json")
   with open(f"{path}.part", "w", encoding="utf-8") as file:
     json.dump(manifest, file, indent=2)
   os.replace(f"{path}.part", path)
+
+
+def settings(directory: str) -> dict[str, Any]:
+  """What the rows of a directory were made by.
+
+  Raises:
+    ConfigError: nothing was made.
+  """
+  for path in sorted(pathlib.Path(directory).glob("settings-*.json")):
+    return json.loads(path.read_text(encoding="utf-8"))
+  raise ConfigError(f"{directory}: nothing was synthesized here")
 
 
 def outcomes(directory: str) -> Iterator[tuple[str, dict[str, Any]]]:

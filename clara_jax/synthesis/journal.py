@@ -1,16 +1,19 @@
 """What has been done, on disk: one append-only file. A kill loses at most what was in flight; a finished document is written once.
 
     {"r": document, "k": key of a request, "t": reply}        a reply, as long as its document is not finished
-    {"d": document, "o": outcome}                             a finished document
+    {"d": document, "h": hash of what it said, "o": outcome}  a finished document
+    {"x": document}                                           its outcome is withdrawn: it is open again
+    {"u": [requests, tokens of prompts, of replies]}          what was spent since the last such line
 
 A document that was stopped is worked on again from its replies: its requests have the same keys.
 """
 
+import collections
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from clara_jax.config import ConfigError
@@ -30,7 +33,9 @@ class Journal:
 
   def __init__(self, path: str):
     self.path = path
-    self._done: set[bytes] = set()
+    self._done: dict[bytes, bytes] = {}  # hashes of names and of what they said: a corpus has millions
+    self._withdrawn: collections.Counter = collections.Counter()
+    self.spent = [0, 0, 0]
     self._replies: dict[str, dict[str, str]] = {}
     self._lock = os.open(f"{path}.lock", os.O_WRONLY | os.O_CREAT, 0o644)
     try:
@@ -48,7 +53,12 @@ class Journal:
     for start, value in _lines(self.path):
       end = start
       if "d" in value:
-        self._done.add(_digest(value["d"]))
+        self._done[_digest(value["d"])] = bytes.fromhex(value["h"])
+      elif "x" in value:
+        del self._done[_digest(value["x"])]
+        self._withdrawn[value["x"]] += 1
+      elif "u" in value:
+        self.spent = [a + b for a, b in zip(self.spent, value["u"], strict=True)]
     if end < os.path.getsize(self.path):  # the line that a kill has cut
       os.truncate(self.path, end)
     for _, value in _lines(self.path):
@@ -61,13 +71,34 @@ class Journal:
       part = f"{self.path}.part"
       with open(part, "w", encoding="utf-8") as file:
         for _, value in _lines(self.path):
-          if "d" in value or _digest(value["r"]) not in self._done:
+          if "r" not in value or _digest(value["r"]) not in self._done:
             file.write(json.dumps(value, ensure_ascii=False) + "\n")
       os.replace(part, self.path)
 
-  def is_done(self, document: str) -> bool:
-    """Whether a document is finished."""
-    return _digest(document) in self._done
+  def is_done(self, document: str, said: str) -> bool:
+    """Whether a document is finished.
+
+    Args:
+      document: its name.
+      said: what it says; another text under a name that is done is not passed over.
+
+    Raises:
+      DataError: it said something else when it was done.
+    """
+    there = self._done.get(_digest(document))
+    if there is not None and there != _digest(said, 4):
+      raise DataError(f"{document!r} says something else than when it was done ({self.path}); name another --out")
+    return there is not None
+
+  def tries(self, document: str) -> int:
+    """How often a document's outcome was withdrawn."""
+    return self._withdrawn[document]
+
+  def withdraw(self, document: str) -> None:
+    """Opens a finished document again."""
+    self._append({"x": document})
+    del self._done[_digest(document)]
+    self._withdrawn[document] += 1
 
   @property
   def done(self) -> int:
@@ -82,10 +113,17 @@ class Journal:
     """Keeps a reply."""
     self._append({"r": document, "k": key, "t": text})
 
-  def finish(self, document: str, outcome: dict[str, Any]) -> None:
+  def finish(self, document: str, said: str, outcome: dict[str, Any]) -> None:
     """Keeps what became of a document."""
-    self._append({"d": document, "o": outcome})
-    self._done.add(_digest(document))
+    hashed = _digest(said, 4)
+    self._append({"d": document, "h": hashed.hex(), "o": outcome})
+    self._done[_digest(document)] = hashed
+
+  def spend(self, spent: Sequence[int]) -> None:
+    """Keeps what was spent: requests, tokens of prompts, tokens of replies, since the last call."""
+    if any(spent):
+      self._append({"u": list(spent)})
+      self.spent = [a + b for a, b in zip(self.spent, spent, strict=True)]
 
   def _append(self, value: dict[str, Any]) -> None:
     data = memoryview((json.dumps(value, ensure_ascii=False) + "\n").encode())
@@ -100,9 +138,13 @@ class Journal:
 
 def outcomes(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
   """(document, outcome) of all that a journal has finished, in the order in which they were; the file is only read."""
+  withdrawn = collections.Counter(value["x"] for _, value in _lines(path) if "x" in value)
   for _, value in _lines(path):
     if "d" in value:
-      yield value["d"], value["o"]
+      if withdrawn[value["d"]]:
+        withdrawn[value["d"]] -= 1
+      else:
+        yield value["d"], value["o"]
 
 
 def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -119,5 +161,5 @@ def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}:{number}: the journal is damaged here") from None
 
 
-def _digest(document: str) -> bytes:
-  return hashlib.blake2b(document.encode(), digest_size=8).digest()
+def _digest(text: str, size: int = 8) -> bytes:
+  return hashlib.blake2b(text.encode(), digest_size=size).digest()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from clara_jax.evaluation import report
-from clara_jax.synthesis.factory import outcomes
+from clara_jax.synthesis.factory import outcomes, settings
 
 EXAMPLES = 5
 
@@ -49,8 +49,9 @@ def write(directory: str) -> dict[str, Any]:
                + report.table(["document", "reason"], [list(r) for r in rejects])),
               ("Refused within the rounds", report.table(["by", "times"], [[k, v] for k, v in refused.most_common()])),
               ("Examples", "".join(map(_example, examples)))]
+  title = "Teacher's answers" if settings(directory).get("kind") == "instruct" else "SCP data"
   report.write(pathlib.Path(directory) / "report.html", report.page(
-      "SCP data", f"{total:,} documents, {states['accepted']:,} accepted.", sections))
+      title, f"{total:,} documents, {states['accepted']:,} accepted.", sections))
   return numbers
 
 

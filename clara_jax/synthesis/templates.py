@@ -11,8 +11,20 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from clara_jax.config import ConfigError
 
-NAMES = ("simple_questions", "simple_supplement", "complex_questions", "complex_supplement", "answers", "check", "verdict", "paraphrase",
-         "paraphrase_check", "teacher")
+_PAIRS = [("Who?", "Ada"), ("When?", "1912")]
+# The steps, and values such as each one has.
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "simple_questions": {"document": "Text."},
+    "simple_supplement": {"document": "Text.", "pairs": _PAIRS, "missing": ["A fact."], "round": 2},
+    "complex_questions": {"document": "Text."},
+    "complex_supplement": {"document": "Text.", "pairs": _PAIRS, "missing": ["A fact."], "round": 2},
+    "answers": {"document": "Text.", "questions": ["Who?", "When?"], "round": 1},
+    "check": {"document": "Text.", "kept": _PAIRS, "pairs": _PAIRS, "kind": "complex", "round": 1},
+    "verdict": {"document": "Text.", "pairs": _PAIRS, "kind": "simple"},
+    "paraphrase": {"document": "Text.", "problems": ["lost: a fact"], "round": 2},
+    "paraphrase_check": {"document": "Text.", "paraphrase": "Other text.", "round": 1},
+    "teacher": {"documents": ["One.", "Two."], "question": "Who?"},
+}
 DEMONSTRATIONS = "demonstrations.json"
 
 
@@ -28,17 +40,19 @@ class Templates:
     sha256: of all that is used, for the manifest.
 
   Raises:
-    ConfigError: a file that is not known, does not parse, or lacks the line `---`.
+    ConfigError: a file that is not known, does not parse, uses a name that its step does not have, or lacks the line `---`.
   """
 
   def __init__(self, directory: str | None = None):
     package = importlib.resources.files("clara_jax.synthesis") / "prompts"
-    texts = {name: (package / name).read_text(encoding="utf-8") for name in (*(f"{n}.jinja" for n in NAMES), DEMONSTRATIONS)}
+    texts = {name: (package / name).read_text(encoding="utf-8") for name in (*(f"{n}.jinja" for n in EXAMPLES), DEMONSTRATIONS)}
     if directory is not None:
       folder = pathlib.Path(directory)
       if not folder.is_dir():
         raise ConfigError(f"--prompts {directory}: no such directory")
       for file in sorted(folder.iterdir()):
+        if file.name.startswith(".") or file.name.endswith(("~", ".md")):  # an editor's, a reader's
+          continue
         if file.name not in texts:
           raise ConfigError(f"{file}: no known prompt; known: {', '.join(texts)}")
         texts[file.name] = file.read_text(encoding="utf-8")
@@ -49,7 +63,7 @@ class Templates:
     environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     self._parts = {}
-    for name in NAMES:
+    for name in EXAMPLES:
       system, line, user = texts[f"{name}.jinja"].partition("\n---\n")
       if not line:
         raise ConfigError(f"{name}.jinja: expected a system text, a line ---, and a user text")
@@ -60,6 +74,8 @@ class Templates:
         except jinja2.TemplateSyntaxError as error:
           raise ConfigError(f"{name}.jinja:{first + error.lineno - 1}: {error.message}") from None
       self._parts[name] = tuple(parsed)
+    for name, values in EXAMPLES.items():  # a template that fails does so now
+      self.messages(name, **values)
     self.sha256 = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
 
   def messages(self, name: str, **values: Any) -> list[dict[str, str]]:
@@ -72,5 +88,5 @@ class Templates:
     try:
       values = {"demonstrations": self._demonstrations, **values}
       return [{"role": "system", "content": system.render(values).strip()}, {"role": "user", "content": user.render(values).strip()}]
-    except jinja2.TemplateError as error:
-      raise ConfigError(f"{name}.jinja: {error}") from None
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+      raise ConfigError(f"{name}.jinja: {error}; it has: {', '.join(values)}") from None
