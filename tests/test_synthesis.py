@@ -341,7 +341,8 @@ def test_a_journal_forgets_replies_of_what_is_finished(tmp_path):
   journal.close()
   again = Journal(path)
   assert again.spent == [3, 2, 1]
-  assert again.is_done("done", "text") and not again.is_done("open", "") and again.replies("open") == {"k": "text"} and not again.replies("open")
+  assert again.is_done("done", "text") and not again.is_done("open", "")
+  assert again.replies("open") == {"k": "text"} and not again.replies("open")
   assert len(pathlib.Path(path).read_text().splitlines()) == 3
   with pytest.raises(DataError, match="'done' says something else than when it was done"):
     again.is_done("done", "other text")
@@ -453,7 +454,8 @@ def test_documents_of_every_form(tmp_path):
 
 def test_extracts_without_text_and_with_quotes(tmp_path):
   (tmp_path / "wiki_00").write_text('<doc id="8" url="u" title="x">\n</doc>\n'
-                                    '<doc id="9" url="u" title="The "B" side">\nThe "B" side\nText.\n</doc>\n<doc id="10" title="C" rev="1">\nNo title here.\n</doc>\n')
+                                    '<doc id="9" url="u" title="The "B" side">\nThe "B" side\nText.\n</doc>\n'
+                                    '<doc id="10" title="C" rev="1">\nNo title here.\n</doc>\n')
   assert list(documents.read(str(tmp_path))) == [Document("9", "Text.", 'The "B" side'), Document("10", "No title here.", "C")]
 
 
