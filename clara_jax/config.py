@@ -237,7 +237,12 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
   """One stage of training. Learning-rate factors let one role move faster than another. `keep_best` names an evaluation metric: the
-  checkpoint that is best by it stays beside the last `keep_checkpoints`."""
+  checkpoint that is best by it stays beside the last `keep_checkpoints`.
+
+  The temperature τ of the selection (joint stage) is `clara.temperature`, or starts there and is 'annealed' to `final_temperature`, by the
+  same factor each step, or 'learned'. `gradients_every` reports, every so many steps, what the gradient of the selection is made of
+  (`training/paths.py`); it costs another backward pass.
+  """
 
   stage: str = "scp"
   steps: int | None = None
@@ -261,8 +266,16 @@ class TrainConfig:
   checkpoint_every: int = 500
   keep_checkpoints: int = 2
   keep_best: str | None = None
+  temperature: Literal["fixed", "annealed", "learned"] = "fixed"
+  final_temperature: float | None = None
+  gradients_every: int = 0
 
   def __post_init__(self):
+    if (self.temperature == "annealed") != (self.final_temperature is not None):
+      raise ConfigError(f"train.temperature={self.temperature!r} and train.final_temperature={self.final_temperature}: 'annealed' needs a "
+                        "final temperature, others have none")
+    if self.final_temperature is not None and self.final_temperature <= 0:
+      raise ConfigError(f"train.final_temperature={self.final_temperature} must be positive")
     for name in ("log_every", "checkpoint_every", "accumulate"):
       if getattr(self, name) < 1:
         raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
@@ -293,6 +306,8 @@ class RunConfig:
 
   `base` is a Hugging Face directory (safetensors) or the working directory of a `pretrain` run; None starts a fresh base
   (`pretrain` only). `init_from` is the checkpoint of the stage before. `tokenizer` is a directory; by default the base's own.
+  `estimator` is what teaches the query reasoner in the joint stage (`ops/estimators.py`, with `estimator_args`); by default the
+  straight-through top-k of `clara.masking`.
   """
 
   clara: ClaraConfig
@@ -302,6 +317,8 @@ class RunConfig:
   init_from: str | None = None
   tokenizer: str | None = None
   mesh: MeshConfig = MeshConfig()
+  estimator: str | None = None
+  estimator_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def from_config_dict(cls: type, values: Mapping[str, Any], where: str = "") -> Any:

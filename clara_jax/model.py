@@ -25,6 +25,7 @@ from clara_jax import axes
 from clara_jax.batch import Prompt, Tokens
 from clara_jax.config import ROLES, ClaraConfig, Role
 from clara_jax.nn.decoder import Decoder, KeyValues
+from clara_jax.ops.estimators import Estimator
 from clara_jax.ops.topk import straight_through_top_k
 
 Weights = Mapping[str, Any]
@@ -42,10 +43,16 @@ class Clara:
   Weights are a dict with the groups
     base: the decoder's parameters, special tokens' rows included;
     memory_embedding: [M, D] input embeddings of `<MEM0>` … `<MEM{M-1}>`;
-    compressor, query_reasoner, generator: LoRA weights.
+    compressor, query_reasoner, generator: LoRA weights;
+    temperature: {'log': log τ [1]}, where it is learned or annealed.
+
+  Attributes:
+    config: sizes.
+    estimator: what teaches the scores in training; None: the straight-through top-k of `config.masking`.
   """
 
   config: ClaraConfig
+  estimator: Estimator | None = None
 
   @functools.cached_property
   def decoder(self) -> Decoder:
@@ -74,6 +81,8 @@ class Clara:
         x = jnp.zeros((1, 1, self.config.model.width), self.config.model.dtype)
         variables = (self.plain_decoder if group == "base" else self.decoder).init(key, x)
         made[group] = variables["params" if group == "base" else "lora"]
+    if "temperature" in groups:
+      made["temperature"] = {"log": nn.with_logical_partitioning(lambda _: jnp.full(1, jnp.log(self.config.temperature)), (None,))(rng)}
     return made
 
   def init(self, rng: jax.Array, groups: tuple[str, ...] = GROUPS) -> dict[str, Any]:
@@ -177,6 +186,10 @@ class Clara:
     config = self.config
     return jax.vmap(
         lambda s, m: straight_through_top_k(s, m, k or config.top_k, config.temperature, config.masking))(scores, memories)
+
+  def temperature(self, weights: Weights) -> float | jax.Array:
+    """τ: the configuration's, or what it has come to by now."""
+    return jnp.exp(weights["temperature"]["log"][0]) if "temperature" in weights else self.config.temperature
 
   def splice(self, weights: Weights, ids: jax.Array, memories: jax.Array) -> jax.Array:
     """Prompt embeddings with the memory slots filled: ids [B, T], memories [B, K, M, D] -> [B, T, D].

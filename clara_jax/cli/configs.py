@@ -1,8 +1,10 @@
 """`--config FILE.py[:NAME]` with `--config.a.b=value` overrides, as a checked `RunConfig`."""
 
+import ast
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -19,6 +21,9 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
   file = path.split(":", 1)[0]
   if not os.path.exists(file):
     raise ConfigError(f"--config {file}: no such file")
+  # Of no fixed type, so that ml_collections knows nothing of them.
+  given = [o.removeprefix("--config.").partition("=") for o in overrides if o.startswith(("--config.estimator=", "--config.estimator_args."))]
+  overrides = [o for o in overrides if not o.startswith(("--config.estimator=", "--config.estimator_args."))]
   for override in overrides:
     if not override.startswith("--config."):
       raise ConfigError(f"unrecognized argument {override}; overrides look like --config.train.steps=100")
@@ -35,4 +40,18 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     raise ConfigError(f"{path}: {error}") from None
   finally:
     sys.argv = outer
-  return from_config_dict(RunConfig, config.to_dict())
+  fields = config.to_dict()
+  for name, _, value in given:
+    group, dot, argument = name.partition(".")
+    if dot:
+      fields[group] = {**(fields.get(group) or {}), argument: _literal(value)}
+    else:
+      fields[group] = value or None
+  return from_config_dict(RunConfig, fields)
+
+
+def _literal(text: str) -> Any:
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text

@@ -11,8 +11,8 @@ exactly. With G_jn = ⟨∂L/∂selected_j, memory_n⟩ the cotangent of W, the 
 
     ∂L/∂s_n = (1/τ) Σ_j p_jn (G_jn - Σ_m p_jm G_jm)
 
-for both maskings. Neither W nor p over all slots at once is ever formed: forward is a gather, and backward walks over the K slots
-with one [B, N] softmax each, in memory linear in N.
+for both maskings, and the temperature, where it is learned, ∂L/∂τ = -(1/τ) Σ_n s_n ∂L/∂s_n. Neither W nor p over all slots at
+once is ever formed: forward is a gather, and backward walks over the K slots with one [B, N] softmax each, in memory linear in N.
 """
 
 import functools
@@ -27,7 +27,7 @@ EPSILON = 1e-8
 
 
 def soft_choice(
-    scores: jax.Array, indices: jax.Array, slot: int | jax.Array, temperature: float, masking: Masking) -> jax.Array:
+    scores: jax.Array, indices: jax.Array, slot: int | jax.Array, temperature: float | jax.Array, masking: Masking) -> jax.Array:
   """p_j of the module docstring: the softmax of one slot with the documents of earlier slots masked.
 
   Args:
@@ -47,9 +47,8 @@ def soft_choice(
   return jax.nn.softmax(logits)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def straight_through_top_k(
-    scores: jax.Array, memories: jax.Array, k: int, temperature: float, masking: Masking = "algorithm1"
+    scores: jax.Array, memories: jax.Array, k: int, temperature: float | jax.Array, masking: Masking = "algorithm1"
 ) -> tuple[jax.Array, jax.Array]:
   """The K best documents, exactly; their gradient reaches the scores through a softmax.
 
@@ -59,7 +58,7 @@ def straight_through_top_k(
     scores: [N] float, cosine similarities.
     memories: [N, ...] float, what is selected (memory tokens [N, M, D]).
     k: K.
-    temperature: τ.
+    temperature: τ; an array where it is learned or changes from step to step.
     masking: how documents taken by earlier slots are masked in the backward softmax.
 
   Returns:
@@ -74,24 +73,30 @@ def straight_through_top_k(
     >>> indices.tolist()
     [1, 2]
   """
-  return _forward(scores, memories, k, temperature, masking)[0]
-
-
-def _forward(scores, memories, k, temperature, masking):
   if scores.ndim != 1 or memories.shape[:1] != scores.shape:
     raise ValueError(f"expected scores [N] and memories [N, ...], got {scores.shape} and {memories.shape}")
   if not 1 <= k <= scores.shape[0]:
     raise ValueError(f"top-k of k={k} among N={scores.shape[0]} candidates: expected 1 <= k <= N")
   if masking not in ("algorithm1", "equation33"):
     raise ValueError(f"masking={masking!r}: expected 'algorithm1' or 'equation33'")
-  if temperature <= 0:
+  if isinstance(temperature, (int, float)) and temperature <= 0:
     raise ValueError(f"temperature={temperature}: expected a positive number")
+  return _select(scores, memories, jnp.asarray(temperature, jnp.float32), k, masking)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _select(scores, memories, temperature, k, masking):
+  return _forward(scores, memories, temperature, k, masking)[0]
+
+
+def _forward(scores, memories, temperature, k, masking):
+  del masking  # of the backward pass
   _, indices = jax.lax.top_k(scores, k)
-  return (memories[indices], indices), (scores, memories, indices)
+  return (memories[indices], indices), (scores, memories, temperature, indices)
 
 
-def _backward(k, temperature, masking, residuals, cotangents):
-  scores, memories, indices = residuals
+def _backward(k, masking, residuals, cotangents):
+  scores, memories, temperature, indices = residuals
   d_selected, _ = cotangents
   scores32 = scores.astype(jnp.float32)
   flat = memories.reshape(memories.shape[0], -1)
@@ -103,14 +108,15 @@ def _backward(k, temperature, masking, residuals, cotangents):
 
   d_scores = jax.lax.fori_loop(0, k, add_slot, jnp.zeros_like(scores32))
   d_memories = jnp.zeros_like(memories).at[indices].add(d_selected.astype(memories.dtype))
-  return d_scores.astype(scores.dtype), d_memories
+  d_temperature = -jnp.vdot(scores32, d_scores) / temperature
+  return d_scores.astype(scores.dtype), d_memories, d_temperature
 
 
-straight_through_top_k.defvjp(_forward, _backward)
+_select.defvjp(_forward, _backward)
 
 
 def push(scores: jax.Array, memories: jax.Array, indices: jax.Array, d_selected: jax.Array, temperature: float,
          masking: Masking) -> jax.Array:
   """-∂L/∂scores [N]: how hard the answer's loss pulls each candidate up; see `training/stages.py` for its use as a metric."""
-  d_scores, _ = _backward(indices.shape[0], temperature, masking, (scores, memories, indices), (d_selected, None))
+  d_scores, *_ = _backward(indices.shape[0], masking, (scores, memories, temperature, indices), (d_selected, None))
   return -d_scores

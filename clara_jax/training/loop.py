@@ -193,6 +193,9 @@ def train(
         with watch.waiting():
           given = next(batches)
           batch = put_batch(given.batch, program.batch_sharding, data.batch_size, given.positions)
+        if settings.gradients_every and step % settings.gradients_every == 0:
+          with apart():
+            reporter.write(step, metrics_lib.values(program.gradients(state, frozen, batch)), "gradients")
         compiled, called = program.step._cache_size(), time.monotonic()
         state, numbers = program.step(state, frozen, batch)
         if program.step._cache_size() > compiled:  # a batch of a new shape

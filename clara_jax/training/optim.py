@@ -24,6 +24,13 @@ def schedule(config: TrainConfig, steps: int) -> optax.Schedule:
   return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)), after], [warmup])
 
 
+def temperature(config: TrainConfig, start: float, steps: int) -> optax.Schedule | None:
+  """Step -> τ where it is annealed, by the same factor each step from `start` to `final_temperature`; else None."""
+  if config.temperature != "annealed":
+    return None
+  return optax.exponential_decay(start, max(1, steps - 1), config.final_temperature / start)
+
+
 def scale_groups(factors: Mapping[str, float], groups: tuple[str, ...]) -> optax.GradientTransformation:
   """Multiplies the updates of each top-level group of the tree.
 

@@ -22,7 +22,9 @@ from clara_jax.data.pipeline import label_width, padded_length
 from clara_jax.data.tokens import EXTRA_TOKENS
 from clara_jax.memory.store import MemoryStore
 from clara_jax.model import Clara, Weights
+from clara_jax.ops import estimators
 from clara_jax.training import corpus, optim, stages
+from clara_jax.training.paths import selection_gradients
 from clara_jax.training.step import TrainState, evaluation_step, init_state, train_step
 
 
@@ -38,6 +40,7 @@ class Program:
     model, stage, mesh, optimizer: what the names say.
     trained: groups of weights that train.
     step: compiled (state, frozen, batch) -> (state, metrics); the state is donated.
+    gradients: compiled (state, frozen, batch) -> metrics of the selection's gradient (joint stage).
     evaluate: compiled (trainable, frozen, batch) -> metrics.
 
   Raises:
@@ -48,9 +51,19 @@ class Program:
     settings, data = config.train, config.data
     self.config = config
     self.mesh = mesh or sharding.make_mesh(config.mesh)
-    self.model = Clara(config.clara)
     self.stage = stages.get(settings.stage)
+    chooses = settings.stage == "joint"
+    for name, given in (("estimator", config.estimator), ("train.temperature", settings.temperature != "fixed"),
+                        ("train.gradients_every", settings.gradients_every)):
+      if given and not chooses:
+        raise ConfigError(f"{name}: stage {self.stage.name!r} selects no documents, 'joint' does")
+    if config.estimator_args and not config.estimator:
+      raise ConfigError("estimator_args: name config.estimator, too")
+    estimator = estimators.get(config.estimator, config.estimator_args) if config.estimator else None
+    self.model = Clara(config.clara, estimator)
     self.trained = self.stage.trained(settings)
+    if settings.temperature == "learned":
+      self.trained += ("temperature",)
     if data.batch_size % settings.accumulate:
       raise ConfigError(f"data.batch_size={data.batch_size} is not a multiple of train.accumulate={settings.accumulate}")
     ways = sharding.batch_ways(self.mesh)
@@ -65,8 +78,10 @@ class Program:
       raise ConfigError(f"data.retrieve='store': stage {self.stage.name!r} takes the rows' own candidates")
     self.optimizer = optim.make_optimizer(settings, steps, self.trained)
     self.batch_sharding = sharding.batch_sharding(self.mesh)
-    self.step = jax.jit(functools.partial(train_step, self.model, self.stage, self.optimizer, settings.accumulate), donate_argnums=0,
-                        out_shardings=(self._state_shardings(), None))
+    temperature = optim.temperature(settings, config.clara.temperature, steps)
+    self.step = jax.jit(functools.partial(train_step, self.model, self.stage, self.optimizer, settings.accumulate, temperature=temperature),
+                        donate_argnums=0, out_shardings=(self._state_shardings(), None))
+    self.gradients = jax.jit(functools.partial(selection_gradients, self.model, temperature=temperature))
     self.evaluate = jax.jit(functools.partial(evaluation_step, self.model, self.stage))
 
   @contextlib.contextmanager
@@ -153,6 +168,8 @@ class Program:
       return make()
 
     groups = stages.starting_weights(self.stage, self.config.train, before, fresh)
+    if "temperature" in self.trained:
+      groups["temperature"] = before["temperature"] if "temperature" in before else fresh("temperature")
     if "base" in before:
       groups["base"] = before["base"]
     elif "base" in self.stage.trains:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from clara_jax.batch import Batch, Prompt
 from clara_jax.config import ConfigError, TrainConfig
 from clara_jax.model import Clara, Weights
-from clara_jax.ops import losses
+from clara_jax.ops import estimators, losses
 from clara_jax.ops.nearest import nearest, take
 from clara_jax.ops.topk import push
 from clara_jax.training.metrics import Mean, Metrics
@@ -83,7 +83,7 @@ def get(name: str) -> Stage:
 # ---- losses ------------------------------------------------------------------------------------------------------------------
 
 
-def answer_terms(model: Clara, weights: Weights, states: jax.Array, prompt: Prompt) -> tuple[Mean, jax.Array]:
+def answer_terms(model: Clara, weights: Weights, states: jax.Array, prompt: Prompt) -> tuple[Mean, jax.Array, jax.Array]:
   """Cross entropy over all label tokens, and whether each row's labels are all predicted (which greedy decoding would repeat).
 
   With `model.logits_chunk` the logits of that many label positions are formed at a time, and again in the backward pass.
@@ -94,28 +94,29 @@ def answer_terms(model: Clara, weights: Weights, states: jax.Array, prompt: Prom
     prompt: its labels.
 
   Returns:
-    (Mean over label tokens, [B] bool).
+    (Mean over label tokens, [B] bool, [B] the rows' sums).
   """
   matrix = model.output_matrix(weights)
 
   def one(states, labels, counted):
     loss, right = losses.cross_entropy(model.logits(weights, states, matrix), labels)
-    return (loss * counted).sum(), (right | (counted == 0)).all(-1)
+    return (loss * counted).sum(-1), (right | (counted == 0)).all(-1)
 
   values = (states, prompt.labels, prompt.label_weights)
   chunk, length = model.config.model.logits_chunk, prompt.labels.shape[1]
   if not chunk or chunk >= length:
-    total, right = one(*values)
+    rows, right = one(*values)
   else:
     def chunked(x):
       x = jnp.pad(x, [(0, 0), (0, -length % chunk), *[(0, 0)] * (x.ndim - 2)])
       return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-    totals, rights = jax.lax.map(lambda xs: jax.checkpoint(one)(*xs), jax.tree.map(chunked, values))
-    total, right = totals.sum(), rights.all(0)
-  return Mean(total, prompt.label_weights.sum()), right
+    parts, rights = jax.lax.map(lambda xs: jax.checkpoint(one)(*xs), jax.tree.map(chunked, values))
+    rows, right = parts.sum(0), rights.all(0)
+  return Mean(rows.sum(), prompt.label_weights.sum()), right, rows
 
 
-def _valid(batch: Batch) -> jax.Array:
+def valid(batch: Batch) -> jax.Array:
+  """[B]: 1 for rows, 0 for what fills a batch up."""
   return jnp.ones(batch.prompt.labels.shape[0]) if batch.valid is None else batch.valid
 
 
@@ -132,11 +133,12 @@ def given_documents_loss(model: Clara, trainable: Weights, frozen: Weights, batc
   mse = Mean.of(losses.alignment_mse(hidden, documents.is_real() & ~is_memory, documents.is_real() & is_memory),
                 documents.lengths > 0)
   states = model.answer_states(weights, batch.prompt, memories.reshape(*lead, *memories.shape[1:]), dropout=answer_key)
-  ce, right = answer_terms(model, weights, states, batch.prompt)
+  ce, right, _ = answer_terms(model, weights, states, batch.prompt)
   terms = {"ce": ce, "mse": Mean(mse.total * model.config.mse_weight, mse.count)}
-  return terms, {"ce": ce, "mse": mse, "answers": Mean.of(right, _valid(batch))}
+  return terms, {"ce": ce, "mse": mse, "answers": Mean.of(right, valid(batch))}
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Candidates:
   """The documents that a question's are selected from.
@@ -186,22 +188,51 @@ def recall(scores: jax.Array, found: Candidates, valid: jax.Array) -> Metrics:
 
 def joint_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batch, rng: jax.Array | None
                ) -> tuple[Metrics, Metrics]:
-  """CE of the answer from the K best of N candidates; the straight-through top-k teaches the query reasoner (paper §3.2)."""
+  """CE of the answer from the K best of N candidates; the straight-through top-k teaches the query reasoner (paper §3.2).
+
+  `model.estimator` may choose and teach in another way in training; evaluation always takes the K best.
+  """
   weights = {**frozen, **trainable}
   query_key, answer_key, nested_key = (None, None, None) if rng is None else jax.random.split(rng, 3)
   query = model.encode_query(weights, batch.question, query_key)
   found = candidates(model, weights, batch, query)
   scores = model.score(query, found.memories)
-  selected, indices = model.select(scores, found.memories)
+  draws = 1
+  if rng is None:
+    selected, indices = model.select(scores, found.memories)
+    log_prob = None
+  else:
+    estimator = estimator_of(model)
+    draws = estimator.samples
+    batch, found, scores = (repeat(x, draws) for x in (batch, found, scores))
+    # Not split off: the other keys are as without an estimator.
+    choice = estimator(scores, model.config.top_k, model.temperature(weights), jax.random.fold_in(rng, 3))
+    selected, indices, log_prob = choice.rows(found.memories), choice.indices, choice.log_prob
   if nested_key is not None and model.config.nested_dropout:
     selected = nested_dropout(selected, model.config.nested_dropout, nested_key)
   states = model.answer_states(weights, batch.prompt, selected, dropout=answer_key)
-  ce, right = answer_terms(model, weights, states, batch.prompt)
-  metrics = {"ce": ce, "answers": Mean.of(right, _valid(batch))}
+  ce, right, losses_of_rows = answer_terms(model, weights, states, batch.prompt)
+  terms = {"ce": ce}
+  if log_prob is not None:  # of value 0; by the label tokens of the rows themselves, as CE is
+    term = estimators.leave_one_out(losses_of_rows, log_prob, draws)
+    terms["score_function"] = Mean(term, ce.count / draws)
+  metrics = {"ce": ce, "answers": Mean.of(right, valid(batch))}
+  if "temperature" in weights:
+    metrics["temperature"] = Mean(model.temperature(weights), jnp.ones(()))
   if found.is_gold is not None:
-    metrics |= recall(scores, found, _valid(batch))
-    metrics["answers_given_gold"] = Mean.of(right, _valid(batch) * gold_selected(indices, found))
-  return {"ce": ce}, metrics
+    metrics |= recall(scores, found, valid(batch))
+    metrics["answers_given_gold"] = Mean.of(right, valid(batch) * gold_selected(indices, found))
+  return terms, metrics
+
+
+def estimator_of(model: Clara) -> estimators.Estimator:
+  """What teaches the scores: the straight-through top-k where no other is named."""
+  return model.estimator or estimators.get(model.config.masking)
+
+
+def repeat(tree: Any, times: int) -> Any:
+  """Every row so many times, side by side."""
+  return tree if times == 1 else jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
 
 
 def nested_dropout(selected: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
@@ -246,7 +277,7 @@ def joint_diagnostics(model: Clara, weights: Weights, batch: Batch) -> Metrics:
   selected, indices = model.select(scores, found.memories)
 
   def loss(selected):
-    mean, _ = answer_terms(model, weights, model.answer_states(weights, batch.prompt, selected), batch.prompt)
+    mean, *_ = answer_terms(model, weights, model.answer_states(weights, batch.prompt, selected), batch.prompt)
     return mean.total
 
   config = model.config
@@ -254,10 +285,10 @@ def joint_diagnostics(model: Clara, weights: Weights, batch: Batch) -> Metrics:
       scores, found.memories, indices, jax.grad(loss)(selected))
   gold = jnp.argmax(found.is_gold, axis=-1)
   place = (pushes > jnp.take_along_axis(pushes, gold[:, None], axis=-1)).sum(-1)
-  missed = _valid(batch) * ~gold_selected(indices, found) * found.is_gold.any(-1)
+  missed = valid(batch) * ~gold_selected(indices, found) * found.is_gold.any(-1)
   ordered = jnp.sort(scores, axis=-1)
   return {"push_first": Mean.of(place == 0, missed), "push_top3": Mean.of(place < 3, missed),
-          "score_spread": Mean.of(ordered[:, -1] - ordered[:, 0], _valid(batch))}
+          "score_spread": Mean.of(ordered[:, -1] - ordered[:, 0], valid(batch))}
 
 
 def contrastive_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batch, rng: jax.Array | None
@@ -269,7 +300,7 @@ def contrastive_loss(model: Clara, trainable: Weights, frozen: Weights, batch: B
   scores = model.score(query, found.memories)
   has_gold = batch.is_gold.any(-1).sum().astype(jnp.float32)
   loss = Mean(losses.contrastive(scores, batch.is_gold, model.config.temperature) * has_gold, has_gold)
-  return {"contrastive": loss}, {"contrastive": loss} | recall(scores, found, _valid(batch))
+  return {"contrastive": loss}, {"contrastive": loss} | recall(scores, found, valid(batch))
 
 
 def pretrain_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batch, rng: jax.Array | None
@@ -278,8 +309,8 @@ def pretrain_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batc
   del rng  # the base has no dropout
   weights = {**frozen, **trainable}
   states = model.answer_states(weights, batch.prompt, None, role=None)
-  ce, right = answer_terms(model, weights, states, batch.prompt)
-  return {"ce": ce}, {"ce": ce, "answers": Mean.of(right, _valid(batch))}
+  ce, right, _ = answer_terms(model, weights, states, batch.prompt)
+  return {"ce": ce}, {"ce": ce, "answers": Mean.of(right, valid(batch))}
 
 
 _ROLES_FROM_BASE = {"memory_embedding": (FRESH,), "compressor": (FRESH,), "generator": (FRESH,)}

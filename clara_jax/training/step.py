@@ -33,7 +33,7 @@ def init_state(trainable: dict[str, Any], optimizer: optax.GradientTransformatio
 
 
 def train_step(model: Clara, stage: Stage, optimizer: optax.GradientTransformation, accumulate: int, state: TrainState,
-               frozen: Weights, batch: Batch) -> tuple[TrainState, Metrics]:
+               frozen: Weights, batch: Batch, *, temperature: optax.Schedule | None = None) -> tuple[TrainState, Metrics]:
   """Gradient of the stage's loss over the batch, clipped and applied.
 
   Args:
@@ -42,11 +42,13 @@ def train_step(model: Clara, stage: Stage, optimizer: optax.GradientTransformati
     frozen: the groups that do not train.
     batch: its first axis is B; with `accumulate` = C, micro-batches of B/C rows go one after another and give the gradient of the
       whole batch, exactly: every term of the loss is divided by its count over the whole batch.
+    temperature: τ by step, where it is annealed.
 
   Returns:
     (the new state, metrics: the loss's terms, gradient norm, and the stage's own).
   """
   rng = jax.random.fold_in(state.rng, state.step)
+  frozen = with_temperature(frozen, temperature, state.step)
   # Every C-th row, so that a device's rows stay on it.
   micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
   keys = jax.random.split(rng, accumulate)
@@ -85,6 +87,11 @@ def train_step(model: Clara, stage: Stage, optimizer: optax.GradientTransformati
   metrics = {"loss": Mean(loss, one), "gradient_norm": Mean(optax.global_norm(grads), one),
              **{f"gradient_norm_{group}": Mean(optax.global_norm(tree), one) for group, tree in grads.items()}, **metrics}
   return TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
+
+
+def with_temperature(weights: Weights, temperature: optax.Schedule | None, step: jax.Array) -> Weights:
+  """Weights with the τ of a step, where it is annealed."""
+  return weights if temperature is None else {**weights, "temperature": {"log": jnp.log(temperature(step))[None]}}
 
 
 def evaluation_step(model: Clara, stage: Stage, trainable: Weights, frozen: Weights, batch: Batch) -> Metrics:
