@@ -21,7 +21,8 @@ ROOT = pathlib.Path(clara_jax.__file__).parent
 FLOORS = [
     {"axes", "config", "batch"}, {"data"}, {"ops"}, {"nn"}, {"model", "sharding", "distributed", "compilation"},
     {"training", "inference", "memory", "retrieval"},
-    {"interop"}, {"evaluation"}, {"synthesis"}, {"serving"}, {"quickstart"}, {"reproduction"}, {"cli"}, {"__main__", "__init__"},
+    {"interop"}, {"evaluation"}, {"synthesis"}, {"serving"}, {"quickstart"}, {"reproduction"}, {"gradients"}, {"cli"},
+    {"__main__", "__init__"},
 ]
 # On one floor, rooms may look at each other only where it is said here.
 SAME_FLOOR = {("config", "axes"), ("inference", "memory"), ("inference", "retrieval"), ("retrieval", "memory"), ("training", "memory")}

@@ -446,6 +446,24 @@ def reproduce(options: argparse.Namespace) -> dict[str, Any]:
   return reproduction.run(options.workdir, options.claims or tuple(reproduction.CLAIMS), options.seeds, options.scale)
 
 
+def gradients(options: argparse.Namespace) -> dict[str, Any]:
+  """`clara gradients`."""
+  from clara_jax.gradients import laboratory
+  from clara_jax.gradients.variants import AUDITED, TRAINED
+  if (options.checkpoint is None) != (options.rows is None):
+    raise ConfigError("--checkpoint and --rows: name both, or neither")
+  if options.checkpoint and options.train:
+    raise ConfigError("--checkpoint and --train: name one of them; each adds its part to the page of --out")
+  names = options.estimators
+  if options.train:
+    return laboratory.run_compare(options.out, options.workdir, names or TRAINED, options.seeds, options.scale)
+  if options.checkpoint:
+    checkpoint = _checkpoint(options, "compressor", "generator")
+    rows = list(itertools.islice((r for r in schemas.read_rows([options.rows]) if r.data_type == "qa"), options.limit))
+    return laboratory.run_generator(options.out, checkpoint, rows, names or AUDITED, options.candidates, options.draws or 32)
+  return laboratory.run_audit(options.out, names or AUDITED, options.draws or 1000)
+
+
 def loss(options: argparse.Namespace) -> dict[str, Any]:
   """`clara loss`."""
   roles = {"scp": ("compressor", "generator"), "instruct": ("compressor", "generator"),

@@ -22,8 +22,9 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
   if not os.path.exists(file):
     raise ConfigError(f"--config {file}: no such file")
   # Of no fixed type, so that ml_collections knows nothing of them.
-  given = [o.removeprefix("--config.").partition("=") for o in overrides if o.startswith(("--config.estimator=", "--config.estimator_args."))]
-  overrides = [o for o in overrides if not o.startswith(("--config.estimator=", "--config.estimator_args."))]
+  names = ("--config.estimator=", "--config.estimator_args.")
+  given = [o.removeprefix("--config.").partition("=") for o in overrides if o.startswith(names)]
+  overrides = [o for o in overrides if not o.startswith(names)]
   for override in overrides:
     if not override.startswith("--config."):
       raise ConfigError(f"unrecognized argument {override}; overrides look like --config.train.steps=100")

@@ -257,6 +257,22 @@ def _parser() -> argparse.ArgumentParser:
   reproduce.add_argument("--seeds", type=positive, default=3, help="default 3")
   reproduce.add_argument("--scale", type=float, default=1.0, help="factor on steps and test rows; default 1: an hour on two cores")
 
+  gradients = command("gradients", "Gradient estimators: against the exact gradient, or in training, side by side; one page of all.")
+  gradients.add_argument("--out", required=True, metavar="DIR", help="results and DIR/gradients.html")
+  gradients.add_argument("--estimators", nargs="+", metavar="E", help="NAME, NAME(argument=value, …) or FILE.py:FUNCTION; with "
+                         "temperature=…, final_temperature=… (annealed) or learned=True, too; default: all")
+  gradients.add_argument("--draws", type=positive, help="of an estimate; default 1000, with --checkpoint 32")
+  gradients.add_argument("--checkpoint", metavar="CKPT", help="the loss of its generator, on --rows, in place of synthetic losses")
+  gradients.add_argument("--base", metavar="DIR", help="the checkpoint's base, where its own record does not lead to it")
+  gradients.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computations")
+  gradients.add_argument("--rows", metavar="F", help="questions with candidates (the joint stage's rows)")
+  gradients.add_argument("--limit", type=positive, default=16, help="rows of it; default 16")
+  gradients.add_argument("--candidates", type=positive, default=6, help="N, the gold documents and others of each; default 6")
+  gradients.add_argument("--train", action="store_true", help="trains the joint stage on the generated world with each of them")
+  gradients.add_argument("--seeds", type=positive, default=5, help="of --train; default 5")
+  gradients.add_argument("--scale", type=float, default=1.0, help="factor on steps and test rows of --train; default 1")
+  gradients.add_argument("--workdir", metavar="DIR", help="of the trainings, also one of `clara reproduce`; default: OUT/trainings")
+
   loss = command("loss", "A stage's loss on rows, without update or dropout.")
   checkpoint(loss)
   loss.add_argument("--stage", required=True, choices=("scp", "instruct", "joint", "contrastive"))

@@ -25,15 +25,16 @@ figure{margin:1rem 0}svg{max-width:100%;height:auto}.doc,.small{color:#555;font-
 """
 
 
-def figure(draw: Callable[[Any], None], width: float = 6.5, height: float = 3.6) -> str:
-  """An SVG drawn by `draw(axes)`."""
+def figure(draw: Callable[[Any], None], width: float = 6.5, height: float = 3.6, panels: tuple[int, int] = (1, 1)) -> str:
+  """An SVG drawn by `draw(axes)`; of several panels (rows, columns), `axes` is the array of them."""
   import matplotlib
   matplotlib.use("svg")
   from matplotlib import pyplot
   with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
-    made, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    made, axes = pyplot.subplots(*panels, figsize=(width, height), layout="constrained")
     draw(axes)
-    axes.spines[["top", "right"]].set_visible(False)
+    for one in made.axes:
+      one.spines[["top", "right"]].set_visible(False)
     buffer = io.StringIO()
     made.savefig(buffer, format="svg", metadata={"Date": None})
     pyplot.close(made)

@@ -331,9 +331,9 @@ def leave_one_out(losses: jax.Array, log_prob: jax.Array, draws: int) -> jax.Arr
 def simple(scores, k, temperature, rng, sample: bool = True):
   """Exact marginals of k-subsets (SIMPLE; Ahmed et al., arXiv 2210.01941), slot by slot.
 
-  Subsets z have p(z) ∝ exp(Σ_{n∈z} θ_n). Forward, one is drawn exactly (or the K best are taken), in order of score. Backward, W is the exact
-  probability that document n is the j-th best of a subset, P_jn ∝ e_j(above n) exp(θ_n) e_{K-1-j}(below n), with e_j the elementary symmetric
-  polynomials of exp(θ), multiplied together by an associative scan in the log domain: O(N K²) memory.
+  Subsets z have p(z) ∝ exp(Σ_{n∈z} θ_n). Forward, one is drawn exactly (or the K best are taken), in order of score. Backward, W is the
+  exact probability that document n is the j-th best of a subset, P_jn ∝ e_j(above n) exp(θ_n) e_{K-1-j}(below n), with e_j the elementary
+  symmetric polynomials of exp(θ), multiplied together by an associative scan in the log domain: O(N K²) memory.
   """
   theta, _ = _float32(scores, temperature)
   order = jnp.argsort(-theta, axis=-1)

@@ -142,7 +142,7 @@ def run(workdir: str, claims: Sequence[str] = tuple(CLAIMS), seeds: int = 3, sca
   if unknown := set(claims) - set(CLAIMS):
     raise ConfigError(f"--claims: unknown {sorted(unknown)}; known: {', '.join(CLAIMS)}")
   sizes = (sizes or Sizes()).scaled(scale)
-  _same_sizes(workdir, sizes)
+  same_sizes(workdir, sizes)
   start = time.monotonic()
   results: dict[int, dict[str, Any]] = {}
   for seed in range(seeds):
@@ -163,7 +163,12 @@ def run(workdir: str, claims: Sequence[str] = tuple(CLAIMS), seeds: int = 3, sca
   return found
 
 
-def _same_sizes(workdir: str, sizes: Sizes) -> None:
+def same_sizes(workdir: str, sizes: Sizes) -> None:
+  """Notes the sizes of a directory, or compares them.
+
+  Raises:
+    ConfigError: it has experiments of other sizes.
+  """
   path = os.path.join(workdir, "sizes.json")
   wanted = json.loads(json.dumps(dataclasses.asdict(sizes)))
   if os.path.exists(path):
@@ -217,7 +222,8 @@ def _page(found: Mapping[str, Any], results: Mapping[int, Results]) -> str:
   names = [n for n in JOINT if all(n in r for r in results.values())]
   if names:
     plots.append(_recall(names, results))
-  intro = f"{found['seeds']} seeds; mean (range over seeds). Two numbers count as told apart only where their ranges do not touch."
+  intro = "One seed." if found["seeds"] == 1 else (
+      f"{found['seeds']} seeds; mean (range over seeds). Two numbers count as told apart only where their ranges do not touch.")
   table = report.table(["claim", "the paper", "compared", "larger in the paper", "smaller in the paper", "verdict"], rows)
   return report.page("The paper's claims on a generated world", intro, [
       ("Claims", table), ("Curves", f"<div class=plots>{''.join(plots)}</div>")])

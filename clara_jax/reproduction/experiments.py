@@ -25,11 +25,13 @@ from clara_jax.interop import checkpoints, hf
 from clara_jax.memory.compress import compress_corpus
 from clara_jax.memory.store import MemoryStore
 from clara_jax.model import Clara
+from clara_jax.ops.estimators import Estimator
 from clara_jax.quickstart import recipe
 from clara_jax.quickstart.recipe import CANDIDATES, TOP_K, say
 from clara_jax.training import loop
 
 NEW_TOKENS = 8
+BATCH = 32
 RATIO = 8
 
 
@@ -80,6 +82,7 @@ JOINT = {
     "fresh_slow": {"learning_rate": SLOW_RATE, "fresh_query_reasoner": True},
     "contrastive": {"stage": "contrastive"},
 }
+RETRIEVAL = ("recall_at_1", "recall_at_3", "recall_at_5", "em", "f1")
 DOCUMENTS_AT_TEST = (1, 2, 3, 5, 8)
 
 
@@ -125,19 +128,22 @@ class Experiments:
 
   # ---- trainings -------------------------------------------------------------------------------------------------------------
 
-  def _train(self, name, before, rows, ratio=RATIO, mse_weight=0.1, eval_rows=(), memories=None, **train):
+  def _train(self, name, before, rows, ratio=RATIO, mse_weight=0.1, tau=None, eval_rows=(), memories=None, estimator=None, **train):
     workdir = self.base if before is None else self.directory(name)
     finished = os.path.join(workdir, "finished")
     if os.path.exists(finished):
       return workdir
-    data = DataConfig(batch_size=32, eval_batch_size=100, candidates=CANDIDATES, bucket=32)
+    data = DataConfig(batch_size=BATCH, eval_batch_size=100, candidates=CANDIDATES, bucket=32)
     tokenizer = self.world.tokenizer()
     config = dataclasses.replace(clara_config(len(tokenizer), ratio), mse_weight=mse_weight)
+    if tau is not None:
+      config = dataclasses.replace(config, temperature=tau)
     settings = TrainConfig(seed=self.seed, log_every=50, checkpoint_every=10_000, **train)
     parsed = [schemas.parse_row(r, f"{name}:{i}") for i, r in enumerate(rows)]
     say(f"\n== seed {self.seed}: {name}")
     weights, base_sha256 = self._before(before, config)
-    run = RunConfig(config, data, settings, base=before and self.base, init_from=None if before == self.base else before)
+    run = RunConfig(config, data, settings, base=before and self.base, init_from=None if before == self.base else before,
+                    estimator=estimator and estimator.name, estimator_args=dict(estimator.arguments) if estimator else {})
     result = loop.train(run, Layout(tokenizer, config), weights, parsed, eval_rows, workdir=workdir, memories=memories,
                         base_sha256=base_sha256)
     if result.stopped is not None:  # by SIGTERM; what was done is saved
@@ -205,19 +211,8 @@ class Experiments:
   def retrieval(self, name: str) -> dict[str, float]:
     """Recall and answers before and after a joint variant, 20 candidates of which K are read."""
     def make():
-      instruct = self.instructed("all")
-      before = checkpoints.load(instruct)
-      store = os.path.join(self.workdir, f"seed_{self.seed}", "store")
-      everyone = [schemas.Document(**d) for side in (False, True) for d in self.world.documents(side)]
-      compress_corpus(before.model, before.layout, before.weights, everyone, store, progress=False)
-      rows = self.test_rows(CANDIDATES)
-      settings = {"stage": "joint", "steps": self.sizes.joint, "learning_rate": JOINT_RATE, "eval_every": 25,
-                  "learning_rate_factors": {"generator": 0.1}, **JOINT[name]}
-      if settings["stage"] == "contrastive":
-        settings.pop("learning_rate_factors")
-      where = self._train(name, instruct, self.world.question_rows(CANDIDATES, complex_share=0.2), eval_rows=rows,
-                          memories=MemoryStore(store).lookup(), **settings)
-      after = checkpoints.load(where)
+      before, rows = checkpoints.load(self.instructed("all")), self.test_rows(CANDIDATES)
+      after = self.joint(name, rows, **JOINT[name])
       # As the stage starts it: a copy of the compressor, or new.
       start = before.weights["compressor"]
       if JOINT[name].get("fresh_query_reasoner"):
@@ -225,14 +220,41 @@ class Experiments:
       first = self._evaluate(dataclasses.replace(before, weights={**before.weights, "query_reasoner": start}), rows, "joint")
       weights = {"generator": before.weights["generator"], **after.weights}
       last = self._evaluate(dataclasses.replace(after, weights=weights), rows, "joint")
-      shown = ("recall_at_1", "recall_at_3", "recall_at_5", "em", "f1")
-      return {f"{k}_before": first[k] for k in shown} | {k: last[k] for k in shown} | {"curve": self._curve(where)}
+      return {f"{k}_before": first[k] for k in RETRIEVAL} | {k: last[k] for k in RETRIEVAL} | {"curve": self._curve(name)}
     return self.result(name, make)
 
-  def _curve(self, where: str) -> list[tuple[int, float]]:
-    with open(os.path.join(where, "metrics.jsonl"), encoding="utf-8") as file:
-      lines = [json.loads(line) for line in file]
-    return sorted({v["step"]: v["recall_at_1"] for v in lines if v["kind"] == "eval" and "recall_at_1" in v}.items())
+  def estimated(self, name: str, estimator: Estimator, tau: float | None = None, **train: Any) -> dict[str, Any]:
+    """Recall and answers after the joint stage with an estimator, its speed, and what its gradient was made of on the way."""
+    def make():
+      rows = self.test_rows(CANDIDATES)
+      after = self.joint(name, rows, estimator=estimator, tau=tau, gradients_every=25, **train)
+      found = self._evaluate(after, rows, "joint")
+      # The last window: nothing is compiled there any more.
+      speed = [v["samples_per_second"] for v in self._log(name, "train")][-1]
+      return {k: found[k] for k in RETRIEVAL} | {"curve": self._curve(name), "milliseconds": 1000 * BATCH / speed,
+                                                 "gradients": self._log(name, "gradients")}
+    return self.result(name, make)
+
+  def joint(self, name: str, rows: list[schemas.Row], **more: Any) -> checkpoints.Checkpoint:
+    """The joint stage (or another of its data) after instruct, its candidates from a store; `rows` are evaluated on the way."""
+    instruct = self.instructed("all")
+    before = checkpoints.load(instruct)
+    store = os.path.join(self.workdir, f"seed_{self.seed}", "store")
+    everyone = [schemas.Document(**d) for side in (False, True) for d in self.world.documents(side)]
+    compress_corpus(before.model, before.layout, before.weights, everyone, store, progress=False)
+    settings = {"stage": "joint", "steps": self.sizes.joint, "learning_rate": JOINT_RATE, "eval_every": 25,
+                "learning_rate_factors": {"generator": 0.1}, **more}
+    if settings["stage"] == "contrastive":
+      settings.pop("learning_rate_factors")
+    return checkpoints.load(self._train(name, instruct, self.world.question_rows(CANDIDATES, complex_share=0.2), eval_rows=rows,
+                                        memories=MemoryStore(store).lookup(), **settings))
+
+  def _log(self, name: str, kind: str) -> list[dict[str, Any]]:
+    with open(os.path.join(self.directory(name), "metrics.jsonl"), encoding="utf-8") as file:
+      return [value for line in file if (value := json.loads(line))["kind"] == kind]
+
+  def _curve(self, name: str) -> list[tuple[int, float]]:
+    return sorted({v["step"]: v["recall_at_1"] for v in self._log(name, "eval") if "recall_at_1" in v}.items())
 
   def _evaluate(self, checkpoint, rows, setting, only_simple=False):
     if only_simple:  # two facts may stand in two documents

@@ -1,8 +1,8 @@
 """What the gradient of the selection is made of (paper's gradient analysis): the probability path and the representation path.
 
-The answer's loss reaches a candidate's memory tokens m_n, and with them the shared space, in two ways: (I) through the scores, by how likely
-the document is to be selected, and (II) through what the generator reads of it. Both are vectors on the memory tokens [N, M, D] of a row,
-so that they can be compared; where the compressor is frozen, (II) is what it would get.
+The answer's loss reaches a candidate's memory tokens m_n, and with them the shared space, in two ways: (I) through the scores, by how
+likely the document is to be selected, and (II) through what the generator reads of it. Both are vectors on the memory tokens [N, M, D] of a
+row, so that they can be compared; where the compressor is frozen, (II) is what it would get.
 """
 
 import jax
