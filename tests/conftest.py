@@ -30,3 +30,27 @@ def shared(*parts: str) -> pathlib.Path:
 def golden() -> pathlib.Path:
   """The folder with the reference implementation's numbers."""
   return shared("golden")
+
+
+ESTIMATOR = '''
+import jax
+from clara_jax.ops.estimators import Selection, weighted
+
+def mine(scores, k, temperature, rng, scale: float = 1.0) -> Selection:
+  indices = jax.lax.top_k(scores, k)[1]
+  soft = jax.nn.softmax(scale * scores / temperature)
+  return weighted(indices, jax.numpy.repeat(soft[:, None], k, axis=1))
+'''
+
+
+@pytest.fixture
+def own_estimator(tmp_path, monkeypatch) -> str:
+  """FILE.py:mine; the same function is the entry point 'mine' of a package, as pip would install it."""
+  (tmp_path / "my_package.py").write_text(ESTIMATOR)
+  info = tmp_path / "my_package-1.0.dist-info"
+  info.mkdir()
+  (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1.0\n")
+  (info / "entry_points.txt").write_text("[clara_jax.estimators]\nmine = my_package:mine\n")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  (tmp_path / "file.py").write_text(ESTIMATOR)
+  return f"{tmp_path}/file.py:mine"

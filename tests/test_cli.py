@@ -209,7 +209,7 @@ def test_a_role_that_is_missing(folder, capsys, golden):
   assert status == 2 and "has no query reasoner" in err
 
 
-def test_train_through_the_command(folder, capsys, tmp_path):
+def test_train_through_the_command(folder, capsys, tmp_path, own_estimator):
   rows = tmp_path / "rows.jsonl"
   write_rows(tiny.world().question_rows(6), str(rows))
   arguments = ["train", "--config", "configs/tiny.py:joint", "--workdir", tmp_path / "run", "--json",
@@ -225,6 +225,17 @@ def test_train_through_the_command(folder, capsys, tmp_path):
   assert report["step"] == 3 and np.isfinite(report["loss"])
   status, report, _ = run(capsys, *arguments)  # finished: nothing is repeated
   assert status == 0 and report["step"] == 3
+  for number, name in enumerate((own_estimator, "mine")):  # from a file, and by an entry point
+    arguments[arguments.index("--workdir") + 1] = workdir = tmp_path / f"own{number}"
+    status, report, err = run(capsys, *arguments, f"--config.estimator={name}", "--config.estimator_args.scale=0.5")
+    assert status == 0 and np.isfinite(report["loss"]), err
+    assert json.loads((workdir / "config.json").read_text())["run"]["estimator_args"] == {"scale": 0.5}
+  for more, message in ((["--config.estimator=mine", "--config.estimator_args.x=1"], "does not take x; it takes scale"),
+                        (["--config.estimator=nobody"], "estimator='nobody': expected one of"),
+                        (["--config.estimator_args.x=1"], "name config.estimator"),
+                        (["--config.estimator=mine", "--config.train.stage=contrastive"], "selects no documents")):
+    status, _, err = run(capsys, *arguments, *more)
+    assert status == 2 and message in err
 
 
 def test_wrong_usage(capsys):

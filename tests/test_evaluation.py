@@ -17,6 +17,8 @@ from clara_jax.data.schemas import DataError, Document, Malformed, Row
 from clara_jax.data.world import write_rows
 from clara_jax.evaluation import benchmarks, candidates, datasets, explain, fidelity, metrics, report, runs, statistics
 from clara_jax.evaluation.settings import SETTINGS
+from clara_jax.gradients.compare import compare
+from clara_jax.gradients.variants import parse
 from clara_jax.interop.checkpoints import Checkpoint
 from clara_jax.model import Clara
 from clara_jax.reproduction import claims
@@ -390,5 +392,11 @@ def test_one_claim_is_reproduced_and_kept(tmp_path, monkeypatch):
   assert "| (h) |" in (tmp_path / "reproduction.md").read_text() and "<svg" in (tmp_path / "reproduction.html").read_text()
   monkeypatch.setattr(claims.Experiments, "_train", None)  # nothing is done again
   claims.run(str(tmp_path), ("h",), seeds=1, sizes=sizes)
+  monkeypatch.undo()
+  name = "gumbel(temperature=0.1)"  # the trainings of clara gradients --train start from the same checkpoints
+  trained = compare(str(tmp_path), [parse(name)], seeds=1, sizes=sizes)
+  assert trained["results"][name][0]["milliseconds"] > 0 and [line["step"] for line in trained["results"][name][0]["gradients"]] == [0]
+  kept = json.loads((tmp_path / "seed_0/estimator_gumbel-temperature=0.1/config.json").read_text())["run"]
+  assert kept["estimator"] == "gumbel" and kept["clara"]["temperature"] == 0.1
   with pytest.raises(ConfigError, match="has experiments of other sizes"):
     claims.run(str(tmp_path), ("h",), seeds=1)

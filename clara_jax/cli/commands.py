@@ -449,6 +449,7 @@ def reproduce(options: argparse.Namespace) -> dict[str, Any]:
 def gradients(options: argparse.Namespace) -> dict[str, Any]:
   """`clara gradients`."""
   from clara_jax.gradients import laboratory
+  from clara_jax.gradients.audit import VARIED
   from clara_jax.gradients.variants import AUDITED, TRAINED
   if (options.checkpoint is None) != (options.rows is None):
     raise ConfigError("--checkpoint and --rows: name both, or neither")
@@ -461,7 +462,7 @@ def gradients(options: argparse.Namespace) -> dict[str, Any]:
     checkpoint = _checkpoint(options, "compressor", "generator")
     rows = list(itertools.islice((r for r in schemas.read_rows([options.rows]) if r.data_type == "qa"), options.limit))
     return laboratory.run_generator(options.out, checkpoint, rows, names or AUDITED, options.candidates, options.draws or 32)
-  return laboratory.run_audit(options.out, names or AUDITED, options.draws or 1000)
+  return laboratory.run_audit(options.out, names or AUDITED, options.draws or 1000, VARIED if options.vary is None else options.vary)
 
 
 def loss(options: argparse.Namespace) -> dict[str, Any]:

@@ -386,6 +386,9 @@ class World:
     All come from the page's own side, so that test documents are never seen in training.
     """
     entity = page.entity
+    if (others := self._counts[entity.is_test] - 1) < count:
+      raise ConfigError(f"{count} other documents are asked for, but the world has {others} on the "
+                        f"{'test' if entity.is_test else 'training'} side; more people make more")
     own = [p for p in self.pages[entity.name] if p.id != page.id]
     found = {p.id: p for p in rng.sample(own, min(len(own), (count + 1) // 2))}
     wanted = len(found) + round((count - len(found)) * hard)
@@ -403,6 +406,10 @@ class World:
     while len(found) < count:
       take(rng.choice(everyone))
     return list(found.values())[:count]
+
+  @functools.cached_property
+  def _counts(self) -> dict[bool, int]:
+    return {is_test: len(self.side(is_test)) for is_test in (False, True)}
 
   @functools.cached_property
   def _all_pages(self) -> list[Page]:

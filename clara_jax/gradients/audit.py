@@ -141,12 +141,11 @@ def exact_gradients(scores: np.ndarray, losses: np.ndarray, found: np.ndarray, t
     exact.POLICIES)) -> dict[str, np.ndarray]:
   """∂J/∂s [R, N] for each policy, in float64: scores [R, N], losses [R, P] of the choices [P, K]."""
   with jax.enable_x64(True):
-    made = {}
-    for name in policies:
-      one = jax.jit(lambda s, values, t, policy=exact.POLICIES[name]: exact.exact_gradient(policy, s, values, found, t))
-      made[name] = np.stack([np.asarray(one(np.float64(s), np.float64(v), np.float64(temperature)))
-                             for s, v in zip(scores, losses, strict=True)])
-    return made
+    return {name: np.stack([np.asarray(_exact_gradient(exact.POLICIES[name], np.float64(s), np.float64(v), found, np.float64(temperature)))
+                            for s, v in zip(scores, losses, strict=True)]) for name in policies}
+
+
+_exact_gradient = jax.jit(exact.exact_gradient, static_argnums=0)
 
 
 def _synthetic(rows, draws, facts, loss):

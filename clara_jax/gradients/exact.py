@@ -20,7 +20,7 @@ from clara_jax.ops.estimators import plackett_luce
 LIMIT = 200_000  # choices
 HALF_WIDTH = math.sqrt(3.0)  # of uniform noise of variance 1
 
-Policy = Callable[[jax.Array, np.ndarray, float | jax.Array], jax.Array]
+Policy = Callable[[jax.Array, np.ndarray | jax.Array, float | jax.Array], jax.Array]
 
 
 def choices(n: int, k: int) -> np.ndarray:
@@ -36,7 +36,7 @@ def choices(n: int, k: int) -> np.ndarray:
   return np.array(list(itertools.permutations(range(n), k)), np.int32).reshape(-1, k)
 
 
-def plackett_luce_policy(scores: jax.Array, found: np.ndarray, temperature: float | jax.Array) -> jax.Array:
+def plackett_luce_policy(scores: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array) -> jax.Array:
   """The K best of s + τ g, g ~ Gumbel(0, 1): each slot is a softmax over what is left.
 
   Args:
@@ -50,7 +50,7 @@ def plackett_luce_policy(scores: jax.Array, found: np.ndarray, temperature: floa
   return jnp.exp(jax.vmap(lambda i: plackett_luce((scores / temperature)[None], i[None])[0])(jnp.asarray(found)))
 
 
-def subset_policy(scores: jax.Array, found: np.ndarray, temperature: float | jax.Array) -> jax.Array:
+def subset_policy(scores: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array) -> jax.Array:
   """Subsets with p ∝ exp(Σ θ), in order of score; see `plackett_luce_policy` for the arguments. The distribution of 'simple'."""
   theta = scores / temperature
   picked = theta[jnp.asarray(found)]
@@ -59,7 +59,7 @@ def subset_policy(scores: jax.Array, found: np.ndarray, temperature: float | jax
   return jax.nn.softmax(jnp.where(in_order, picked.sum(-1), -jnp.inf))
 
 
-def uniform_noise_policy(scores: jax.Array, found: np.ndarray, temperature: float | jax.Array) -> jax.Array:
+def uniform_noise_policy(scores: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array) -> jax.Array:
   """The K best of s + τ u, u uniform with mean 0 and variance 1; see `plackett_luce_policy` for the arguments.
 
   p(i) = ∫ f_{i_1}(x_1) ∫^{x_1} f_{i_2}(x_2) … ∫^{x_{K-1}} f_{i_K}(x_K) Π_{r∉i} F_r(x_K). Between neighbouring ends of the N intervals
@@ -95,11 +95,11 @@ def uniform_noise_policy(scores: jax.Array, found: np.ndarray, temperature: floa
 POLICIES: dict[str, Policy] = {"plackett_luce": plackett_luce_policy, "uniform_noise": uniform_noise_policy, "subsets": subset_policy}
 
 
-def expected_loss(policy: Policy, scores: jax.Array, losses: jax.Array, found: np.ndarray, temperature: float | jax.Array) -> jax.Array:
+def expected_loss(policy: Policy, scores: jax.Array, losses: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array) -> jax.Array:
   """J(s): scores [N], losses [P] of the choices [P, K] -> scalar; differentiable."""
   return jnp.vdot(policy(scores, found, temperature), losses)
 
 
-def exact_gradient(policy: Policy, scores: jax.Array, losses: jax.Array, found: np.ndarray, temperature: float | jax.Array) -> jax.Array:
+def exact_gradient(policy: Policy, scores: jax.Array, losses: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array) -> jax.Array:
   """∂J/∂s [N]."""
   return jax.grad(lambda s: expected_loss(policy, s, losses, found, temperature))(scores)

@@ -159,8 +159,14 @@ def _mix(weights: jax.Array, memories: jax.Array) -> jax.Array:
   return mixed.reshape(*weights.shape[:2], *memories.shape[2:]).astype(memories.dtype)
 
 
-def _weighted(indices: jax.Array, weights: jax.Array, hard: bool) -> Selection:
-  """Rows of soft weights W [B, K, N]; hard ones are the documents themselves forward and W backward (straight-through)."""
+def weighted(indices: jax.Array, weights: jax.Array, hard: bool = True) -> Selection:
+  """A selection by soft weights, which is all that most estimators need.
+
+  Args:
+    indices: [B, K] int32, the chosen documents.
+    weights: W [B, K, N] float32, a function of the scores.
+    hard: straight-through, the documents themselves forward and W backward; otherwise the generator reads W · memories.
+  """
   def rows(memories):
     if not hard:
       return _mix(weights, memories)
@@ -212,7 +218,7 @@ def softmax_mixture(scores, k, temperature, rng=None, hard: bool = False):
 
   def one(s, i):
     return jax.vmap(lambda slot: soft_choice(s, i, slot, temperature, "equation33"))(jnp.arange(k))
-  return _weighted(indices, jax.vmap(one)(scores.astype(jnp.float32), indices), hard)
+  return weighted(indices, jax.vmap(one)(scores.astype(jnp.float32), indices), hard)
 
 
 @register("gumbel")
@@ -239,7 +245,7 @@ def iterated_softmax(scores, k, temperature, rng=None, hard: bool = False, noise
     p = jax.nn.softmax(alpha)
     return alpha + jnp.log1p(-jnp.minimum(p, 1 - 1e-6)), p
   _, weights = jax.lax.scan(slot, theta, length=k)
-  return _weighted(_best(theta, k), jnp.moveaxis(weights, 0, 1), hard)
+  return weighted(_best(theta, k), jnp.moveaxis(weights, 0, 1), hard)
 
 
 @register("optimal_transport")
@@ -262,7 +268,7 @@ def optimal_transport(scores, k, temperature, rng=None, hard: bool = False, iter
 
   g, f = jax.lax.scan(update, jnp.zeros((*theta.shape[:-1], len(places))), length=iterations)
   plan = jnp.exp(theta[..., None] * places[:k] + f[-1][..., None] + g[:, None, :k])
-  return _weighted(_best(theta, k), jnp.moveaxis(plan, -1, -2), hard)
+  return weighted(_best(theta, k), jnp.moveaxis(plan, -1, -2), hard)
 
 
 @register("perturbed")
@@ -345,7 +351,7 @@ def simple(scores, k, temperature, rng, sample: bool = True):
   logits = jnp.moveaxis(above[..., slots] + descending[..., None] + below[..., k - 1 - slots], -1, -2)
   weights = jnp.take_along_axis(jax.nn.softmax(logits), jnp.argsort(order, axis=-1)[:, None, :], axis=-1)
   if not sample:
-    return _weighted(_best(theta, k), weights, hard=True)
+    return weighted(_best(theta, k), weights, hard=True)
   places = jnp.arange(theta.shape[-1])
 
   def draw(last, inputs):
@@ -357,7 +363,7 @@ def simple(scores, k, temperature, rng, sample: bool = True):
     return chosen, chosen
   _, chosen = jax.lax.scan(draw, jnp.full(theta.shape[0], -1), (slots, jax.random.split(rng, k)))
   indices = jnp.take_along_axis(order, chosen.T, axis=-1).astype(jnp.int32)
-  return _weighted(indices, weights, hard=True)
+  return weighted(indices, weights, hard=True)
 
 
 def _polynomials(theta: jax.Array, k: int) -> jax.Array:
