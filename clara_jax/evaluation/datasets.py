@@ -17,6 +17,7 @@ gold documents in a corpus (doc_ids, paragraph_id, paragraph_ids); `candidates.p
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -180,6 +181,7 @@ def _tfds(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import tensorflow_datasets as tfds
   except ImportError:
     raise DataError(f"{path}: needs tensorflow-datasets: pip install -e '.[records]'") from None
+  print(f"{path}: read through TFDS, which downloads it the first time", file=sys.stderr, flush=True)
   source = tfds.data_source(name, split=split[0] if split else "validation")
   for i, value in enumerate(source):
     answers = value["answers"]["text"] if name == "squad" else value["answer"]
