@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from typing import Any
@@ -356,9 +357,12 @@ def synthesize(options: argparse.Namespace) -> dict[str, Any]:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
       made = dataclasses.asdict(asyncio.run(_synthesized(options)))
+    except KeyboardInterrupt:
+      print(f"synthesize: stopped; what was done is in {options.out}, the same command goes on", file=sys.stderr)
+      raise
     finally:
       signal.signal(signal.SIGTERM, before)
-  elif not (options.report or options.records):
+  elif not (options.report or options.records) or options.retry_rejected is not None:
     raise ConfigError("--documents or --questions: name one")
   if options.report:
     made |= pages.write(options.out)
@@ -385,6 +389,10 @@ async def _synthesized(options: argparse.Namespace) -> Any:
   for name in ("max_requests", "max_tokens"):
     if getattr(options, name) and options.endpoint in ("offline", "checkpoint"):
       raise ConfigError(f"--{name.replace('_', '-')}: budgets are for servers, not for --endpoint {options.endpoint}")
+  if not all(0 <= price < float("inf") for price in options.price):
+    raise ConfigError(f"--price {options.price[0]} {options.price[1]}: expected numbers of 0 or more")
+  if options.tokens < 16:
+    raise ConfigError(f"--tokens {options.tokens}: expected 16 or more")
   texts = templates.Templates(options.prompts)
   if options.questions:
     rows = _questions(options.questions)[:options.limit]
@@ -410,7 +418,8 @@ async def _synthesized(options: argparse.Namespace) -> Any:
     return await factory.produce(items, work, OwnModel(checkpoints.load(options.model)), texts, **settings)
   key = os.environ.get("OPENAI_API_KEY", "").strip()
   endpoint = client.Endpoint(options.endpoint, options.model, key, options.in_flight, options.timeout,
-                             max_requests=options.max_requests, max_tokens=options.max_tokens, json_schema=not options.no_json_schema)
+                             max_requests=options.max_requests, max_tokens=options.max_tokens, json_schema=not options.no_json_schema,
+                             seed=not options.no_seed)
   async with client.Client(endpoint) as backend:
     return await factory.produce(items, work, backend, texts, **settings)
 
@@ -423,6 +432,8 @@ def _questions(path: str) -> list[schemas.Row]:
   for row in rows:
     if row.identifier in seen:
       raise schemas.DataError(f"{path}: id {row.identifier!r} comes twice")
+    if not row.documents:
+      raise schemas.DataError(f"{path}: question {row.identifier!r} has no documents; clara candidates finds some")
     seen.add(row.identifier)
   return rows
 

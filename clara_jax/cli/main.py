@@ -227,8 +227,10 @@ def _parser() -> argparse.ArgumentParser:
   synthesize.add_argument("--temperature", type=float, default=0.7)
   synthesize.add_argument("--max-reply-tokens", type=positive, default=2048)
   synthesize.add_argument("--no-json-schema", action="store_true", help="for servers without response_format")
+  synthesize.add_argument("--no-seed", action="store_true", help="for servers that refuse a seed")
   synthesize.add_argument("--max-requests", type=positive, help="budget of this start")
-  synthesize.add_argument("--max-tokens", type=positive, help="budget of this start: prompts and replies")
+  synthesize.add_argument("--max-tokens", type=positive, help="budget of this start: prompts and replies; what is in flight when it "
+                          "is spent comes on top")
   synthesize.add_argument("--price", type=float, nargs=2, default=(0.0, 0.0), metavar=("PROMPTS", "REPLIES"),
                           help="of a million tokens; the report then has the cost")
   synthesize.add_argument("--records", action="store_true",

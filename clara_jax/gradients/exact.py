@@ -95,11 +95,13 @@ def uniform_noise_policy(scores: jax.Array, found: np.ndarray | jax.Array, tempe
 POLICIES: dict[str, Policy] = {"plackett_luce": plackett_luce_policy, "uniform_noise": uniform_noise_policy, "subsets": subset_policy}
 
 
-def expected_loss(policy: Policy, scores: jax.Array, losses: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array) -> jax.Array:
+def expected_loss(policy: Policy, scores: jax.Array, losses: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array
+                  ) -> jax.Array:
   """J(s): scores [N], losses [P] of the choices [P, K] -> scalar; differentiable."""
   return jnp.vdot(policy(scores, found, temperature), losses)
 
 
-def exact_gradient(policy: Policy, scores: jax.Array, losses: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array) -> jax.Array:
+def exact_gradient(policy: Policy, scores: jax.Array, losses: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array
+                   ) -> jax.Array:
   """∂J/∂s [N]."""
   return jax.grad(lambda s: expected_loss(policy, s, losses, found, temperature))(scores)

@@ -7,9 +7,12 @@ answer in time (additive increase, multiplicative decrease). What may pass is tr
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import random
+import re
 import time
+import urllib.parse
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -39,8 +42,9 @@ class Endpoint:
     in_flight: requests at once, at most.
     seconds: that a request may take.
     attempts: tries of a request.
-    max_requests, max_tokens: budgets; tokens are those that the server counts. None: no limit.
+    max_requests, max_tokens: budgets; tokens are those that the server counts, when it has answered. None: no limit.
     json_schema: whether the server is asked for JSON by schema (`response_format`); it is taken from the reply either way.
+    seed: whether requests have a seed.
   """
 
   url: str
@@ -52,9 +56,10 @@ class Endpoint:
   max_requests: int | None = None
   max_tokens: int | None = None
   json_schema: bool = True
+  seed: bool = True
 
   def __post_init__(self):
-    if not self.url.startswith(("http://", "https://")):
+    if not self.url.startswith(("http://", "https://")) or not urllib.parse.urlsplit(self.url).hostname:
       raise ConfigError(f"--endpoint {self.url}: expected http://… or https://…, up to /v1")
     for name in ("in_flight", "attempts"):
       if getattr(self, name) < 1:
@@ -86,9 +91,11 @@ class Usage:
 
 
 class _Again(Exception):
-  def __init__(self, reason: str, after: float = 0.0):
+  """What may pass: its kind for the count, what was said, and how long to wait at least."""
+
+  def __init__(self, reason: str, said: str = "", after: float = 0.0):
     super().__init__(reason)
-    self.reason, self.after = reason, after
+    self.reason, self.said, self.after = reason, said, after
 
 
 class Client:
@@ -136,7 +143,7 @@ class Client:
       BudgetError: there is none left for it.
     """
     body: dict[str, Any] = {"model": self.endpoint.model, "messages": list(messages), "temperature": temperature, "max_tokens": max_tokens}
-    if seed is not None:
+    if seed is not None and self.endpoint.seed:
       body["seed"] = seed
     if schema is not None and self.endpoint.json_schema:
       body["response_format"] = {"type": "json_schema", "json_schema": {"name": name, "schema": schema, "strict": True}}
@@ -152,7 +159,7 @@ class Client:
       except _Again as problem:
         self.usage.retries[problem.reason] = self.usage.retries.get(problem.reason, 0) + 1
         wait = max(problem.after, min(30.0, self._backoff * 2**attempt) * (0.5 + self._random.random()))
-        reason = problem.reason
+        reason = f"{problem.reason}: {problem.said}" if problem.said else problem.reason
     raise RequestError(f"{self.endpoint.url}: no answer in {self.endpoint.attempts} tries; the last one: {reason}")
 
   def _spend(self) -> None:
@@ -168,19 +175,25 @@ class Client:
       async with self._session.post(f"{self.endpoint.url.rstrip('/')}/chat/completions", json=body) as response:
         if response.status == 429:
           self._shrink()
-          raise _Again("429", _seconds(response.headers.get("Retry-After")))
+          raise _Again("429", after=_seconds(response.headers.get("Retry-After")))
         if response.status >= 500 or response.status == 408:
-          raise _Again("5xx" if response.status >= 500 else "timeout")
+          said = f"{response.status}: {(await response.text())[:200]}"
+          raise _Again("5xx" if response.status >= 500 else "timeout", said)
         if response.status != 200:
           # 400, 413, 422: this request is at fault (too long, say), not the server.
           kind = ReplyError if response.status in (400, 413, 422) else RequestError
-          raise kind(f"{self.endpoint.url}: {response.status}: {(await response.text())[:300]}")
-        value = json.loads(await response.read())
+          said = (await response.text())[:300]
+          hints = [option for word, option in (("response_format", "--no-json-schema"), ("json_schema", "--no-json-schema"),
+                                               ("seed", "--no-seed")) if word in said]
+          raise kind(f"{self.endpoint.url}: {response.status}: {said}" + (f"; see {hints[0]}" if hints else ""))
+        value = json.loads(data := await response.read())
     except TimeoutError:
       self._shrink()
       raise _Again("timeout") from None
     except self._errors as error:
-      raise _Again("connection" if not isinstance(error, ValueError) else "reply") from None
+      if isinstance(error, ValueError):
+        raise _Again("reply", f"no JSON: {data[:100]!r}") from None
+      raise _Again("connection", str(error) or type(error).__name__) from None
     spent = value.get("usage") if isinstance(value, dict) else None
     for name in ("prompt_tokens", "completion_tokens"):
       count = spent.get(name) if isinstance(spent, dict) else None
@@ -188,9 +201,10 @@ class Client:
     try:
       text = value["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
-      raise _Again(f"reply: {value['error']!r:.200}" if isinstance(value, dict) and "error" in value else "reply") from None
+      raise _Again("reply", f"{value['error']!r:.200}" if isinstance(value, dict) and "error" in value else "no choices") from None
     if not isinstance(text, str):
-      raise _Again("reply")
+      is_cut = value["choices"][0].get("finish_reason") == "length"
+      raise _Again("reply", "it was cut before its text began: more --max-reply-tokens" if is_cut else "it has no text")
     text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair
     self._limit = min(float(self.endpoint.in_flight), self._limit + 1 / self._limit)
     self.usage.in_flight = int(self._limit)
@@ -248,24 +262,28 @@ def parse(text: str, schema: Mapping[str, Any]) -> Any:
   """The JSON object in a reply, checked: bare, in a code fence, or between other words.
 
   Args:
-    text: the reply.
+    text: the reply; what a model thinks aloud (<think>…</think>) is passed over.
     schema: of the types object, array, string, boolean, integer and number, with properties (all required) and items.
 
   Raises:
     ValueError: there is none, or it is not by the schema; with the place.
   """
-  start = text.find("{")
-  if start < 0:
-    raise ValueError("there is no JSON object")
-  try:
-    value, _ = json.JSONDecoder().raw_decode(text, start)
-    json.dumps(value, ensure_ascii=False).encode()
-  except json.JSONDecodeError as error:
-    raise ValueError(f"not valid JSON: {error}") from None
-  except (UnicodeEncodeError, RecursionError) as error:
-    raise ValueError(f"no text that can be kept: {type(error).__name__}") from None
-  _check(value, schema, "the reply")
-  return value
+  text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+  problem = "there is no JSON object"
+  for number, start in enumerate(match.start() for match in itertools.islice(re.finditer(r"\{", text), 50)):
+    try:
+      value, _ = json.JSONDecoder().raw_decode(text, start)
+      json.dumps(value, ensure_ascii=False).encode()
+      _check(value, schema, "the reply")
+      return value
+    except json.JSONDecodeError as error:
+      found = f"not valid JSON: {error}"
+    except (UnicodeEncodeError, RecursionError) as error:
+      found = f"no text that can be kept: {type(error).__name__}"
+    except ValueError as error:
+      found = str(error)
+    problem = problem if number else found
+  raise ValueError(problem)
 
 
 _TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float)}

@@ -8,6 +8,7 @@ import itertools
 import json
 import pathlib
 import re
+import zlib
 from collections.abc import Callable, Iterator
 
 from tokenizers import Tokenizer
@@ -18,6 +19,7 @@ from clara_jax.data.schemas import DataError, Document
 # After a full stop that ends a sentence, with its closing quotes and brackets; before what can begin one.
 _BOUND = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\Wa-z_])|(?<=[。！？])")
 _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|vs|etc|e\.g|i\.e|No|Fig|Vol|pp|ca|approx|Inc|Ltd|Co)|\b[A-Z])\.$")
+_PIECE = re.compile(r"#\d+$")
 # WikiExtractor does not escape the quotes of a title.
 _EXTRACT = re.compile(r'<doc id="([^"\n]*)"[^\n]*? title="([^\n]*?)"(?: \w+="[^"\n]*")*>\n(.*?)\n?</doc>', re.DOTALL)
 
@@ -53,7 +55,12 @@ class Reading:
 
   def __init__(self, path: str, limit: int, count: Callable[[str], int], first: int | None = None):
     self._path, self._limit, self._count, self._first = path, limit, count, first
-    self._total, self._done = sum(1 for _ in itertools.islice(read(path), first)), 0
+    self._total, self._done = 0, 0
+    self._like_pieces: set[str] = set()  # ids of documents that could be a piece's
+    for document in itertools.islice(read(path), first):
+      self._total += 1
+      if _PIECE.search(document.id):
+        self._like_pieces.add(document.id)
     if not self._total:
       raise DataError(f"{path}: has no documents")
 
@@ -63,14 +70,17 @@ class Reading:
 
   def __iter__(self) -> Iterator[Document]:
     for document in itertools.islice(read(self._path), self._first):
-      yield from chunks(document, self._limit, self._count)
+      for piece in chunks(document, self._limit, self._count):
+        if piece.id != document.id and piece.id in self._like_pieces:
+          raise DataError(f"{self._path}: a piece of document {document.id!r} is {piece.id!r}, which is another document's id")
+        yield piece
       self._done += 1
 
 
 def _file(file: pathlib.Path, root: pathlib.Path) -> Iterator[Document]:
   try:
     with (gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb")) as raw:
-      stream = io.TextIOWrapper(raw, encoding="utf-8-sig")
+      stream = io.TextIOWrapper(raw, encoding="utf-8-sig")  # a JSON escape may still be half a character: `_clean`
       first = next((line for line in stream if line.strip()), "")
       stream.seek(0)
       if first.startswith("{") or file.name.removesuffix(".gz").endswith((".jsonl", ".json")):
@@ -84,8 +94,10 @@ def _file(file: pathlib.Path, root: pathlib.Path) -> Iterator[Document]:
       elif first:
         name = file.name if file == root else str(file.relative_to(root))
         yield Document(name.removesuffix(".gz").removesuffix(".txt"), stream.read().strip())
-  except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-    raise DataError(f"{file}: not readable as UTF-8 text: {error}") from None
+  except UnicodeDecodeError as error:
+    raise DataError(f"{file}: not UTF-8 text: {error}") from None
+  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    raise DataError(f"{file}: a damaged .gz: {error}") from None
 
 
 def _rows(file: pathlib.Path, stream: io.TextIOWrapper) -> Iterator[Document]:
@@ -103,7 +115,11 @@ def _rows(file: pathlib.Path, stream: io.TextIOWrapper) -> Iterator[Document]:
       continue  # Wikipedia's redirects
     if value.get("id") in (None, ""):
       raise DataError(f"{file}:{number}: the document has no 'id'")
-    yield Document(str(value["id"]), text.strip(), str(value.get("title") or ""))
+    yield Document(*map(_clean, (str(value["id"]), text.strip(), str(value.get("title") or ""))))
+
+
+def _clean(text: str) -> str:
+  return text.encode("utf-8", "replace").decode()
 
 
 def sentences(text: str) -> list[str]:

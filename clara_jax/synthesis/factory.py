@@ -49,7 +49,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """Which part of a corpus this worker does: items whose number is `index` modulo `count`."""
+  """Which part of a corpus this worker does: items whose id has a hash that is `index` modulo `count`, wherever they stand."""
 
   index: int = 0
   count: int = 1
@@ -57,6 +57,10 @@ class Shard:
   def __post_init__(self):
     if not 0 <= self.index < self.count:
       raise ConfigError(f"--shard {self.index}: expected 0 to {self.count - 1}")
+
+  def has(self, name: str) -> bool:
+    """Whether an item is of this part."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest()) % self.count == self.index
 
   def path(self, directory: str, name: str, suffix: str) -> str:
     """A file of this shard."""
@@ -66,8 +70,8 @@ class Shard:
 class _Remembered:
   """A backend for one document: replies that it had before are not asked for again."""
 
-  def __init__(self, backend: Backend, journal: Journal, document: str):
-    self._backend, self._journal, self._document = backend, journal, document
+  def __init__(self, backend: Backend, journal: Journal, document: str, spent: Callable[[], Sequence[int]]):
+    self._backend, self._journal, self._document, self._spent = backend, journal, document, spent
     self._replies, self._tries = journal.replies(document), journal.tries(document)
     self.step = ""
 
@@ -75,7 +79,7 @@ class _Remembered:
     key = hashlib.blake2b(json.dumps([self.step, self._tries, messages]).encode(), digest_size=8).hexdigest()
     if (text := self._replies.pop(key, None)) is None:
       text = await self._backend.chat(messages, seed=int(key[:7], 16), **options)
-      self._journal.reply(self._document, key, text)
+      self._journal.reply(self._document, key, text, self._spent())
     return text
 
 
@@ -99,7 +103,7 @@ class Report:
     rounds: of the finished documents, the most of any part, on average.
     requests, tokens, cost: of all starts: requests with tries again, tokens of prompts and replies, `cost` by their prices.
     requests_a_document: on average.
-    seconds: of this start.
+    seconds: of this start; read: documents of this start with usable replies.
     reasons: rejected documents by reason; refused: by the checks, within the rounds.
     stopped: why this start ended early; problem: the last request that failed for good.
   """
@@ -114,6 +118,7 @@ class Report:
   tokens: int = 0
   cost: float = 0.0
   seconds: float = 0.0
+  read: int = 0
   reasons: dict[str, int] = dataclasses.field(default_factory=dict)
   refused: dict[str, int] = dataclasses.field(default_factory=dict)
   stopped: str | None = None
@@ -154,31 +159,38 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
   _same_shards(directory, shard)
   _same_settings(shard.path(directory, "settings", "json"), made_by)
   journal = Journal(shard.path(directory, "journal", "jsonl"))
-  if retry_rejected is not None:
-    for name, outcome in list(journal_lib.outcomes(journal.path)):
-      if outcome["reason"] and outcome["reason"].startswith(retry_rejected):
-        journal.withdraw(name)
-  start, before, failures, unread = time.monotonic(), journal.done, 0, 0
-  report = Report()
-  waiting = ((name, item) for n, (name, item) in enumerate(items)
-             if n % shard.count == shard.index and not journal.is_done(name, _said(item)))
-  told = [0, 0, 0]
+  again = set() if retry_rejected is None else {name for name, outcome in journal_lib.outcomes(journal.path) if (
+      outcome["reason"] or "").startswith(retry_rejected) and outcome["reason"]}
 
-  def spend() -> None:
+  def is_waiting(name, item):
+    if name in again and journal.is_done(name, _said(item)):
+      again.remove(name)
+      journal.withdraw(name)
+    return not journal.is_done(name, _said(item))
+  start, before, failures = time.monotonic(), journal.done, 0
+  report = Report()
+  waiting = ((name, item) for name, item in items if shard.has(name) and is_waiting(name, item))
+  told, unread = [0, 0, 0], []
+
+  def spent() -> list[int]:
+    """Since the last call."""
     nonlocal told
-    usage = backend.usage
-    now = [usage.requests, usage.prompt_tokens, usage.completion_tokens]
-    journal.spend([a - b for a, b in zip(now, told, strict=True)])
-    told = now
+    usage, before = backend.usage, told
+    told = [usage.requests, usage.prompt_tokens, usage.completion_tokens]
+    return [a - b for a, b in zip(told, before, strict=True)]
+
+  def finish(name: str, item: Any, outcome: Outcome) -> None:
+    journal.finish(name, _said(item), vars(outcome))
+    report.open -= 1
 
   async def worker() -> None:
-    nonlocal failures, unread
+    nonlocal failures
     for name, item in waiting:
       if report.stopped:
         return
       report.open += 1
       try:
-        outcome = await work(item, asker(_Remembered(backend, journal, name), templates, sampling))
+        outcome = await work(item, asker(_Remembered(backend, journal, name, spent), templates, sampling))
       except BudgetError as error:
         report.stopped = str(error)
         return
@@ -186,17 +198,20 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
         failures += 1
         report.problem = str(error)
         if failures >= FAILURES:
-          report.stopped = f"{FAILURES} requests in a row failed; the last one: {error}"
+          report.stopped = f"{FAILURES} requests in a row failed"
           return
         continue
-      unread = unread + 1 if outcome.unread else 0
-      if unread >= FAILURES:
-        report.stopped, report.problem = f"{FAILURES} documents in a row got no reply that parses", outcome.reason
-        return
       failures = 0
-      journal.finish(name, _said(item), vars(outcome))
-      report.open -= 1
-      spend()
+      if outcome.unread:  # the document's fault, or the server's? The next ones tell
+        unread.append((name, item, outcome))
+        if len(unread) >= FAILURES:
+          report.stopped, report.problem = f"{FAILURES} documents in a row got no usable reply", outcome.reason
+          return
+        continue
+      report.read += 1
+      for one in (*unread, (name, item, outcome)):
+        finish(*one)
+      unread.clear()
 
   async def tell() -> None:
     first = share() if share else 0.0
@@ -220,7 +235,12 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
   finally:
     if teller:
       teller.cancel()
-    spend()
+    if report.read and not report.stopped:  # a server that can be read
+      for one in unread:
+        finish(*one)
+    elif unread and not report.problem:
+      report.problem = unread[-1][-1].reason
+    journal.spend(spent())
     report.requests, prompts, replies = journal.spent
     report.tokens, report.seconds = prompts + replies, round(time.monotonic() - start, 2)
     report.cost = round((price[0] * prompts + price[1] * replies) / 1e6, 4)
@@ -244,16 +264,24 @@ def _same_shards(directory: str, shard: Shard) -> None:
 
 
 def _same_settings(path: str, made_by: Mapping[str, Any]) -> None:
+  """Of all shards."""
+  for there in sorted(pathlib.Path(path).parent.glob("settings-*.json")):
+    if (values := _settings(there)) != made_by:
+      names = [k for k in sorted({*values, *made_by}) if values.get(k) != made_by.get(k)]
+      changed = [f"{k}: {values.get(k)} there, {made_by.get(k)} now" for k in names]
+      raise ConfigError(f"{there}: was made with other settings ({'; '.join(changed)}); name another --out")
   if not os.path.exists(path):
     with open(f"{path}.part", "w", encoding="utf-8") as file:
       json.dump(made_by, file, indent=2)
     os.replace(f"{path}.part", path)
-    return
-  with open(path, encoding="utf-8") as file:
-    there = json.load(file)
-  if there != made_by:
-    changed = [f"{k}: {there.get(k)} there, {made_by.get(k)} now" for k in sorted({*there, *made_by}) if there.get(k) != made_by.get(k)]
-    raise ConfigError(f"{path}: was made with other settings ({'; '.join(changed)}); name another --out")
+
+
+def _settings(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except (json.JSONDecodeError, UnicodeDecodeError):
+    raise ConfigError(f"{path}: is damaged; the shard's journal is whole, give this file the settings of another shard or of the manifest"
+                      ) from None
 
 
 def _write(journal: Journal, directory: str, shard: Shard, report: Report, made_by: Mapping[str, Any], usage: Usage) -> None:
@@ -296,7 +324,7 @@ def settings(directory: str) -> dict[str, Any]:
     ConfigError: nothing was made.
   """
   for path in sorted(pathlib.Path(directory).glob("settings-*.json")):
-    return json.loads(path.read_text(encoding="utf-8"))
+    return _settings(path)
   raise ConfigError(f"{directory}: nothing was synthesized here")
 
 

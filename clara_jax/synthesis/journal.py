@@ -1,9 +1,9 @@
 """What has been done, on disk: one append-only file. A kill loses at most what was in flight; a finished document is written once.
 
-    {"r": document, "k": key of a request, "t": reply}        a reply, as long as its document is not finished
+    {"r": document, "k": key, "t": reply, "u": [requests, tokens of prompts, of replies]}    a reply, while its document is not finished
     {"d": document, "h": hash of what it said, "o": outcome}  a finished document
     {"x": document}                                           its outcome is withdrawn: it is open again
-    {"u": [requests, tokens of prompts, of replies]}          what was spent since the last such line
+    {"u": […]}                                                what was spent since the last line with "u"
 
 A document that was stopped is worked on again from its replies: its requests have the same keys.
 """
@@ -57,7 +57,7 @@ class Journal:
       elif "x" in value:
         del self._done[_digest(value["x"])]
         self._withdrawn[value["x"]] += 1
-      elif "u" in value:
+      if "u" in value:
         self.spent = [a + b for a, b in zip(self.spent, value["u"], strict=True)]
     if end < os.path.getsize(self.path):  # the line that a kill has cut
       os.truncate(self.path, end)
@@ -70,9 +70,13 @@ class Journal:
     if waste > 1000:
       part = f"{self.path}.part"
       with open(part, "w", encoding="utf-8") as file:
+        dropped = [0, 0, 0]
         for _, value in _lines(self.path):
           if "r" not in value or _digest(value["r"]) not in self._done:
             file.write(json.dumps(value, ensure_ascii=False) + "\n")
+          else:
+            dropped = [a + b for a, b in zip(dropped, value.get("u", [0, 0, 0]), strict=True)]
+        file.write(json.dumps({"u": dropped}) + "\n")
       os.replace(part, self.path)
 
   def is_done(self, document: str, said: str) -> bool:
@@ -109,9 +113,10 @@ class Journal:
     """Replies that a document had when it was stopped, by key; they are handed over once."""
     return self._replies.pop(document, {})
 
-  def reply(self, document: str, key: str, text: str) -> None:
-    """Keeps a reply."""
-    self._append({"r": document, "k": key, "t": text})
+  def reply(self, document: str, key: str, text: str, spent: Sequence[int] = (0, 0, 0)) -> None:
+    """Keeps a reply, and what was spent since the last call of this or of `spend`: requests, tokens of prompts, tokens of replies."""
+    self._append({"r": document, "k": key, "t": text, "u": list(spent)})
+    self.spent = [a + b for a, b in zip(self.spent, spent, strict=True)]
 
   def finish(self, document: str, said: str, outcome: dict[str, Any]) -> None:
     """Keeps what became of a document."""
@@ -120,13 +125,13 @@ class Journal:
     self._done[_digest(document)] = hashed
 
   def spend(self, spent: Sequence[int]) -> None:
-    """Keeps what was spent: requests, tokens of prompts, tokens of replies, since the last call."""
+    """Keeps what was spent without a reply; see `reply`."""
     if any(spent):
       self._append({"u": list(spent)})
       self.spent = [a + b for a, b in zip(self.spent, spent, strict=True)]
 
   def _append(self, value: dict[str, Any]) -> None:
-    data = memoryview((json.dumps(value, ensure_ascii=False) + "\n").encode())
+    data = memoryview((json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
     while data:
       data = data[os.write(self._file, data):]
 
@@ -162,4 +167,4 @@ def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _digest(text: str, size: int = 8) -> bytes:
-  return hashlib.blake2b(text.encode(), digest_size=size).digest()
+  return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=size).digest()

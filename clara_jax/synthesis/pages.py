@@ -2,6 +2,7 @@
 
 import collections
 import html
+import json
 import pathlib
 from typing import Any
 
@@ -22,16 +23,17 @@ def write(directory: str) -> dict[str, Any]:
   states: collections.Counter = collections.Counter()
   reasons: collections.Counter = collections.Counter()
   refused: collections.Counter = collections.Counter()
+  is_teacher = settings(directory).get("kind") == "instruct"
   pairs: dict[str, list[int]] = {"simple": [], "complex": []}
-  left: dict[str, collections.Counter] = {"simple": collections.Counter(), "complex": collections.Counter()}
+  missing: dict[str, list[list[int]]] = {"simple": [], "complex": []}
   examples, rejects = [], []
   for document, outcome in outcomes(directory):
     states["rejected" if outcome["reason"] else "accepted"] += 1
     refused.update(outcome["refused"])
-    for kind, missing in outcome["coverage"].items():
-      # Documents that still lacked something after each round.
-      for number, count in enumerate(missing, 1):
-        left[kind][number] += count > 0
+    for kind, counts in outcome["coverage"].items():
+      # A document that tells one fact has no complex questions; one that failed before its first check has nothing covered.
+      if counts or (outcome["reason"] or "").startswith(kind):
+        missing[kind].append(counts or [1])
     if outcome["reason"]:
       reasons[outcome["reason"]] += 1
       rejects += [(document, outcome["reason"])] * (len(rejects) < 20)
@@ -41,18 +43,31 @@ def write(directory: str) -> dict[str, Any]:
       pairs[kind].append(len(kinds[kind]["question"]) if kind in kinds else 0)
     examples += [outcome["rows"]] * (len(examples) < EXAMPLES)
   total = sum(states.values())
-  numbers = {"documents": total, "accepted": states["accepted"], "rejected": states["rejected"],
-             **{f"{kind}_pairs_a_document": float(np.mean(v)) if v else 0.0 for kind, v in pairs.items()}}
-  sections = [("Yield", report.table(["", "documents", "share"], [[k, v, v / max(1, total)] for k, v in states.items()])),
-              ("Pairs and rounds", "<div class=plots>" + _pairs_plot(pairs) + _coverage_plot(left, total) + "</div>"),
-              ("Rejected documents", report.table(["reason", "documents"], [[k, v] for k, v in reasons.most_common()])
-               + report.table(["document", "reason"], [list(r) for r in rejects])),
-              ("Refused within the rounds", report.table(["by", "times"], [[k, v] for k, v in refused.most_common()])),
-              ("Examples", "".join(map(_example, examples)))]
-  title = "Teacher's answers" if settings(directory).get("kind") == "instruct" else "SCP data"
+  what = "questions" if is_teacher else "documents"
+  numbers = {what: total, "accepted": states["accepted"], "rejected": states["rejected"]}
+  sections = [("Yield", report.table(["", what, "share"], [[k, v, v / max(1, total)] for k, v in states.items()])),
+              ("Made by", report.table(["", ""], _made_by(directory)))]
+  if not is_teacher:
+    numbers |= {f"{kind}_pairs_a_document": float(np.mean(v)) if v else 0.0 for kind, v in pairs.items()}
+    if states["accepted"]:
+      sections.append(("Pairs and rounds", "<div class=plots>" + _pairs_plot(pairs) + _coverage_plot(missing) + "</div>"))
+  if rejects:
+    sections.append(("Rejected", report.table(["reason", what], [[k, v] for k, v in reasons.most_common()])
+                     + report.table([what[:-1], f"reason (the first {len(rejects)})"], [list(r) for r in rejects])))
+  if refused:
+    sections.append(("Refused within the rounds", report.table(["by", "times"], [[k, v] for k, v in refused.most_common()])))
+  if examples:
+    sections.append(("Examples", "".join(map(_answered if is_teacher else _example, examples))))
   report.write(pathlib.Path(directory) / "report.html", report.page(
-      title, f"{total:,} documents, {states['accepted']:,} accepted.", sections))
+      "Teacher's answers" if is_teacher else "SCP data", f"{total:,} {what}, {states['accepted']:,} accepted.", sections))
   return numbers
+
+
+def _made_by(directory: str) -> list[list[Any]]:
+  """Settings, and what all shards have spent."""
+  manifests = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(pathlib.Path(directory).glob("manifest-*.json"))]
+  spent = {name: sum(m[name] for m in manifests) for name in ("requests", "tokens", "cost")}
+  return [[k, str(v)] for k, v in settings(directory).items()] + [[k, v] for k, v in spent.items()]
 
 
 def _pairs_plot(pairs: dict[str, list[int]]) -> str:
@@ -67,15 +82,26 @@ def _pairs_plot(pairs: dict[str, list[int]]) -> str:
   return report.figure(draw)
 
 
-def _coverage_plot(left: dict[str, collections.Counter], total: int) -> str:
+def _coverage_plot(missing: dict[str, list[list[int]]]) -> str:
+  most = max((len(counts) for all_ in missing.values() for counts in all_), default=1)
+
   def draw(axes):
-    for kind, counts in left.items():
-      numbers = range(1, max(counts, default=1) + 1)
-      axes.plot(numbers, [1 - counts[n] / max(1, total) for n in numbers], marker="o", label=kind)
-    axes.set(title="Coverage", xlabel="rounds", ylabel="documents with nothing missing", ylim=(0, 1.03))
-    axes.set_xticks(range(1, max(max(c, default=1) for c in left.values()) + 1))
+    for (kind, found), mark in zip(missing.items(), "os", strict=True):
+      # After its last round a document stays as it was.
+      shares = [np.mean([counts[min(n, len(counts) - 1)] == 0 for counts in found]) for n in range(most)] if found else []
+      axes.plot(range(1, len(shares) + 1), shares, marker=mark, fillstyle="none", label=kind)
+    axes.set(title="Coverage", xlabel="rounds", ylabel="share of documents with nothing missing", ylim=(0, 1.03))
+    axes.set_xticks(range(1, most + 1))
     axes.legend(frameon=False)
   return report.figure(draw)
+
+
+def _answered(rows: list[dict[str, Any]]) -> str:
+  (row,) = rows
+  golden = " | ".join(row["provenance"]["golden_answers"])
+  return (f"<h3>{html.escape(row['question'])}</h3><p class=doc><b>teacher</b> {html.escape(row['answer'])}"
+          + (f" <b>golden</b> {html.escape(golden)}" if golden else "") + "</p>"
+          + "".join(f"<p class='doc{' gold' if i in row['pos_index'] else ''}'>{html.escape(d)}</p>" for i, d in enumerate(row["docs"])))
 
 
 def _example(rows: list[dict[str, Any]]) -> str:

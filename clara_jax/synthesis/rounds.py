@@ -45,7 +45,7 @@ class Outcome:
     rounds: most rounds that a part of it took.
     refused: how often the cheap checks and the model refused something, by reason.
     coverage: for 'simple' and 'complex', statements that were missing after each round.
-    unread: whether it was rejected because no reply could be read.
+    unread: whether it was rejected because no reply could be used.
   """
 
   rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -94,7 +94,7 @@ async def _reply(ask: Ask, template: str, schema: str, **values: Any) -> dict[st
       return await ask(template, schema, attempt, values)
     except ReplyError as error:
       problem = error
-  raise _Unread(f"{template}: no reply that parses: {problem}")
+  raise _Unread(f"{template}: no usable reply: {problem}")
 
 
 async def _pairs(kind: str, text: str, ask: Ask, outcome: Outcome, rounds: int) -> list[tuple[str, str]]:
