@@ -1,6 +1,7 @@
 """Datasets, candidates, settings, intervals, explanations and pages."""
 
 import collections
+import dataclasses
 import json
 import random
 import re
@@ -259,8 +260,11 @@ def test_every_setting_and_a_page(checkpoint, tmp_path, monkeypatch):
   assert found["no_documents"]["context_tokens"] == 0 and found["joint"]["context_tokens"] == 2 * 2
   assert found["compressor"]["context_tokens"] == 6 * 2 and found["full_text"]["context_tokens"] > 10
   assert found["joint"]["recall_at_1"] == found["other"]["recall_at_1"] and "recall_at_1" not in found["compressor"]
+  with pytest.raises(ConfigError, match="has a report with bm25, .*; name these as well"):
+    runs.run(checkpoint, rows, ["joint"], str(tmp_path), **options)
   page = (tmp_path / "report.html").read_text()
-  assert page.count("<svg") >= 6 and "src=" not in page and "href='http" not in page and len(page) < 3_000_000
+  assert "this checkpoint, other" in page  # one compressor, one picture
+  assert page.count("<svg") >= 5 and "src=" not in page and "href='http" not in page and len(page) < 3_000_000
   # Stopped in the middle: what was answered is not answered again.
   path = tmp_path / "predictions" / "joint.jsonl"
   lines = path.read_text().splitlines()
@@ -386,7 +390,8 @@ def test_verdicts():
 
 
 def test_one_claim_is_reproduced_and_kept(tmp_path, monkeypatch):
-  sizes = claims.Sizes(world=tiny.WORLD, test_rows=6, pretrain=1, scp=1, instruct=1, joint=1)
+  world = dataclasses.replace(tiny.WORLD, people=150, first_names=15, last_names=15)  # 20 candidates for a test question
+  sizes = claims.Sizes(world=world, test_rows=6, pretrain=1, scp=1, instruct=1, joint=1)
   found = claims.run(str(tmp_path), ("h",), seeds=1, sizes=sizes)
   assert set(found["results"][0]["documents_at_test"]) == {"em_1", "em_2", "em_3", "em_5", "em_8", "seconds"}
   assert "| (h) |" in (tmp_path / "reproduction.md").read_text() and "<svg" in (tmp_path / "reproduction.html").read_text()

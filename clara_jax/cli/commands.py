@@ -293,7 +293,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
   if options.judge:
     judge = functools.partial(grounding, endpoint=Endpoint(options.judge, options.judge_model, os.environ.get("OPENAI_API_KEY")))
   checkpoint = _checkpoint(options, *dict.fromkeys(role for name in settings for role in SETTINGS[name].roles()))
-  rows = _rows(options, checkpoint.model.config.top_k, *settings)
+  rows = _rows(options, checkpoint, *settings)
   if options.report is None:
     return benchmarks.evaluate(checkpoint.model, checkpoint.layout, checkpoint.weights, rows, settings[0], batch_size=options.batch_size,
                                max_new_tokens=options.max_new_tokens, path=options.predictions).scores
@@ -310,7 +310,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
                   batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, judge=judge)
 
 
-def _rows(options: argparse.Namespace, top_k: int, *settings: str) -> list[schemas.Row]:
+def _rows(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, *settings: str) -> list[schemas.Row]:
   """The first rows that can be answered in all settings."""
   malformed = schemas.Malformed(options.max_malformed)
   rows: list[schemas.Row] = []
@@ -319,7 +319,7 @@ def _rows(options: argparse.Namespace, top_k: int, *settings: str) -> list[schem
       break
     try:
       for name in settings:
-        benchmarks.check(row, SETTINGS[name], top_k)
+        benchmarks.check(row, SETTINGS[name], checkpoint.model.config.top_k, checkpoint.layout)
       rows.append(row)
     except schemas.DataError as error:
       malformed.add(str(error))
@@ -339,7 +339,7 @@ def explain(options: argparse.Namespace) -> dict[str, Any]:
   _output_file("--report", options.report)
   checkpoint = _checkpoint(options, "compressor", "query_reasoner", "generator")
   explainer = Explainer(checkpoint.model, checkpoint.layout, checkpoint.weights, options.max_new_tokens, options.top)
-  found = [explainer.explain(row) for row in _rows(options, checkpoint.model.config.top_k, "joint")]
+  found = [explainer.explain(row) for row in _rows(options, checkpoint, "joint")]
   if options.report:
     report_lib.write(options.report, report_lib.page(f"{options.checkpoint} on {options.rows}", f"{len(found)} questions, explained.", [
         ("Questions", report_lib.LENS_LEGEND + "".join(map(report_lib.explained, found)))]))

@@ -101,11 +101,16 @@ def read_jsonl(path: str, malformed: Malformed | None = None) -> Iterator[tuple[
   with file.open("rb") as raw:
     try:
       stream = gzip.open(raw) if str(path).endswith(".gz") else raw
-      for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):
+      for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig"), 1):
         if not line.strip():
           continue
         try:
           value = json.loads(line)
+          if "\\ud" in line.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+          malformed.add(f"{path}:{number}: half of a surrogate pair is no text")
+          continue
         except json.JSONDecodeError as error:
           malformed.add(f"{path}:{number}: not valid JSON: {error}")
           continue

@@ -60,7 +60,9 @@ def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequen
   """
   how = SETTINGS[setting]
   for row in rows:
-    check(row, how, model.config.top_k)
+    check(row, how, model.config.top_k, layout)
+  if path:
+    pathlib.Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
   identity = f"{setting} {max_new_tokens} {model.config.top_k} {weights_sha256 or weights_hash(weights)}"
   made_by = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
   keys = [_key(i, row) for i, row in enumerate(rows)]
@@ -92,7 +94,7 @@ def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequen
   return Evaluation({"n": len(rows), **mean_scores(predictions)}, predictions)
 
 
-def check(row: Row, how: Setting, top_k: int) -> None:
+def check(row: Row, how: Setting, top_k: int, layout: Layout) -> None:
   """Refuses a row that cannot be answered in a setting.
 
   Raises:
@@ -104,6 +106,10 @@ def check(row: Row, how: Setting, top_k: int) -> None:
     raise DataError(f"{row.identifier}: the row has no documents; `clara candidates` finds some")
   if how.order and len(row.documents) < top_k:
     raise DataError(f"{row.identifier}: {len(row.documents)} documents, but top_k={top_k}")
+  if how.form == "memories":
+    layout.answer_prompt(row.questions[0], top_k if how.order else len(row.documents), where=row.identifier)
+  else:
+    layout.prompt(prompts.answer_messages("", row.questions[0]), where=row.identifier)
 
 
 # Numbers of a prediction that are no scores.
@@ -139,7 +145,7 @@ def read_predictions(path: str) -> list[dict[str, Any]]:
   try:
     found = [json.loads(line) for line in lines[:-1]]
   except json.JSONDecodeError as error:
-    raise DataError(f"{path}: not predictions: {error}") from None
+    raise DataError(f"{path}: no file of predictions ({error}); of a report, name its directory") from None
   for number, value in enumerate(found, 1):
     if not isinstance(value, dict) or not {"key", "made_by", "prediction"} <= set(value):
       raise DataError(f"{path}:{number}: expected a prediction of clara evaluate")
@@ -173,6 +179,7 @@ class _Answers:
     role: Role | None = "generator" if how.form == "memories" else None
     self._generate = make_generate(model, max_new_tokens, layout.eos_id, layout.pad_id, role)
     self._likelihood = make_likelihood(model, layout, role)
+    self._shapes: set[tuple] = set()
 
   def _query(self, weights, tokens):
     return self._model.encode(weights, self._how.order, tokens)[0]
@@ -199,12 +206,14 @@ class _Answers:
         memories = memories[np.arange(len(rows))[:, None], ranked[:, :k]]
       read = [memories.shape[1]] * len(rows)
       contents = [read[0] * self._model.config.num_memory_tokens] * len(rows)
-      tokens = [layout.answer_prompt(r.questions[0], read[0], where=f"question {r.questions[0]!r:.60}").ids for r in rows]
+      tokens = [layout.answer_prompt(r.questions[0], read[0], where=r.identifier).ids for r in rows]
     else:
       taken = [[r.documents[i] for i in ranked[n, :k]] if ranked is not None else [] for n, r in enumerate(rows)]
       tokens, read, contents = zip(*(self._text_prompt(r.questions[0], d) for r, d in zip(rows, taken, strict=True)), strict=True)
     answers = np.asarray(self._generate(self._weights, pad_tokens(list(tokens), layout.pad_id, 32), memories))
-    seconds = (time.perf_counter() - begin) / len(rows)
+    shape = (len(rows), max(map(len, tokens)) // 32, None if memories is None else memories.shape)
+    seconds = (time.perf_counter() - begin) / len(rows) if shape in self._shapes else None  # the first one compiles
+    self._shapes.add(shape)
     log_p, count = self._likelihood(self._weights, tokens, [until_end(a, layout.eos_id) for a in answers], memories)
     confidence = np.exp(log_p / count)
     found = []

@@ -94,13 +94,14 @@ class Report:
   """What a retriever gave, before any gold documents were put there.
 
   Attributes:
-    rows: written.
+    rows: written; rows_with_gold: those that recall is over.
     documents: in the corpus.
     recall_at_5, recall_at_count: mean share of a row's gold documents among the first 5, and among all candidates; None without gold.
     gold_not_in_corpus: gold documents that no retriever could find.
   """
 
   rows: int
+  rows_with_gold: int
   documents: int
   recall_at_5: float | None
   recall_at_count: float | None
@@ -124,7 +125,8 @@ def make(rows: Sequence[Row], corpus: Sequence[Document], count: int, setting: L
     DataError: fewer documents than `count`; 'oracle' without the text of a gold document.
   """
   if count > len(corpus):
-    raise DataError(f"{count} candidates a row, but the corpus has {len(corpus)} documents")
+    named = "" if corpus else "; the questions have none of their own: name --corpus F"
+    raise DataError(f"{count} candidates a row, but the corpus has {len(corpus)} documents{named}")
   texts = [f"{d.title}\n{d.text}" if d.title else d.text for d in corpus]
   by_text, by_id = {t: i for i, t in enumerate(texts)}, {d.id: i for i, d in enumerate(corpus)}
   found = open_retriever(retriever, texts)
@@ -156,7 +158,7 @@ def make(rows: Sequence[Row], corpus: Sequence[Document], count: int, setting: L
              "docs": [texts[p] for p in places], "doc_ids": [corpus[p].id if p < len(corpus) else f"gold {p}" for p in places],
              "pos_index": [i for i, p in enumerate(places) if p in gold]}
   at_5, at_count = np.mean(recall, axis=0).round(4).tolist() if recall else (None, None)
-  yield Report(len(rows), len(corpus), at_5 if count >= 5 else None, at_count, lost)
+  yield Report(len(rows), len(recall), len(corpus), at_5 if count >= 5 else None, at_count, lost)
 
 
 def _search(found: Retriever, name: str, questions: Sequence[str], count: int) -> list[list[int]]:

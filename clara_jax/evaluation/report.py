@@ -13,9 +13,9 @@ from clara_jax.evaluation.explain import Explanation, Word
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2rem}h3{font-size:1rem;margin-bottom:.2rem}
+h1{font-size:1.6rem}h1,h2,h3,p{overflow-wrap:anywhere}h2{font-size:1.2rem;margin-top:2rem}h3{font-size:1rem;margin-bottom:.2rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.95rem}
-td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
+td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
 td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));gap:1rem}
 figure{margin:1rem 0}svg{max-width:100%;height:auto}.doc,.small{color:#555;font-size:.9rem}
@@ -54,17 +54,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   def cell(value):
     if isinstance(value, str):
       return f"<td>{value if value.startswith('<') else html.escape(value)}</td>"
+    if isinstance(value, statistics.Mean):  # its interval below it: columns stay narrow
+      return f"<td class=n>{value.mean:.3f}<br><span class=small>{value.low:.3f}–{value.high:.3f}</span></td>"
     return f"<td class=n>{number(value)}</td>"
   lines = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
   return f"<div class=wide><table><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in header)}</tr>{lines}</table></div>"
 
 
 def number(value: Any) -> str:
-  """A mean with its interval, a number, or nothing."""
+  """A number, or nothing."""
   if value is None:
     return ""
-  if isinstance(value, statistics.Mean):
-    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
   return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if abs(value) < 0.1 else f"{value:.3f}"
 
 
@@ -84,14 +84,15 @@ Predictions = Sequence[Mapping[str, Any]]
 
 
 def summary(predictions: Predictions) -> dict[str, Any]:
-  """Means with intervals of quality and retrieval, context tokens and seconds a question (median)."""
+  """Means with intervals of quality and retrieval, context tokens and seconds a question (median; None where every pass compiled)."""
   found: dict[str, Any] = {"rows": len(predictions)}
   for name in sorted({k for p in predictions for k, v in p.items() if isinstance(v, float) and k not in ("seconds", "confidence")}):
     values = [p[name] for p in predictions if name in p]
     if values:
       found[name] = statistics.mean(values)
   found["context_tokens"] = float(np.mean([p["context_tokens"] for p in predictions]))
-  found["seconds"] = float(np.median([p["seconds"] for p in predictions]))
+  seconds = [p["seconds"] for p in predictions if p["seconds"] is not None]
+  found["seconds"] = float(np.median(seconds)) if seconds else None
   return found
 
 
@@ -114,16 +115,19 @@ def by_bins(runs: Mapping[str, Predictions], value: Callable[[Mapping[str, Any]]
   def draw(axes):
     for shift, (name, predictions) in enumerate(runs.items()):
       pairs = [(v, p["em"]) for p in predictions if (v := value(p)) is not None]
-      edges = np.unique(np.quantile([v for v, _ in pairs], np.linspace(0, 1, bins + 1)))
-      inside = np.clip(np.searchsorted(edges, [v for v, _ in pairs], side="right") - 1, 0, len(edges) - 2)
+      distinct = sorted({v for v, _ in pairs})
+      quantiles = np.unique(np.quantile([v for v, _ in pairs], np.linspace(0, 1, bins + 1))[:-1])
+      edges = np.array(distinct) if len(distinct) <= 2 * bins else quantiles
+      inside = np.searchsorted(edges, [v for v, _ in pairs], side="right") - 1
       found = [(np.mean([v for (v, _), j in zip(pairs, inside, strict=True) if j == i]),
                 statistics.mean([e for (_, e), j in zip(pairs, inside, strict=True) if j == i]))
-               for i in range(len(edges) - 1) if (inside == i).any()]
+               for i in range(len(edges)) if (inside == i).any()]
       x = np.array([v for v, _ in found]) * (1 + 0.004 * shift)
       means = [m for _, m in found]
       axes.errorbar(x, [m.mean for m in means], np.maximum(0, [[m.mean - m.low for m in means], [m.high - m.mean for m in means]]),
                     marker="o", capsize=3, **_line(name))
     axes.set(title=title, xlabel=xlabel, ylabel="exact match (95 % interval)", ylim=(0, 1.05))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
   values = {v for predictions in runs.values() for p in predictions if (v := value(p)) is not None}
   return figure(draw) if len(values) > 1 else None
@@ -184,7 +188,8 @@ def word_list(words: Sequence[Word], most: int = 20) -> str:
 
 
 LENS_LEGEND = ("<p class=small>Words of the logit lens: <span class=q>bold</span> stands in the question, <span class=g>underlined</span> "
-               "in a gold document.</p>")
+               "in a gold document. Attention: share of the answer tokens' attention to memory tokens. Gain: log probability of the answer "
+               "that was given, with all documents minus without this one. log p: of that answer.</p>")
 
 
 def explained(found: Explanation) -> str:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError, Row
 from clara_jax.evaluation import report, statistics
@@ -41,13 +43,18 @@ def run(checkpoint: Checkpoint, rows: Sequence[Row], settings: Sequence[str], di
     What is in report.json: `report.summary` by setting or name.
 
   Raises:
-    ConfigError: a name is used twice, or cannot be that of a file.
+    ConfigError: a name is used twice, or cannot be that of a file; DIR has a report with other runs.
   """
   for name in also:
     if name in settings or not re.fullmatch(r"[\w.-]+", name):
       raise ConfigError(f"--also {name}: {'is the name of a setting' if name in settings else 'expected letters, digits, _ . -'}")
   jobs = {name: (checkpoint, name) for name in settings} | {name: (other, "joint") for name, other in also.items()}
   where = pathlib.Path(directory)
+  if where.is_file():
+    raise ConfigError(f"--report {directory}: is a file, expected a directory")
+  if lost := _runs_of(where) - set(jobs):
+    raise ConfigError(f"--report {directory}: has a report with {', '.join(sorted(lost))}, too; name these as well (what is answered is "
+                      "not answered again), or another directory")
   (where / "predictions").mkdir(parents=True, exist_ok=True)
   found, summaries = {}, {}
   hashes = {id(source): weights_hash(source.weights) for source in (checkpoint, *also.values())}
@@ -65,15 +72,24 @@ def run(checkpoint: Checkpoint, rows: Sequence[Row], settings: Sequence[str], di
   made = {"title": title, "rows": len(rows), "runs": values}
   (where / "report.json").write_text(json.dumps(made, indent=2), encoding="utf-8")
   report.write(where / "report.html", _page(title, checkpoint, also, rows, found, summaries, max_new_tokens))
-  if others := sorted({f.stem for f in (where / "predictions").glob("*.jsonl")} - set(found)):
-    print(f"evaluate: the report has {', '.join(found)}; there are older predictions of {', '.join(others)}", file=sys.stderr)
   print(f"evaluate: {where / 'report.html'}", file=sys.stderr, flush=True)
   return made
 
 
+def _runs_of(directory: pathlib.Path) -> set[str]:
+  """Runs that a report has."""
+  try:
+    return set(json.loads((directory / "report.json").read_text(encoding="utf-8"))["runs"])
+  except (FileNotFoundError, ValueError, KeyError):
+    return set()
+
+
 def summary_table(summaries: Mapping[str, Mapping[str, Any]], says: Mapping[str, str]) -> str:
   """The table of a run."""
-  columns = [c for c in (*report.QUALITY, *report.RETRIEVAL) if any(c in s for s in summaries.values())]
+  order = dict.fromkeys(("em", "f1", "recall_at_1", "recall_at_5", *report.QUALITY, *report.RETRIEVAL))
+  columns = [c for c in order if any(c in s for s in summaries.values())]
+  if all(s["em_first"] == s["em"] for s in summaries.values()):
+    columns.remove("em_first")
   rows = [[name.replace("_", " "), *(s.get(c) for c in columns), s["context_tokens"], s["seconds"]] for name, s in summaries.items()]
   names = "".join(f"<br><b>{html.escape(name.replace('_', ' '))}</b>: {html.escape(says[name])}" for name in summaries if name in says)
   header = ["run", *(c.replace("_", " ") for c in columns), "context tokens", "s a question"]
@@ -95,19 +111,25 @@ def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):
                      "rank of the first gold document")) if p]
   plots.append(report.calibration(shown))
   ratios = {name: (checkpoint if name in SETTINGS else also[name]).model.config.compression_rate for name in compressed}
-  if ratios:
+  if len(set(ratios.values())) > 1:
     plots.append(report.against_ratio({name: (ratio, summaries[name]["f1"]) for name, ratio in ratios.items()}))
   note = ("<p class=small>Means over rows with their 95 % bootstrap intervals. em, f1 and cover em: best over the gold answers; em first: "
-          "against the first one. Seconds: retrieval and answer, in batches, median over rows; documents were compressed before. "
-          "The first pass of each shape compiles.</p>")
+          "against the first one. Seconds: retrieval and answer, in batches, median over rows, "
+          "without passes that compile; documents were compressed before. Recall and the like: over rows with gold documents.</p>")
   sections = [("Results", summary_table(summaries, says) + note),
               ("Plots", f"<div class=plots>{''.join(plots)}</div>")]
   if "joint" in found:
     sections += _examples(checkpoint, rows, found["joint"], max_new_tokens)
   texts = list(dict.fromkeys(d for row in rows for d in row.documents))[:PICTURED]
   if texts and compressed:
-    sets = {name: picture(*document_and_memory_means(c.model, c.layout, c.weights, texts))
-            for name, c in {"this checkpoint": checkpoint, **also}.items()}
+    sets: dict[str, Any] = {}
+    for name, c in {"this checkpoint": checkpoint, **also}.items():
+      made = picture(*document_and_memory_means(c.model, c.layout, c.weights, texts))
+      same = next((n for n, other in sets.items() if np.array_equal(other[0], made[0])), None)  # one compressor
+      if same:
+        sets = {f"{n}, {name}" if n == same else n: value for n, value in sets.items()}
+      else:
+        sets[name] = made
     said = (f"<p>Means of the compressor's states over a document's own tokens and over its memory tokens, {len(texts)} documents, PCA. "
             "The MSE term of SCP (paper §3.1) brings the two together.</p>")
     sections.append(("Documents and their memory tokens", said + report.pictures(sets)))
@@ -127,15 +149,13 @@ def _rank(prediction):
 
 
 def _examples(checkpoint, rows, predictions, max_new_tokens):
-  order = sorted(range(len(rows)), key=lambda i: (predictions[i]["f1"], predictions[i]["confidence"] * (1 if predictions[i]["f1"] else -1)))
+  order = sorted(range(len(rows)), key=lambda i: -predictions[i]["confidence"])
+  right, wrong = ([i for i in order if bool(predictions[i]["em"]) == is_right][:EXAMPLES] for is_right in (True, False))
   explainer = Explainer(checkpoint.model, checkpoint.layout, checkpoint.weights, max_new_tokens)
 
   def explained(places):
-    return "".join(report.explained(explainer.explain(rows[i])) for i in places)
-  note = ("<p class=small>Attention: share of the answer tokens' attention to memory tokens. Gain: log probability of the answer with all "
-          "documents minus without this one.</p>")
-  return [("Worst: wrong, and sure of it", report.LENS_LEGEND + note + explained(order[:EXAMPLES])),
-          ("Best: right, and sure of it", explained(order[::-1][:EXAMPLES]))]
+    return "".join(report.explained(explainer.explain(rows[i])) for i in places) or "<p>None.</p>"
+  return [("Worst: wrong, and sure of it", report.LENS_LEGEND + explained(wrong)), ("Best: right, and sure of it", explained(right))]
 
 
 # ---- two runs ------------------------------------------------------------------------------------------------------------------
@@ -209,5 +229,6 @@ def _comparison(left, right, differences):
   for heading, sign in (("B is right where A was wrong", 1), ("A was right where B is wrong", -1)):
     changed = [(p, q) for p, q in zip(left, right, strict=True) if sign * (q["em"] - p["em"]) > 0]
     shown = [[p["question"], " | ".join(p["answers"]), p["prediction"], q["prediction"]] for p, q in changed[:10]]
-    text += f"<h3>{heading}: {len(changed)} rows</h3>" + report.table(["question", "wanted", "A", "B"], shown)
+    first = f", the first {len(shown)}" if len(shown) < len(changed) else ""
+    text += f"<h3>{heading}: {len(changed)} rows{first}</h3>" + report.table(["question", "wanted", "A", "B"], shown)
   return text
