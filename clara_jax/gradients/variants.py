@@ -37,7 +37,8 @@ class Variant:
 
 AUDITED = ("algorithm1", "equation33", "softmax", "iterated_softmax(hard=True)", "optimal_transport(hard=True)", "gumbel",
            "perturbed(hard=True)", "score_function", "simple", "simple(sample=False)", "selected_only")
-TRAINED = (*AUDITED, "iterated_softmax", "optimal_transport", "algorithm1(temperature=0.1)", "algorithm1(temperature=0.2, final_temperature=0.02)", "algorithm1(learned=True)")
+TRAINED = (*AUDITED, "iterated_softmax", "optimal_transport", "algorithm1(temperature=0.1)",
+           "algorithm1(temperature=0.2, final_temperature=0.02)", "algorithm1(learned=True)")
 
 
 def parse(text: str) -> Variant:
