@@ -67,17 +67,17 @@ def test_runs_with_estimators_and_temperatures(estimator, arguments, train, tmp_
   def run(workdir, **options):
     return loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("joint")[:32], workdir=str(tmp_path / workdir), progress=False,
                       **options)
-  whole = run("whole")
-  if "temperature" in whole.weights:  # one more group to keep
-    run("stopped", stop_at=2)
-    jax.tree.map(np.testing.assert_array_equal, whole.weights, run("stopped").weights)
-  lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+  stopped = run("run", stop_at=2) if train["temperature"] == "learned" else None
+  whole = run("run")
+  lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   paths = [line for line in lines if line["kind"] == "gradients"]
   assert [line["step"] for line in paths] == [0, 2] and all(line["path_i"] > 0 and line["path_ii"] > 0 for line in paths)
-  if train.get("temperature") == "annealed":
+  if stopped is None:
     np.testing.assert_allclose([line["temperature"] for line in paths], [0.02, 0.02 * 10 ** (2 / 3)], rtol=1e-4)
-  if train.get("temperature") == "learned":
-    assert abs(float(whole.weights["temperature"]["log"][0]) - np.log(0.02)) > 1e-3
+  else:  # a group more, which is kept and goes on
+    first, last = (float(r.weights["temperature"]["log"][0]) for r in (stopped, whole))
+    assert abs(first - np.log(0.02)) > 1e-3 and first != last
+    np.testing.assert_allclose(paths[1]["temperature"], np.exp(first), rtol=1e-5)
 
 
 def test_unfit_temperatures():
