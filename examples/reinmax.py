@@ -16,7 +16,7 @@ from clara_jax.ops.estimators import Selection, weighted
 
 def reinmax(scores, k, temperature, rng, sharpness: float = 1.0) -> Selection:
   """Second-order straight-through: with D the document that was drawn and π the softmax it was drawn from, the gradient is twice that
-  through (π + D)/2 less half of that through π. Exact for losses that are quadratic in a slot's weights."""
+  through (π + D)/2 less half of that through π. Exact for losses that are quadratic in the weights of a single slot (K = 1)."""
   theta = sharpness * scores.astype(jnp.float32) / temperature
   noise = jax.random.gumbel(rng, theta.shape)
   indices = jax.lax.top_k(theta + noise, k)[1]  # a draw from Plackett–Luce

@@ -227,12 +227,14 @@ def test_train_through_the_command(folder, capsys, tmp_path, own_estimator):
   assert status == 0 and report["step"] == 3
   for number, name in enumerate((own_estimator, "mine")):  # from a file, and by an entry point
     arguments[arguments.index("--workdir") + 1] = workdir = tmp_path / f"own{number}"
-    status, report, err = run(capsys, *arguments, f"--config.estimator={name}", "--config.estimator_args.scale=0.5")
+    more = ["--config.train.temperature=annealed", "--config.train.final_temperature=0.1"] * number  # fields that the file does not name
+    status, report, err = run(capsys, *arguments, f"--config.estimator={name}", "--config.estimator_args.scale=0.5", *more)
     assert status == 0 and np.isfinite(report["loss"]), err
     assert json.loads((workdir / "config.json").read_text())["run"]["estimator_args"] == {"scale": 0.5}
   for more, message in ((["--config.estimator=mine", "--config.estimator_args.x=1"], "does not take x; it takes scale"),
                         (["--config.estimator=nobody"], "estimator='nobody': expected one of"),
-                        (["--config.estimator_args.x=1"], "name config.estimator"),
+                        (["--config.estimator_args.x=1"], "name config.estimator"), (["--config.train.no=1"], "train.no: unknown field"),
+                        (["--config.train.steps.x=1"], "steps is no group"),
                         (["--config.estimator=mine", "--config.train.stage=contrastive"], "selects no documents")):
     status, _, err = run(capsys, *arguments, *more)
     assert status == 2 and message in err

@@ -299,9 +299,34 @@ def test_bad_k():
 
 
 def test_files_that_fail(tmp_path):
-  (tmp_path / "mine.py").write_text("def good(scores, k, temperature, rng, x=1.0): pass\ndef bad(scores): pass\n")
+  (tmp_path / "helper.py").write_text("from clara_jax.ops.estimators import *\nfrom clara_jax.ops.estimators import weighted\nimport jax")
+  (tmp_path / "mine.py").write_text("""
+from __future__ import annotations
+import dataclasses
+from helper import *
+
+@dataclasses.dataclass
+class Settings:
+  x: float
+
+def soft(scores, k):
+  return jax.numpy.repeat(jax.nn.softmax(scores)[:, None], k, axis=1)
+
+def good(scores, k, temperature, rng, x=1.0, count: int = 0):
+  return weighted(jax.lax.top_k(scores, k)[1], soft(scores, k))
+def bad(scores): pass
+def nothing(scores, k, temperature, rng): pass
+def decides(scores, k, temperature, rng): return good(scores, k, 1, 1) if scores.sum() > 0 else None
+def too_many(scores, k, temperature, rng): return good(scores, k + 1, 1, 1)
+def few_rows(scores, k, temperature, rng): return weighted(jax.lax.top_k(scores, k)[1], soft(scores, 1), hard=False)
+def no_log(scores, k, temperature, rng, draws: int = 2): return good(scores, k, 1, 1)
+""")
   assert estimators.get(f"{tmp_path}/mine.py:good", {"x": 2}).arguments == (("x", 2),)
-  for text, message in (("mine.py:bad", "expected a function of .scores, k, temperature, rng"), ("mine.py:none", "has no function 'none'")):
+  for text, message in (
+      ("mine.py:bad", "expected a function of .scores, k, temperature, rng"), ("mine.py:none", "has no function 'none'"),
+      ("mine.py", "name the function, too"), ("mine.py:nothing", "'NoneType' object has no attribute 'indices'"),
+      ("mine.py:decides", "TracerBoolConversionError"), ("mine.py:too_many", r"expected indices of integers \[2, 3\], got int32 \[2, 4\]"),
+      ("mine.py:few_rows", r"expected rows \[2, 3, 4, 5\], got \[2, 1, 4, 5\]"), ("mine.py:no_log", "expected log_prob")):
     with pytest.raises(ConfigError, match=message):
       estimators.get(f"{tmp_path}/{text}")
   (tmp_path / "broken.py").write_text("import nothing_of_the_kind")
@@ -309,7 +334,8 @@ def test_files_that_fail(tmp_path):
     estimators.get(f"{tmp_path}/broken.py:f")
 
 
-@pytest.mark.parametrize("text", ["algorithm1(", "algorithm1(3)", "algorithm1(temperature=-1)", "algorithm1(x=y)"])
+@pytest.mark.parametrize("text", ["algorithm1(", "algorithm1(3)", "algorithm1(temperature=-1)", "algorithm1(x=y)", "algorithm1(**{})",
+                                  "algorithm1(learned=3)", "algorithm1(temperature=1e999)"])
 def test_bad_variants(text):
   with pytest.raises(ConfigError, match="algorithm1"):
     parse(text)

@@ -38,8 +38,16 @@ def test_estimators_of_ones_own_are_audited(own_estimator, tmp_path, capsys):
   assert (out / "gradients.html").read_text().count("<svg") == 2 and "| mine |" in (out / "gradients.md").read_text()
   assert main(command) == 0  # nothing is done again
   assert json.loads(capsys.readouterr().out)["seconds"] == report["seconds"]
-  assert main([*command[:5], "--estimators", "algorithm1"]) == 2
-  assert "is an audit of algorithm1, mine" in capsys.readouterr().err
+  file = pathlib.Path(own_estimator.removesuffix(":mine"))
+  file.write_text(file.read_text().replace("scale * scores", "0.1 * scale * scores"))
+  assert main(command) == 0  # an edited estimator is another one
+  changed = json.loads((out / "audit.json").read_text())["settings"][0]["estimators"]
+  assert changed[own_estimator] != one[own_estimator] and changed["mine"] == one["mine"]
+  capsys.readouterr()
+  for more, message in ((["--draws", "30"], "is an audit with 20 draws"),
+                        (["--estimators", "algorithm1(learned=True)"], "schedules are for")):
+    assert main([*command, *more]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_tutorial_is_the_example():
@@ -135,6 +143,10 @@ def test_audit_of_a_generator(tmp_path):
   assert report["choices"] == 12 and found["estimators"]["selected_only"]["plackett_luce"]["bias"] == 1
   unbiased = found["estimators"]["score_function(draws=8)"]["plackett_luce"]
   assert unbiased["bias"] < 4 * unbiased["bias_error"]
+  laboratory.run_generator(str(tmp_path), checkpoint, tiny.rows("joint")[:3], ["equation33"], n=4, draws=60)
+  assert set(json.loads((tmp_path / "generator.json").read_text())["estimators"]) == {*names, "equation33"}
+  with pytest.raises(ConfigError, match="is an audit of rows 3, n 4, draws 60"):
+    laboratory.run_generator(str(tmp_path), checkpoint, tiny.rows("joint")[:3], names, n=5, draws=60)
   assert "12 ordered choices" in (tmp_path / "gradients.html").read_text()
 
 

@@ -40,6 +40,7 @@ from clara_jax.memory.quantise import quantise
 from clara_jax.memory.store import MemoryStore, StoreError
 from clara_jax.model import Clara, MissingWeightsError
 from clara_jax.nn.linear import MissingAdapterError
+from clara_jax.ops import estimators
 from clara_jax.retrieval import index as index_lib
 from clara_jax.synthesis.client import Endpoint, RequestError
 from clara_jax.synthesis.judge import grounding
@@ -120,6 +121,8 @@ def quickstart(options: argparse.Namespace) -> dict[str, Any]:
 def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any] | None:
   """`clara train`: one stage."""
   config = configs.load(options.config, overrides)
+  if config.estimator:  # before a base is read
+    estimators.get(config.estimator, config.estimator_args)
   if options.distributed or options.coordinator or options.processes is not None or options.process is not None:
     distributed.initialize(options.coordinator, options.processes, options.process)
   keep_programs()
@@ -467,12 +470,15 @@ def gradients(options: argparse.Namespace) -> dict[str, Any]:
   if options.checkpoint and options.train:
     raise ConfigError("--checkpoint and --train: name one of them; each adds its part to the page of --out")
   names = options.estimators
+  if options.draws is not None and options.draws < 2:
+    raise ConfigError(f"--draws {options.draws}: expected 2 or more, for a variance")
   if options.train:
     return laboratory.run_compare(options.out, options.workdir, names or TRAINED, options.seeds, options.scale)
   if options.checkpoint:
     checkpoint = _checkpoint(options, "compressor", "generator")
     rows = list(itertools.islice((r for r in schemas.read_rows([options.rows]) if r.data_type == "qa"), options.limit))
-    return laboratory.run_generator(options.out, checkpoint, rows, names or AUDITED, options.candidates, options.draws or 32)
+    return laboratory.run_generator(options.out, checkpoint, rows, names or AUDITED, options.candidates, options.draws or 32,
+                                    told={"checkpoint": options.checkpoint, "file": options.rows})
   return laboratory.run_audit(options.out, names or AUDITED, options.draws or 1000, VARIED if options.vary is None else options.vary)
 
 

@@ -3,7 +3,7 @@
 import ast
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -21,13 +21,36 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
   file = path.split(":", 1)[0]
   if not os.path.exists(file):
     raise ConfigError(f"--config {file}: no such file")
-  # Of no fixed type, so that ml_collections knows nothing of them.
-  names = ("--config.estimator=", "--config.estimator_args.")
-  given = [o.removeprefix("--config.").partition("=") for o in overrides if o.startswith(names)]
-  overrides = [o for o in overrides if not o.startswith(names)]
   for override in overrides:
-    if not override.startswith("--config."):
+    if not override.startswith("--config.") or "=" not in override:
       raise ConfigError(f"unrecognized argument {override}; overrides look like --config.train.steps=100")
+  # A field that the file leaves at its default may be overridden, too; ml_collections knows only those that it names.
+  named = _read(path, ())
+  given = [o.removeprefix("--config.").partition("=") for o in overrides]
+  known = [o for o, (name, _, _) in zip(overrides, given, strict=True) if _names(named, name)]
+  fields = _read(path, known)
+  for name, _, value in given:
+    if not _names(named, name):
+      *groups, last = name.split(".")
+      at = fields
+      for group in groups:
+        at[group] = at.get(group) or {}
+        at = at[group]
+        if not isinstance(at, dict):
+          raise ConfigError(f"--config.{name}: {group} is no group of fields")
+      at[last] = _literal(value)
+  return from_config_dict(RunConfig, fields)
+
+
+def _names(fields: Mapping[str, Any], name: str) -> bool:
+  for part in name.split("."):
+    if not isinstance(fields, Mapping) or part not in fields:
+      return False
+    fields = fields[part]
+  return True
+
+
+def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
   arguments = ["clara", f"--config={path}", *overrides]
@@ -41,14 +64,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     raise ConfigError(f"{path}: {error}") from None
   finally:
     sys.argv = outer
-  fields = config.to_dict()
-  for name, _, value in given:
-    group, dot, argument = name.partition(".")
-    if dot:
-      fields[group] = {**(fields.get(group) or {}), argument: _literal(value)}
-    else:
-      fields[group] = value or None
-  return from_config_dict(RunConfig, fields)
+  return config.to_dict()
 
 
 def _literal(text: str) -> Any:

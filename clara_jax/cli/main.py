@@ -265,7 +265,8 @@ def _parser() -> argparse.ArgumentParser:
                          "temperature=…, final_temperature=… (annealed) or learned=True, too; default: all")
   gradients.add_argument("--draws", type=positive, help="of an estimate; default 1000, with --checkpoint 32")
   gradients.add_argument("--vary", nargs="*", metavar="WHAT", choices=("temperature", "spread", "k", "n", "correlation", "loss"),
-                         help="one at a time, of temperature, spread (of the scores), k, n, correlation (of memories), loss; default: all")
+                         help="one at a time, of temperature, spread (of the scores), k, n, correlation (of memories), loss; "
+                         "default: all; with nothing behind it, none")
   gradients.add_argument("--checkpoint", metavar="CKPT", help="the loss of its generator, on --rows, in place of synthetic losses")
   gradients.add_argument("--base", metavar="DIR", help="the checkpoint's base, where its own record does not lead to it")
   gradients.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computations")

@@ -5,6 +5,7 @@ Axes: R instances (rows), N documents, K slots, T draws of an estimate.
 
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -127,7 +128,7 @@ def summary(drawn: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     Medians over instances; a gradient of 0 has cosine 0.
   """
   mean, size = drawn.mean(0), np.maximum(np.linalg.norm(truth, axis=-1), 1e-30)
-  variance = drawn.var(0, ddof=1).sum(-1) if len(drawn) > 1 else np.zeros(len(truth))
+  variance = (drawn - drawn[:1]).var(0, ddof=1).sum(-1)  # 0 where all draws are the same
 
   def cosine(x):
     return (x * truth).sum(-1) / np.maximum(np.linalg.norm(x, axis=-1) * size, 1e-30)
@@ -176,6 +177,8 @@ def audit_setting(setting: Setting, variants: Sequence[Variant], draws: int = 10
     keys = jax.random.split(jax.random.key(seed + 1), draws)
     drawn = np.asarray(estimates(variant.estimator, scores, memories, _LOSS_OF[setting.loss], setting.k, jnp.float32(tau), keys,
                                  min(draws, 100), facts))
+    if not np.isfinite(drawn).all():
+      raise ConfigError(f"{variant.name}: a gradient is not finite with {setting}")
     made[variant.name] = {policy: summary(drawn, truth) for policy, truth in truths[tau].items()}
   return made
 
@@ -233,5 +236,6 @@ def audit_generator(checkpoint: Checkpoint, rows: Sequence[Row], variants: Seque
     drawn = np.asarray(estimates(variant.estimator, scores, memories, cross_entropy, k, jnp.float32(tau), keys, 1, (weights, batch.prompt)))
     made[variant.name] = {policy: summary(drawn, truth) for policy, truth in truths.items()} | {
         "seconds": round(time.monotonic() - start, 2)}
+    print(f"gradients: {variant.name}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
   return {"rows": len(rows), "n": n, "k": k, "choices": len(found), "draws": draws, "temperature": model.config.temperature,
           "spread": float(np.asarray(scores).std(-1).mean()), "estimators": made}

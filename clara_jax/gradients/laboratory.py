@@ -1,11 +1,14 @@
 """What `clara gradients` does: its results in a directory, and one page of all of them."""
 
 import dataclasses
+import hashlib
+import inspect
 import json
 import os
+import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clara_jax.config import ConfigError
@@ -13,7 +16,7 @@ from clara_jax.data.schemas import Row
 from clara_jax.gradients import pages
 from clara_jax.gradients.audit import VARIED, Setting, audit_generator, audit_setting
 from clara_jax.gradients.compare import compare
-from clara_jax.gradients.variants import AUDITED, TRAINED, parse_all
+from clara_jax.gradients.variants import AUDITED, TRAINED, Variant, parse_all
 from clara_jax.interop.checkpoints import Checkpoint
 from clara_jax.reproduction.experiments import Sizes
 
@@ -21,43 +24,72 @@ INSTANCES = 16
 
 
 def run_audit(out: str, names: Sequence[str] = AUDITED, draws: int = 1000, varied: Sequence[str] = tuple(VARIED)) -> dict[str, Any]:
-  """Every estimator in `Setting()` and with one thing varied at a time, into OUT/audit.json; settings that are there are not done again.
+  """Every estimator in `Setting()` and with one thing varied at a time, into OUT/audit.json. What is there, of the same source, is not done
+  again; the page shows these estimators.
 
   Raises:
-    ConfigError: an unknown estimator, or OUT has an audit of others.
+    ConfigError: an unknown estimator, one that is trained with a schedule, or OUT has an audit of another number of draws.
   """
   variants = parse_all(names)
+  if scheduled := [v.name for v in variants if v.train]:
+    raise ConfigError(f"{scheduled[0]}: an audit has one temperature; schedules are for --train")
   _make(out)
   path, start = os.path.join(out, "audit.json"), time.monotonic()
-  told = {"names": [v.name for v in variants], "draws": draws, "instances": INSTANCES}
-  found = _read(path) or {**told, "seconds": 0.0, "settings": []}
+  told = {"draws": draws, "instances": INSTANCES}
+  found = _read(path) or {**told, "sources": {}, "seconds": 0.0, "settings": []}
   if {k: found[k] for k in told} != told:
-    raise ConfigError(f"{path}: is an audit of {', '.join(found['names'])} with {found['draws']} draws; name another --out")
-  before = found["seconds"]
+    raise ConfigError(f"{path}: is an audit with {found['draws']} draws; name another --out")
+  before, sources = found["seconds"], {v.name: _source(v) for v in variants}
+  for name in [n for n in found["sources"] if sources.get(n, found["sources"][n]) != found["sources"][n]]:
+    for entry in found["settings"]:  # it was changed since
+      entry["estimators"].pop(name, None)
+  found |= {"names": list(sources), "sources": found["sources"] | sources}
   wanted = [(None, Setting())] + [(factor, dataclasses.replace(Setting(), **{factor: value})) for factor in varied
                                   for value in VARIED[factor]]
   for number, (factor, setting) in enumerate(wanted, 1):
     entry = {"varies": factor, "setting": dataclasses.asdict(setting)}
-    if any({k: e[k] for k in entry} == entry for e in found["settings"]):
+    there = next((e for e in found["settings"] if {k: e[k] for k in entry} == entry), None)
+    if there is None:
+      same = next((e["estimators"] for e in found["settings"] if e["setting"] == entry["setting"]), {})
+      found["settings"].append(there := entry | {"estimators": dict(same)})
+    if not (missing := [v for v in variants if v.name not in there["estimators"]]):
       continue
-    same = next((e["estimators"] for e in found["settings"] if e["setting"] == entry["setting"]), None)
-    found["settings"].append(entry | {"estimators": same or audit_setting(setting, variants, draws, INSTANCES)})
+    there["estimators"] |= audit_setting(setting, missing, draws, INSTANCES)
     found["seconds"] = round(before + time.monotonic() - start, 1)
     _write(path, found)
     print(f"gradients: setting {number} of {len(wanted)}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
   return {"settings": len(found["settings"]), "estimators": len(variants), "seconds": found["seconds"], **pages.write(out)}
 
 
-def run_generator(out: str, checkpoint: Checkpoint, rows: Sequence[Row], names: Sequence[str] = AUDITED, n: int = 6, draws: int = 32
-                  ) -> dict[str, Any]:
-  """The audit with a checkpoint's generator, into OUT/generator.json; see `audit_generator`."""
+def run_generator(out: str, checkpoint: Checkpoint, rows: Sequence[Row], names: Sequence[str] = AUDITED, n: int = 6, draws: int = 32,
+                  told: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """The audit with a checkpoint's generator, into OUT/generator.json; see `audit_generator`. Estimators of an earlier one stay.
+
+  Args:
+    out, checkpoint, rows, names, n, draws: see `audit_generator`.
+    told: what else the result tells, and a later start must agree in.
+
+  Raises:
+    ConfigError: OUT has an audit of another checkpoint, other rows, N or draws.
+  """
   variants = parse_all(names)
   _make(out)
-  start = time.monotonic()
+  path, start = os.path.join(out, "generator.json"), time.monotonic()
+  of = {**(told or {}), "rows": len(rows), "n": n, "draws": draws}
+  there = _read(path) or {**of, "estimators": {}, "seconds": 0.0}
+  if {k: there.get(k) for k in of} != of:
+    raise ConfigError(f"{path}: is an audit of {', '.join(f'{k} {there.get(k)}' for k in of)}; name another --out")
   found = audit_generator(checkpoint, rows, variants, n=n, draws=draws)
-  _write(os.path.join(out, "generator.json"), found | {"seconds": round(time.monotonic() - start, 1)})
-  return {"rows": len(rows), "choices": found["choices"], "estimators": len(variants), "seconds": round(time.monotonic() - start, 1),
-          **pages.write(out)}
+  seconds = round(there["seconds"] + time.monotonic() - start, 1)
+  _write(path, {**of, **found, "estimators": there["estimators"] | found["estimators"], "seconds": seconds})
+  return {"rows": len(rows), "choices": found["choices"], "estimators": len(variants), "seconds": seconds, **pages.write(out)}
+
+
+def _source(variant: Variant) -> str:
+  """A hash of the function's file: an edited estimator is another one."""
+  file = inspect.getsourcefile(variant.estimator.function)
+  text = pathlib.Path(file).read_bytes() if file else variant.name.encode()
+  return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def run_compare(out: str, workdir: str | None = None, names: Sequence[str] = TRAINED, seeds: int = 5, scale: float = 1.0,

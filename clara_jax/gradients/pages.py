@@ -11,6 +11,10 @@ from clara_jax.evaluation import report
 from clara_jax.gradients.compare import REFERENCE, interval
 
 MEASURES = ("cosine", "cosine_of_one", "bias", "bias_error", "variance", "norm")
+LEGEND = ("Cosine: of the mean over draws and the exact gradient; cosine_of_one: of a single draw, on average; bias: distance of the mean "
+          "from the exact one, by the exact one's norm, of which bias_error is what chance alone makes; variance: of a draw, by the square "
+          "of that norm; norm: of the mean, by it. An estimator with draws costs as many passes of the generator a row. Those that draw "
+          "nothing are held against the same expectation.")
 AXES = {"temperature": "temperature τ", "spread": "standard deviation of the scores", "k": "K", "n": "N", "correlation":
         "correlation of memories", "loss": "loss"}
 # Estimators keep their colour and mark on all plots.
@@ -45,18 +49,21 @@ def write(directory: str) -> dict[str, str]:
     base = found["audit"]["settings"][0]
     add("Against the exact gradient, synthetic loss",
         f"{_setting(base['setting'])}; {found['audit']['draws']} draws, {found['audit']['instances']} instances, medians. Exact: of the "
-        "expected loss when documents are drawn from the Plackett–Luce distribution of the scores.",
+        "expected loss when documents are drawn from the Plackett–Luce distribution of the scores. " + LEGEND,
         ["estimator", *MEASURES, "cosine, uniform noise", "cosine, subsets"],
         [[name, *(v["plackett_luce"][m] for m in MEASURES), v["uniform_noise"]["cosine"], v["subsets"]["cosine"]]
-         for name, v in base["estimators"].items()])
-    draw("audit_cosine", _varied(found["audit"], "cosine", "cosine to the exact gradient"))
-    draw("audit_error", _varied(found["audit"], "error", "relative error of one draw"))
+         for name, v in _shown(found["audit"], base)])
+    if any(entry["varies"] for entry in found["audit"]["settings"]):
+      draw("audit_cosine", _varied(found["audit"], "cosine", "cosine to the exact gradient"))
+      draw("audit_error", _varied(found["audit"], "error", "relative error of one draw"))
   if "generator" in found:
     g = found["generator"]
     add("Against the exact gradient, a generator's loss",
         f"{g['rows']} questions, N = {g['n']}, K = {g['k']} ({g['choices']} ordered choices), τ = {g['temperature']:g}, standard deviation "
-        f"of the scores {g['spread']:.3f}; {g['draws']} draws, medians over questions.", ["estimator", *MEASURES, "cosine, subsets"],
-        [[name, *(v["plackett_luce"][m] for m in MEASURES), v["subsets"]["cosine"]] for name, v in g["estimators"].items()])
+        f"of the scores {g['spread']:.3f}; {g['draws']} draws, medians over questions. " + LEGEND,
+        ["estimator", *MEASURES, "cosine, uniform noise", "cosine, subsets"],
+        [[name, *(v["plackett_luce"][m] for m in MEASURES), v["uniform_noise"]["cosine"], v["subsets"]["cosine"]]
+         for name, v in g["estimators"].items()])
   if "compare" in found:
     c = found["compare"]
     rows = []
@@ -93,16 +100,22 @@ def _style(names: Sequence[str]) -> dict[str, dict[str, str]]:
 
 def _varied(audit: Mapping[str, Any], measure: str, label: str) -> str:
   """One panel for each thing that was varied."""
-  names = list(audit["settings"][0]["estimators"])
+  names = [name for name, _ in _shown(audit, audit["settings"][0])]
   style = _style(names)
+  axes_of = {f: title for f, title in AXES.items() if any(e["varies"] == f for e in audit["settings"])}
+  columns = min(3, len(axes_of))
+  lines = -(-len(axes_of) // columns)
 
   def value(entry, name):
     found = entry["estimators"][name]["plackett_luce"]
     return found["cosine"] if measure == "cosine" else float(np.sqrt(found["bias"]**2 + found["variance"]))
 
   def draw(axes):
-    for panel, (factor, title) in zip(axes.flat, AXES.items(), strict=True):
-      entries = [e for e in audit["settings"] if e["varies"] == factor]
+    panels = np.atleast_1d(axes).flat
+    for panel in list(panels)[len(axes_of):]:
+      panel.set_axis_off()
+    for panel, (factor, title) in zip(panels, axes_of.items(), strict=False):
+      entries = [e for e in audit["settings"] if e["varies"] == factor and all(name in e["estimators"] for name in names)]
       x = [e["setting"][factor] for e in entries]
       places = range(len(x)) if factor == "loss" else x
       for name in names:
@@ -116,8 +129,14 @@ def _varied(audit: Mapping[str, Any], measure: str, label: str) -> str:
         panel.set_ylim(-0.05, 1.05)
       else:
         panel.set(yscale="log", ylim=(0.1, 30))
-    axes.flat[0].figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-  return report.figure(draw, 10, 7, panels=(2, 3))
+    first = np.atleast_1d(axes).flat[0]
+    first.figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+  return report.figure(draw, 3.5 * columns, 3.2 * lines + 0.6, panels=(lines, columns))
+
+
+def _shown(audit: Mapping[str, Any], entry: Mapping[str, Any]) -> list[tuple[str, Any]]:
+  """The estimators of the last start, in its order."""
+  return [(name, entry["estimators"][name]) for name in audit["names"] if name in entry["estimators"]]
 
 
 def _recall(compare: Mapping[str, Any]) -> str:

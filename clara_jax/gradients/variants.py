@@ -51,21 +51,25 @@ def parse(text: str) -> Variant:
   Raises:
     ConfigError: it does not parse, or there is no such estimator or argument.
   """
-  name, bracket, rest = text.strip().partition("(")
+  text = text.strip().removesuffix("()")
+  name, bracket, rest = text.rpartition("(") if text.endswith(")") else (text, "", "")
   given: dict[str, Any] = {}
   if bracket:
     try:
       call = ast.parse(f"f({rest}", mode="eval").body
-      if not isinstance(call, ast.Call) or call.args:
+      if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
         raise SyntaxError
       given = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError):
       raise ConfigError(f"estimator {text!r}: expected NAME or NAME(argument=value, …)") from None
   fields = {k: given.pop(k) for k in ("temperature", "final_temperature", "learned") if k in given}
   for field in ("temperature", "final_temperature"):
-    if field in fields and not (isinstance(fields[field], (int, float)) and fields[field] > 0):
-      raise ConfigError(f"estimator {text!r}: {field}={fields[field]!r}, expected a positive number")
-  return Variant(text.strip(), estimators.get(name.strip(), given), **fields)
+    value = fields.get(field, 1.0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+      raise ConfigError(f"estimator {text!r}: {field}={value!r}, expected a positive number")
+  if not isinstance(fields.get("learned", True), bool):
+    raise ConfigError(f"estimator {text!r}: learned={fields['learned']!r}, expected True or False")
+  return Variant(text, estimators.get(name.strip(), given), **fields)
 
 
 def parse_all(texts: Sequence[str]) -> list[Variant]:

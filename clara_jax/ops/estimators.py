@@ -11,10 +11,12 @@ trains with it; NAME may also be `file.py:function`, or the name of an entry poi
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -94,6 +96,8 @@ def get(name: str, arguments: Mapping[str, Any] | None = None) -> Estimator:
     ConfigError: there is none, or it does not take these arguments.
   """
   function = REGISTRY.get(name) or _from_file(name) or _from_entry_point(name)
+  if function is None and name.endswith(".py"):
+    raise ConfigError(f"estimator={name!r}: name the function, too: {name}:FUNCTION")
   if function is None:
     raise ConfigError(f"estimator={name!r}: expected one of {', '.join(sorted(REGISTRY))}, FILE.py:FUNCTION, or an entry point of "
                       f"{ENTRY_POINTS!r}")
@@ -101,7 +105,8 @@ def get(name: str, arguments: Mapping[str, Any] | None = None) -> Estimator:
   if len(parameters) < 4:
     raise ConfigError(f"estimator={name!r}: expected a function of (scores, k, temperature, rng, ...), got {inspect.signature(function)}")
   known = [p.name for p in parameters[4:]]
-  if unknown := set(arguments or {}) - set(known):
+  takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+  if not takes_any and (unknown := set(arguments or {}) - set(known)):
     raise ConfigError(f"estimator_args: {name} does not take {', '.join(sorted(unknown))}; it takes {', '.join(known) or 'none'}")
   for p in parameters[4:]:
     value = (arguments or {}).get(p.name, p.default)
@@ -110,9 +115,38 @@ def get(name: str, arguments: Mapping[str, Any] | None = None) -> Estimator:
     if p.default not in (inspect.Parameter.empty, None) and (
         not isinstance(value, wanted) or isinstance(value, bool) != isinstance(p.default, bool)):
       raise ConfigError(f"estimator_args.{p.name}={value!r}: expected {type(p.default).__name__}")
-    if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+    if p.name in ("draws", "samples", "iterations") and isinstance(value, int) and value < 1:
       raise ConfigError(f"estimator_args.{p.name}={value}: expected at least 1")
-  return Estimator(name, function, tuple(sorted((arguments or {}).items())))
+  estimator = Estimator(name, function, tuple(sorted((arguments or {}).items())))
+  if name not in REGISTRY:
+    _try(estimator)
+  return estimator
+
+
+def _try(estimator: Estimator) -> None:
+  """Whether it does what an estimator does, by shapes alone.
+
+  Raises:
+    ConfigError: it fails, or returns something else.
+  """
+  b, n, k = 2, 6, 3
+
+  def run(scores, memories, key):
+    choice = estimator(scores, k, 0.1, key)
+    return choice.indices, choice.rows(memories), choice.log_prob
+  where = f"estimator={estimator.name!r}, with scores [{b}, {n}], memories [{b}, {n}, 4, 5] and k={k}"
+  try:
+    indices, rows, log_prob = jax.eval_shape(run, jnp.zeros((b, n)), jnp.zeros((b, n, 4, 5)), jax.random.key(0))
+  except Exception as error:  # the user's code: whatever it is, it is named
+    raise ConfigError(f"{where}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+  if indices.shape != (b, k) or not jnp.issubdtype(indices.dtype, jnp.integer):
+    raise ConfigError(f"{where}: expected indices of integers [{b}, {k}], got {indices.dtype} {list(indices.shape)}")
+  if rows.shape != (b, k, 4, 5):
+    raise ConfigError(f"{where}: expected rows [{b}, {k}, 4, 5], got {list(rows.shape)}")
+  has_draws = "draws" in inspect.signature(estimator.function).parameters
+  if (log_prob is not None) != has_draws or log_prob is not None and log_prob.shape != (b,):
+    raise ConfigError(f"{where}: expected log_prob [{b}] where the function has an argument 'draws', and else None; got "
+                      f"{None if log_prob is None else list(log_prob.shape)}{' and no draws' if not has_draws else ''}")
 
 
 def _from_file(name: str) -> EstimatorFunction | None:
@@ -122,12 +156,18 @@ def _from_file(name: str) -> EstimatorFunction | None:
   file = pathlib.Path(path)
   if not file.is_file():
     raise ConfigError(f"estimator={name!r}: no file {path}")
-  spec = importlib.util.spec_from_file_location(file.stem, file)
+  unique = f"{file.stem}_{hashlib.blake2b(str(file.resolve()).encode(), digest_size=4).hexdigest()}"
+  spec = importlib.util.spec_from_file_location(unique, file)
   module = importlib.util.module_from_spec(spec)
+  sys.modules[unique] = module  # as dataclasses want it
+  sys.path.insert(0, str(file.resolve().parent))  # as `python file.py` has it
   try:
     spec.loader.exec_module(module)
-  except Exception as error:  # the user's code: whatever it is, it is named with its file
+  except (Exception, SystemExit) as error:  # the user's code: whatever it is, it is named with its file
+    del sys.modules[unique]
     raise ConfigError(f"estimator={name!r}: {path} fails: {type(error).__name__}: {error}") from error
+  finally:
+    sys.path.remove(str(file.resolve().parent))
   if not callable(function := getattr(module, wanted, None)):
     raise ConfigError(f"estimator={name!r}: {path} has no function {wanted!r}")
   return function
@@ -135,7 +175,10 @@ def _from_file(name: str) -> EstimatorFunction | None:
 
 def _from_entry_point(name: str) -> EstimatorFunction | None:
   for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
-    return point.load()
+    try:
+      return point.load()
+    except Exception as error:
+      raise ConfigError(f"estimator={name!r}: entry point {point.value} fails: {type(error).__name__}: {error}") from error
   return None
 
 
@@ -234,9 +277,9 @@ def gumbel(scores, k, temperature, rng):
 
 @register("iterated_softmax")
 def iterated_softmax(scores, k, temperature, rng=None, hard: bool = False, noise: bool = False):
-  """Relaxed top-k by repeated softmax (Plötz and Roth, arXiv 1810.12575, Eq. 6–8; with `noise`, subset sampling of Xie and Ermon, arXiv
-  1901.10517): α_0 = θ, p_j = softmax(α_j), α_{j+1} = α_j + log(1 - p_j), W_j = p_j. Other than with Algorithm 1, the gradient also runs
-  through what earlier slots took."""
+  """Relaxed top-k by repeated softmax (Plötz and Roth, arXiv 1810.12575, §3): α_0 = θ, p_j = softmax(α_j), α_{j+1} = α_j + log(1 - p_j),
+  W_j = p_j. Other than with Algorithm 1, the gradient also runs through what earlier slots took. With `noise`, of θ + g, g ~ Gumbel(0, 1):
+  the subset sampling of Xie and Ermon (arXiv 1901.10517) with a relaxation temperature of 1."""
   theta, _ = _float32(scores, temperature)
   if noise:
     theta = theta + jax.random.gumbel(rng, theta.shape, jnp.float32)
