@@ -19,8 +19,8 @@ AXES = {"temperature": "temperature τ", "spread": "standard deviation of the sc
         "correlation of memories", "loss": "loss"}
 # Estimators keep their colour and mark on all plots.
 _COLOURS = ("#1f4e9c", "#c0392b", "#1d7a3b", "#8e44ad", "#c47a00", "#00838f", "#5d4037", "#d81b60", "#607d8b", "#827717", "#000000",
-            "#3f51b5", "#ff7043", "#26a69a")
-_MARKS = "os^vDPX*<>phd8"
+            "#3f51b5", "#ff7043", "#26a69a", "#9e9d24", "#ad1457", "#4e342e", "#90a4ae")
+_MARKS = "os^vDPX*<>phd81234"
 
 
 def write(directory: str) -> dict[str, str]:
@@ -111,8 +111,8 @@ def _varied(audit: Mapping[str, Any], measure: str, label: str) -> str:
     return found["cosine"] if measure == "cosine" else float(np.sqrt(found["bias"]**2 + found["variance"]))
 
   def draw(axes):
-    panels = np.atleast_1d(axes).flat
-    for panel in list(panels)[len(axes_of):]:
+    panels = list(np.atleast_1d(axes).flat)
+    for panel in panels[len(axes_of):]:
       panel.set_axis_off()
     for panel, (factor, title) in zip(panels, axes_of.items(), strict=False):
       entries = [e for e in audit["settings"] if e["varies"] == factor and all(name in e["estimators"] for name in names)]
