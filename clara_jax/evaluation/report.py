@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from clara_jax.config import ConfigError
 from clara_jax.evaluation import statistics
 from clara_jax.evaluation.explain import Explanation, Word
 
@@ -27,7 +28,10 @@ figure{margin:1rem 0}svg{max-width:100%;height:auto}.doc,.small{color:#555;font-
 
 def figure(draw: Callable[[Any], None], width: float = 6.5, height: float = 3.6, panels: tuple[int, int] = (1, 1)) -> str:
   """An SVG drawn by `draw(axes)`; of several panels (rows, columns), `axes` is the array of them."""
-  import matplotlib
+  try:
+    import matplotlib
+  except ImportError:
+    raise ConfigError("plots need matplotlib: pip install -e '.[evaluate]'; what was computed is kept") from None
   matplotlib.use("svg")
   from matplotlib import pyplot
   with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
