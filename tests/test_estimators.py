@@ -196,8 +196,8 @@ def test_perturbed_by_its_formula():
 # ---- draws and expectations -----------------------------------------------------------------------------------------------------------
 
 
-def frequencies(name, scores):
-  tiled = jnp.broadcast_to(scores, (SAMPLES, len(scores)))
+def frequencies(name, scores, samples):
+  tiled = jnp.broadcast_to(scores, (samples, len(scores)))
   indices = np.asarray(jax.jit(lambda key: estimators.get(name)(tiled, 2, TAU, key).indices)(jax.random.key(1)))
   found = exact.choices(len(scores), 2)
   return np.array([(indices == c).all(-1).mean() for c in found]), found
@@ -206,9 +206,10 @@ def frequencies(name, scores):
 @pytest.mark.parametrize("name, policy", [("gumbel", "plackett_luce"), ("score_function", "plackett_luce"), ("simple", "subsets")])
 def test_draws_have_their_distribution(name, policy):
   scores = jnp.array([0.3, -0.2, 0.1, 0.5])
-  got, found = frequencies(name, scores)
+  samples = 20_000 if name == "simple" else SAMPLES
+  got, found = frequencies(name, scores, samples)
   wanted = np.asarray(exact.POLICIES[policy](scores, found, TAU))
-  assert np.abs(got - wanted).max() < 4.5 * np.sqrt(0.25 / SAMPLES)
+  assert np.abs(got - wanted).max() < 4.5 * np.sqrt(0.25 / samples)
   assert got[wanted == 0].sum() == 0
   if name == "score_function":
     choice = estimators.get(name)(jnp.broadcast_to(scores, (len(found), 4)), 2, TAU, KEY)
@@ -249,7 +250,7 @@ def test_leave_one_out_is_a_gradient_and_no_value():
 
 
 @pytest.mark.parametrize("policy", sorted(exact.POLICIES))
-@pytest.mark.parametrize("n, k", [(2, 1), (5, 3), (4, 4)])
+@pytest.mark.parametrize("n, k", [(2, 1), (5, 3)])
 def test_exact_gradient_against_finite_differences(policy, n, k):
   with jax.enable_x64(True):
     rng = np.random.default_rng(n)

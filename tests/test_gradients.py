@@ -18,7 +18,7 @@ from clara_jax.gradients.variants import parse_all
 from clara_jax.interop.checkpoints import Checkpoint
 from clara_jax.model import Clara
 from clara_jax.ops import estimators
-from clara_jax.training import loop, stages
+from clara_jax.training import loop, optim, stages
 from clara_jax.training.paths import selection_gradients
 from clara_jax.training.step import TrainState
 from tests import tiny
@@ -67,25 +67,26 @@ def test_reinmax_is_exact_for_quadratic_losses():
   assert reinmax["bias"] < 3 * reinmax["bias_error"] < 0.1 < gumbel["bias"]
 
 
-@pytest.mark.parametrize("estimator, arguments, train", [
-    ("score_function", {"draws": 2}, {"temperature": "annealed", "final_temperature": 0.2}), ("simple", {}, {"temperature": "learned"})])
-def test_runs_with_estimators_and_temperatures(estimator, arguments, train, tmp_path):
-  config = dataclasses.replace(tiny.run_config("joint", gradients_every=2, **train), estimator=estimator, estimator_args=arguments)
+def test_a_learned_temperature_and_the_log_of_the_gradient(tmp_path):
+  """With an estimator that draws; annealing runs in tests/test_cli.py."""
+  config = dataclasses.replace(tiny.run_config("joint", gradients_every=2, temperature="learned"), estimator="simple")
 
-  def run(workdir, **options):
-    return loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("joint")[:32], workdir=str(tmp_path / workdir), progress=False,
-                      **options)
-  stopped = run("run", stop_at=2) if train["temperature"] == "learned" else None
-  whole = run("run")
-  lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  def run(**options):
+    return loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("joint")[:32], workdir=str(tmp_path), progress=False, **options)
+  stopped, whole = run(stop_at=2), run()
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   paths = [line for line in lines if line["kind"] == "gradients"]
   assert [line["step"] for line in paths] == [0, 2] and all(line["path_i"] > 0 and line["path_ii"] > 0 for line in paths)
-  if stopped is None:
-    np.testing.assert_allclose([line["temperature"] for line in paths], [0.02, 0.02 * 10 ** (2 / 3)], rtol=1e-4)
-  else:  # a group more, which is kept and goes on
-    first, last = (float(r.weights["temperature"]["log"][0]) for r in (stopped, whole))
-    assert abs(first - np.log(0.02)) > 1e-3 and first != last
-    np.testing.assert_allclose(paths[1]["temperature"], np.exp(first), rtol=1e-5)
+  # A group more, which is kept and goes on.
+  first, last = (float(r.weights["temperature"]["log"][0]) for r in (stopped, whole))
+  assert abs(first - np.log(0.02)) > 1e-3 and first != last
+  np.testing.assert_allclose(paths[1]["temperature"], np.exp(first), rtol=1e-5)
+
+
+def test_annealing():
+  config = tiny.run_config("joint", temperature="annealed", final_temperature=0.2).train
+  taus = [float(optim.temperature(config, 0.02, 4)(step)) for step in range(4)]
+  np.testing.assert_allclose(taus, 0.02 * 10 ** (np.arange(4) / 3), rtol=1e-5)
 
 
 def test_unfit_temperatures():
@@ -117,10 +118,9 @@ def batches(size):
   return evaluation_batches(tiny.rows("joint")[:size], encoder, size)
 
 
-@pytest.mark.parametrize("name", ["algorithm1", "selected_only"])
-def test_the_two_paths_add_up(name):
+def test_the_two_paths_add_up():
   """∂L/∂m in all = path (I) + path (II), on the memory tokens of one row."""
-  model, weights, (batch,) = Clara(tiny.config(), estimators.get(name)), tiny.weights(), batches(1)
+  model, weights, (batch,) = Clara(tiny.config(), estimators.get("algorithm1")), tiny.weights(), batches(1)
   state = TrainState(jnp.zeros((), jnp.int32), {"query_reasoner": weights["query_reasoner"]}, None, jax.random.key(0))
   found = {k: float(v.value) for k, v in jax.jit(lambda s: selection_gradients(model, s, weights, batch))(state).items()}
 
@@ -132,7 +132,7 @@ def test_the_two_paths_add_up(name):
   whole = jax.jit(jax.grad(loss))(model.compress(weights, batch.documents))
   one, two = found["path_i"], found["path_ii"]
   np.testing.assert_allclose(jnp.sum(whole**2), one**2 + two**2 + 2 * one * two * found["path_cosine"], rtol=1e-4)
-  assert (one > 0) == (name == "algorithm1") and two > 0 and 0 < found["saturation"] <= 1
+  assert one > 0 and two > 0 and 0 < found["saturation"] <= 1
 
 
 def test_audit_of_a_generator(tmp_path):
