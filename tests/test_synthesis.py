@@ -292,6 +292,13 @@ def test_budgets_and_servers_that_are_gone(tmp_path):
     run_factory(tmp_path / "e", model, pages(3))
   assert run_factory(tmp_path / "d", offline.Offline(tiny.world()), pages(40)).accepted == 40  # none of them was rejected
 
+  class Empty(offline.Offline):
+    async def chat(self, messages, **options):
+      return ""
+  with pytest.raises(RequestError, match="3 documents are left open.*no usable reply"):
+    run_factory(tmp_path / "f", Empty(tiny.world()), pages(3))
+  assert run_factory(tmp_path / "f", offline.Offline(tiny.world()), pages(3)).accepted == 3  # the empty replies are not taken again
+
 
 def test_rejected_documents_can_be_tried_again(tmp_path):
   class Mute(offline.Offline):

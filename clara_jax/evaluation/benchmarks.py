@@ -211,7 +211,7 @@ class _Answers:
       taken = [[r.documents[i] for i in ranked[n, :k]] if ranked is not None else [] for n, r in enumerate(rows)]
       tokens, read, contents = zip(*(self._text_prompt(r.questions[0], d) for r, d in zip(rows, taken, strict=True)), strict=True)
     answers = np.asarray(self._generate(self._weights, pad_tokens(list(tokens), layout.pad_id, 32), memories))
-    shape = (len(rows), max(map(len, tokens)) // 32, None if memories is None else memories.shape)
+    shape = (len(rows), -(-max(map(len, tokens)) // 32), None if memories is None else memories.shape)
     seconds = (time.perf_counter() - begin) / len(rows) if shape in self._shapes else None  # the first one compiles
     self._shapes.add(shape)
     log_p, count = self._likelihood(self._weights, tokens, [until_end(a, layout.eos_id) for a in answers], memories)

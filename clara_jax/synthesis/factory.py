@@ -238,8 +238,10 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
     if report.read and not report.stopped:  # a server that can be read
       for one in unread:
         finish(*one)
-    elif unread and not report.problem:
-      report.problem = unread[-1][-1].reason
+    elif unread:
+      report.problem = report.problem or unread[-1][-1].reason
+      for name, *_ in unread:  # the replies that could not be used are not taken again
+        journal.ask_anew(name)
     journal.spend(spent())
     report.requests, prompts, replies = journal.spent
     report.tokens, report.seconds = prompts + replies, round(time.monotonic() - start, 2)

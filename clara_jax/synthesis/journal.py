@@ -3,6 +3,7 @@
     {"r": document, "k": key, "t": reply, "u": [requests, tokens of prompts, of replies]}    a reply, while its document is not finished
     {"d": document, "h": hash of what it said, "o": outcome}  a finished document
     {"x": document}                                           its outcome is withdrawn: it is open again
+    {"n": document}                                           it is asked anew: its replies so far were of no use
     {"u": […]}                                                what was spent since the last line with "u"
 
 A document that was stopped is worked on again from its replies: its requests have the same keys.
@@ -34,7 +35,7 @@ class Journal:
   def __init__(self, path: str):
     self.path = path
     self._done: dict[bytes, bytes] = {}  # hashes of names and of what they said: a corpus has millions
-    self._withdrawn: collections.Counter = collections.Counter()
+    self._tries: collections.Counter = collections.Counter()
     self.spent = [0, 0, 0]
     self._replies: dict[str, dict[str, str]] = {}
     self._lock = os.open(f"{path}.lock", os.O_WRONLY | os.O_CREAT, 0o644)
@@ -56,7 +57,9 @@ class Journal:
         self._done[_digest(value["d"])] = bytes.fromhex(value["h"])
       elif "x" in value:
         del self._done[_digest(value["x"])]
-        self._withdrawn[value["x"]] += 1
+        self._tries[value["x"]] += 1
+      elif "n" in value:
+        self._tries[value["n"]] += 1
       if "u" in value:
         self.spent = [a + b for a, b in zip(self.spent, value["u"], strict=True)]
     if end < os.path.getsize(self.path):  # the line that a kill has cut
@@ -95,14 +98,19 @@ class Journal:
     return there is not None
 
   def tries(self, document: str) -> int:
-    """How often a document's outcome was withdrawn."""
-    return self._withdrawn[document]
+    """How often a document was asked anew."""
+    return self._tries[document]
+
+  def ask_anew(self, document: str) -> None:
+    """The next requests of an open document are others than before."""
+    self._append({"n": document})
+    self._tries[document] += 1
 
   def withdraw(self, document: str) -> None:
     """Opens a finished document again."""
     self._append({"x": document})
     del self._done[_digest(document)]
-    self._withdrawn[document] += 1
+    self._tries[document] += 1
 
   @property
   def done(self) -> int:
