@@ -177,7 +177,7 @@ def jax_answer(scratch, size, merged=False):
   if merged:
     weights = {"base": linear.merge(weights["base"], weights["generator"], config.lora.scale),
                "memory_embedding": weights["memory_embedding"]}
-  greedy = Greedy(model, NEW_TOKENS, -1, layout.pad_id, None if merged else "generator")  # no token ends an answer
+  greedy = Greedy(model, NEW_TOKENS, (-1,), layout.pad_id, None if merged else "generator")  # no token ends an answer
   whole, prefill = jax.jit(greedy.__call__), jax.jit(greedy.prefill)
   # What every prompt begins with is read once, when the answerer starts.
   slot = int(np.argmax(prompts[0] >= config.model.vocab_size))

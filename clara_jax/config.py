@@ -5,6 +5,7 @@ unknown or contradictory fields by name, so that a typing error costs a second a
 """
 
 import dataclasses
+import datetime
 import json
 import types
 import typing
@@ -27,16 +28,20 @@ class RopeScaling:
   """How rotary frequencies are stretched, in Hugging Face's terms (`rope_parameters`).
 
   Attributes:
-    kind: 'linear' (arXiv 2306.15595), 'llama3' (arXiv 2407.21783) or 'longrope' (arXiv 2402.13753).
+    kind: 'linear' (arXiv 2306.15595), 'llama3' (arXiv 2407.21783), 'longrope' (arXiv 2402.13753) or 'yarn' (arXiv 2309.00071).
     factor: of the context's length.
     original_max_positions: the context's length before.
     low_freq_factor, high_freq_factor: llama3: wavelengths above original / low are divided by `factor`, those below
       original / high are kept.
     short_factor, long_factor: longrope: divisors of each frequency for sequences up to and beyond the original length.
-    attention_factor: longrope: scale of cosines and sines; None for sqrt(1 + ln(factor) / ln(original_max_positions)).
+    attention_factor: longrope, yarn: scale of cosines and sines; None for sqrt(1 + ln(factor) / ln(original_max_positions)) and
+      0.1 ln(factor) + 1.
+    beta_fast, beta_slow: yarn: frequencies with more turns than `beta_fast` within the original context are kept, those with fewer than
+      `beta_slow` are divided by `factor`; `truncate` rounds these bounds to whole dimensions.
+    mscale, mscale_all_dim: yarn: where both are given, weigh the logarithm in the attention factor.
   """
 
-  kind: Literal["linear", "llama3", "longrope"]
+  kind: Literal["linear", "llama3", "longrope", "yarn"]
   factor: float = 1.0
   original_max_positions: int = 0
   low_freq_factor: float = 1.0
@@ -44,16 +49,21 @@ class RopeScaling:
   short_factor: tuple[float, ...] = ()
   long_factor: tuple[float, ...] = ()
   attention_factor: float | None = None
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  mscale: float | None = None
+  mscale_all_dim: float | None = None
+  truncate: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A decoder-only transformer: Mistral, Llama, Qwen2, Qwen3 or Phi-3 / Phi-4-mini, by its fields.
 
-  `vocab_size` is that of the base checkpoint. CLaRa appends its special tokens after it (SPEC: `<MEM0>` … `<MEM{M-1}>`, `<AE>`,
+  `vocab_size` counts the words of the tokenizer; an embedding may be padded beyond them. CLaRa appends its special tokens after it (SPEC: `<MEM0>` … `<MEM{M-1}>`, `<AE>`,
   `<ENC>`, `<SEP>`); `ClaraConfig.vocab_size` counts them. `qkv_bias`: biases on q, k and v (Qwen2). `qk_norm`: RMSNorm over each
   head of q and k (Qwen3). `fused_projections`: one matrix for q, k, v and one for gate and up (Phi). `rotary_fraction`: share of
-  each head that is rotated.
+  each head that is rotated. `full_attention_layers`: layers that `sliding_window` does not hold for.
 
   `vocab_multiple`: embedding and head are filled up to a multiple of it, so that they can be divided over `tensor`; the filling is
   never predicted. `logits_chunk`: label positions of a row whose logits are formed at a time (0: all), for [B, A, V] is large.
@@ -76,6 +86,7 @@ class ModelConfig:
   fused_projections: bool = False
   norm_eps: float = 1e-5
   sliding_window: int | None = None
+  full_attention_layers: tuple[int, ...] = ()
   tie_embeddings: bool = False
   max_positions: int = 32_768
   initializer_range: float = 0.02
@@ -103,7 +114,8 @@ class ModelConfig:
       raise ConfigError(f"model.attention='splash': model.head_dim={self.head_dim} must be a multiple of 128")
     if self.sliding_window is not None and self.sliding_window < 1:
       raise ConfigError(f"model.sliding_window={self.sliding_window} must be at least 1 or None")
-
+    if wrong := [i for i in self.full_attention_layers if not 0 <= i < self.num_layers]:
+      raise ConfigError(f"model.full_attention_layers names {wrong[0]}; there are {self.num_layers} layers")
     if self.vocab_multiple < 1 or self.logits_chunk < 0:
       raise ConfigError(f"model.vocab_multiple={self.vocab_multiple} must be at least 1, model.logits_chunk={self.logits_chunk} at least 0")
 
@@ -145,7 +157,8 @@ class ClaraConfig:
 
   `center_scores` subtracts the mean memory of a row's candidates from its candidates before the cosine. It is not in the paper
   and stays off for released checkpoints. `nested_dropout` (joint stage; `training/stages.py`) is not in the paper either: the
-  share of training rows for which the generator reads only the first of the K documents.
+  share of training rows for which the generator reads only the first of the K documents. `prompt_date` (ISO 8601) is what a chat template
+  is told that asks for the date; set when a run starts, it stays.
   """
 
   model: ModelConfig
@@ -160,6 +173,7 @@ class ClaraConfig:
   mse_weight: float = 0.1
   center_scores: bool = False
   nested_dropout: float = 0.0
+  prompt_date: str | None = None
 
   def __post_init__(self):
     if self.doc_max_length % self.compression_rate:
@@ -171,6 +185,10 @@ class ClaraConfig:
       raise ConfigError(f"top_k={self.top_k} must be at least 1")
     if not 0 <= self.nested_dropout <= 1:
       raise ConfigError(f"nested_dropout={self.nested_dropout} must be in [0, 1]")
+    try:
+      datetime.date.fromisoformat(self.prompt_date or "2000-01-01")
+    except ValueError:
+      raise ConfigError(f"prompt_date={self.prompt_date!r}: expected a date such as 2026-01-31") from None
 
   @property
   def num_memory_tokens(self) -> int:

@@ -87,7 +87,7 @@ def answer_step(program: Program):
   slots = clara.top_k * (clara.num_memory_tokens + 1)
   memories = jax.ShapeDtypeStruct((batch, clara.top_k, clara.num_memory_tokens, clara.model.width), clara.model.dtype,
                                   sharding=program.batch_sharding)
-  return jax.jit(Greedy(program.model, NEW_TOKENS, eos_id=2, pad_id=0).__call__), (
+  return jax.jit(Greedy(program.model, NEW_TOKENS, end_ids=(2,), pad_id=0).__call__), (
       {g: program.weights_shapes(g) for g in ("base", "memory_embedding", "generator")}, _tokens(program, slots + 128, 128), memories)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clara_jax.config import ClaraConfig, ConfigError, DataConfig, ModelConfig
-from clara_jax.data import prompts, records, schemas
+from clara_jax.data import records, schemas
 from clara_jax.data.pipeline import RowEncoder, TrainingBatches, evaluation_batches, pad_prompts
 from clara_jax.data.tokens import Layout, PromptTokens
 from tests import tiny
@@ -55,31 +55,19 @@ def test_prompts(reference, layout, k):
     assert layout.answer_prompt(question, k).ids.tolist() == wanted["prompts"][f"standard/top_k={k}"][i]["ids"]
     listed = wanted["prompts"][f"qa/top_k={k}"][i]
     row = schemas.Row(tuple(inputs["QA_QUESTIONS"][i]), tuple(inputs["QA_ANSWERS"][i]), ("d",), is_question_list=True)
-    made = layout.row_prompt(row, layout.slots(k))
+    made = layout.row_prompt(row, k)
     assert (made.ids.tolist(), made.prompt_length) == (listed["ids"], listed["prompt_len"])
-
-
-def test_a_template_that_refuses_a_system_message_gets_it_folded_in(golden):
-  from transformers import AutoTokenizer
-  tokenizer = AutoTokenizer.from_pretrained(golden / "tiny_mistral")
-  folding = prompts.render(tokenizer, prompts.answer_messages("d", "q"), "a")
-  tokenizer.chat_template = (
-      "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-      "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-      "{% if m['role'] == 'user' %}{{ ' [INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}"
-      "{% endif %}{% endfor %}")
-  assert prompts.render(tokenizer, prompts.answer_messages("d", "q"), "a") == folding
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(golden):
   config = ClaraConfig(ModelConfig(1000, 64, 3, 4, 2, 16, 160), doc_max_length=32, compression_rate=8)
-  with pytest.raises(schemas.DataError, match="vocabulary of 1000"):
+  with pytest.raises(schemas.DataError, match="<MEM0> became token 1024, expected 1000"):
     Layout(str(golden / "tiny_mistral"), config)
 
 
 def test_too_long(layout):
   ids = layout.document("word " * 100)
-  assert len(ids) == 32 + 3 + 4 and layout.eos_id not in ids
+  assert len(ids) == 32 + 3 + 4 and layout.tokenizer.eos_token_id not in ids
   with pytest.raises(schemas.DataError, match="file:3: the prompt has"):
     layout.answer_prompt("word " * 2000, 1, "a", "file:3")
 

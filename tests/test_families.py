@@ -104,11 +104,12 @@ def test_adapters_equal_peft(tmp_path, name):
     ({"attention_bias": True}, "attention_bias=True"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"logit_scale": 0.5}, "logit_scale=0.5 is not known"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "beta": 1}}, "beta"),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type='dynamic'"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "beta": 1}}, "rope_parameters.beta=1 is not known.*--allow-config rope_parameters.beta"),
+    ({"layer_types": ["full_attention", "chunked_attention"], "sliding_window": 8}, "layer_types"),
     ({"num_hidden_layers": None}, "num_hidden_layers.* is missing"),
-    ({"dtype": "float16"}, "dtype='float16'"),
+    ({"num_hidden_layers": "2"}, "num_hidden_layers='2': expected a whole number"),
+    ({"dtype": "float64"}, "dtype='float64'"),
 ])
 def test_config_fields_are_never_ignored(tmp_path, fields, message):
   values = {"model_type": "mistral", "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,

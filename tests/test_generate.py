@@ -23,9 +23,9 @@ def expected(golden):
   return json.loads((golden / "generation.json").read_text())
 
 
-def continuations(model, weights, layout, prompts, memories, eos_id=None, new=12):
+def continuations(model, weights, layout, prompts, memories, end_ids=None, new=12):
   tokens = pad_tokens(prompts, layout.pad_id, 1)
-  generate = make_generate(model, new, layout.eos_id if eos_id is None else eos_id, layout.pad_id)
+  generate = make_generate(model, new, layout.end_ids if end_ids is None else end_ids, layout.pad_id)
   ids = generate(weights, Tokens(jnp.asarray(tokens.ids), jnp.asarray(tokens.lengths)), memories)
   return np.asarray(ids).tolist()
 
@@ -57,7 +57,7 @@ def test_what_prompts_begin_with_is_read_once(golden, inputs, shared):
   places = np.flatnonzero(np.isin(prompts[0], np.arange(model.config.num_memory_tokens) + model.config.model.vocab_size))
   length = places[0] if shared == "instruction" else places[-1] + 1
   tokens = pad_tokens(prompts, layout.pad_id, 32)
-  greedy = Greedy(model, 12, layout.eos_id, layout.pad_id)
+  greedy = Greedy(model, 12, layout.end_ids, layout.pad_id)
   beginning = greedy.read(weights, prompts[0][:length], memories[0])
   assert beginning.keys.shape[1] == 1
   np.testing.assert_array_equal(greedy(weights, tokens, memories, beginning), greedy(weights, tokens, memories))

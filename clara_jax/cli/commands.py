@@ -21,7 +21,7 @@ import jax
 from clara_jax import distributed
 from clara_jax.cli import configs
 from clara_jax.compilation import keep_programs
-from clara_jax.config import ConfigError, MeshConfig
+from clara_jax.config import ConfigError, MeshConfig, RunConfig
 from clara_jax.data import records as records_lib
 from clara_jax.data import schemas
 from clara_jax.data.tokens import Layout
@@ -32,7 +32,7 @@ from clara_jax.evaluation import report as report_lib
 from clara_jax.evaluation.explain import Explainer
 from clara_jax.evaluation.settings import SETTINGS
 from clara_jax.inference.answer import Answerer
-from clara_jax.interop import checkpoints, hf
+from clara_jax.interop import checkpoints, families, hf, native
 from clara_jax.interop import convert as convert_lib
 from clara_jax.interop.keymap import KeyMapError
 from clara_jax.memory.compress import compress_corpus
@@ -45,7 +45,7 @@ from clara_jax.retrieval import index as index_lib
 from clara_jax.synthesis.client import Endpoint, RequestError
 from clara_jax.synthesis.judge import grounding
 from clara_jax.training import loop, stages
-from clara_jax.training.checkpoint import CheckpointError
+from clara_jax.training.checkpoint import CheckpointError, is_checkpoint, read_config
 
 
 def bad_input_errors() -> tuple[type[Exception], ...]:
@@ -120,7 +120,9 @@ def quickstart(options: argparse.Namespace) -> dict[str, Any]:
 
 def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any] | None:
   """`clara train`: one stage."""
-  config = configs.load(options.config, overrides)
+  if options.dtype:
+    overrides = [*overrides, *(f"--config.clara.model.{field}={options.dtype}" for field in ("dtype", "param_dtype"))]
+  config = configs.load(options.config, overrides, options.allow_config)
   if config.estimator:  # before a base is read
     estimators.get(config.estimator, config.estimator_args)
   if options.distributed or options.coordinator or options.processes is not None or options.process is not None:
@@ -131,24 +133,34 @@ def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any] |
     raise ConfigError("data.rows: no training rows are named")
   sources = records_lib.open_sources(config.data.rows, config.data.shards, config.data.max_malformed)
   eval_rows = [row for source in records_lib.open_sources(config.data.eval_rows, 1) for row in source[0]]
-  model = Clara(config.clara)
+  config = _with_date(config, options.workdir)
+  model, template = Clara(config.clara), _chat_template(options)
   before: dict[str, Any] = {}
-  tokenizer = config.tokenizer or config.base
   if config.init_from:
-    opened = checkpoints.open_checkpoint(config.init_from, config.base)
+    opened = checkpoints.open_checkpoint(config.init_from, config.base, chat_template=template, allow=options.allow_config)
     _same_architecture(Clara(opened.config), model, config.init_from)
     # A pretrained base is the base of what starts from it.
     config = dataclasses.replace(config, base=config.base or opened.base or config.init_from)
+    if config.clara.prompt_date is None:
+      config = dataclasses.replace(config, clara=dataclasses.replace(config.clara, prompt_date=opened.config.prompt_date))
+    opened.config = config.clara
+    checkpoints.note_rounding(opened.plain_base, config.clara, config.base)
     before, layout, base_sha256 = opened.weights, opened.layout(), opened.check_base()
   else:
+    named = config.tokenizer or config.base
+    tokenizer = named and checkpoints.tokenizer_directory(named)
     if tokenizer is None:
-      raise ConfigError("tokenizer: no tokenizer is named, and neither base nor init_from brings one")
-    layout = Layout(checkpoints.tokenizer_directory(tokenizer), config.clara)
+      raise ConfigError(f"{named}: brings no tokenizer (tokenizer.json); name one with --config.tokenizer=DIR" if named else
+                        "tokenizer: no tokenizer is named, and neither base nor init_from brings one")
+    layout = Layout(tokenizer, config.clara, end_ids=families.end_ids(native.hf_files(config.base)),
+                    chat_template=template)
     base_sha256 = None
     if config.base:
-      plain, special = checkpoints.open_base(model, config.base, "config.base")
+      plain, special = checkpoints.open_base(model, config.base, "config.base", options.allow_config)
+      checkpoints.note_rounding(plain, config.clara, config.base)
       before = {"base": hf.with_special_tokens(plain, special or hf.special_tokens(config.clara), config.clara)}
       base_sha256 = hf.base_hash(plain) if jax.process_index() == 0 else None
+  config = dataclasses.replace(config, clara=layout.config)
   memories = None
   if config.data.store:
     memories = MemoryStore(config.data.store).lookup()
@@ -159,16 +171,18 @@ def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any] |
   return result.metrics if result.stopped is None else {**result.metrics, "stopped": result.stopped}
 
 
-# Fields in which a stage may differ from the one before it.
-_FREE_FIELDS = ("dtype", "param_dtype", "attention", "remat", "dropout", "initializer_range", "max_positions", "vocab_multiple",
-                "logits_chunk", "base_quantization")
+def _with_date(config: RunConfig, workdir: str) -> RunConfig:
+  """A run that goes on tells its chat template the date on which it began."""
+  if config.clara.prompt_date is None and is_checkpoint(workdir):
+    return dataclasses.replace(config, clara=dataclasses.replace(config.clara, prompt_date=read_config(workdir)[0].clara.prompt_date))
+  return config
 
 
 def _same_architecture(have: Clara, want: Clara, where: str) -> None:
   for name in ("model", "lora"):
     a, b = (dataclasses.asdict(getattr(m.config, name)) for m in (have, want))
     for field in a:
-      if field not in _FREE_FIELDS and a[field] != b[field]:
+      if field not in (*configs.FREE_FIELDS, "dropout") and a[field] != b[field]:
         raise ConfigError(f"clara.{name}.{field}={b[field]!r}, but {where} was made with {a[field]!r}")
   if have.config.num_memory_tokens != want.config.num_memory_tokens:
     raise ConfigError(f"{want.config.num_memory_tokens} memory tokens, but {where} was made with {have.config.num_memory_tokens}")
@@ -306,7 +320,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     if not equals or not name:
       raise ConfigError(f"--also {given}: expected NAME=CKPT")
     try:
-      also[name] = checkpoints.load(directory, None, options.dtype)
+      also[name] = checkpoints.load(directory, None, options.dtype, chat_template=_chat_template(options), allow=options.allow_config)
     except checkpoints.CheckpointError as error:
       raise ConfigError(f"--also {given}: {error}") from None
   return runs.run(checkpoint, rows, settings, options.report, also=also, title=f"{options.checkpoint} on {options.rows}",
@@ -493,8 +507,8 @@ def loss(options: argparse.Namespace) -> dict[str, Any]:
 
 def convert(options: argparse.Namespace) -> Any:
   """`clara convert`."""
-  return convert_lib.convert(options.source, options.destination, options.to, role=options.role, base=options.base,
-                             verify=options.verify)
+  return convert_lib.convert(options.source, options.destination, options.to, role=options.role, base=options.base, dtype=options.dtype,
+                             chat_template=_chat_template(options), allow=options.allow_config, verify=options.verify)
 
 
 def lens(options: argparse.Namespace) -> dict[str, Any]:
@@ -505,8 +519,20 @@ def lens(options: argparse.Namespace) -> dict[str, Any]:
 
 def _checkpoint(options: argparse.Namespace, *roles: str) -> checkpoints.Checkpoint:
   keep_programs()
-  checkpoint = checkpoints.load(options.checkpoint, options.base, options.dtype)
+  checkpoint = checkpoints.load(options.checkpoint, options.base, options.dtype, chat_template=_chat_template(options),
+                                allow=options.allow_config)
   checkpoint.require(*roles)
   return checkpoint
+
+
+def _chat_template(options: argparse.Namespace) -> str | None:
+  """The text of --chat-template FILE."""
+  if options.chat_template is None:
+    return None
+  try:
+    with open(options.chat_template, encoding="utf-8-sig") as file:
+      return file.read()
+  except (OSError, UnicodeDecodeError) as error:
+    raise ConfigError(f"--chat-template {options.chat_template}: {getattr(error, 'strerror', None) or error}") from None
 
 

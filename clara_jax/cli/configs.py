@@ -1,6 +1,11 @@
-"""`--config FILE.py[:NAME]` with `--config.a.b=value` overrides, as a checked `RunConfig`."""
+"""`--config FILE.py[:NAME]` with `--config.a.b=value` overrides, as a checked `RunConfig`.
+
+The shape of a model is its base's: a configuration names only what it wants otherwise. What it names and what makes another model than
+the base's is refused.
+"""
 
 import ast
+import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,14 +14,27 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from clara_jax.config import ConfigError, RunConfig, from_config_dict
+from clara_jax.config import ConfigError, ModelConfig, RunConfig, from_config_dict
+from clara_jax.interop import checkpoints, families, native
+from clara_jax.interop.hub import local_directory
+from clara_jax.training.checkpoint import is_checkpoint, read_config
+
+# Fields of a model in which a run may differ from its base, and a stage from the one before it.
+FREE_FIELDS = ("dtype", "param_dtype", "attention", "scan_unroll", "remat", "initializer_range", "max_positions", "vocab_multiple",
+               "logits_chunk", "base_quantization")
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
-  """Runs the file's `get_config()` (or `get_config(NAME)`), applies the overrides and checks every field.
+def load(path: str, overrides: Sequence[str] = (), allow: Sequence[str] = ()) -> RunConfig:
+  """Runs the file's `get_config()` (or `get_config(NAME)`), applies the overrides, takes the model's shape from the base and checks every
+  field.
+
+  Args:
+    path: FILE.py or FILE.py:NAME.
+    overrides: `--config.a.b=value`.
+    allow: unknown fields of the base's config.json that are accepted.
 
   Raises:
-    ConfigError: no such file, an unknown field, a value of the wrong type; by name.
+    ConfigError: no such file, an unknown field, a value of the wrong type or one that contradicts the base; by name.
   """
   file = path.split(":", 1)[0]
   if not os.path.exists(file):
@@ -39,7 +57,44 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         if not isinstance(at, dict):
           raise ConfigError(f"--config.{name}: {group} is no group of fields")
       at[last] = _literal(value)
-  return from_config_dict(RunConfig, fields)
+  return from_config_dict(RunConfig, _with_shape(fields, allow))
+
+
+def _with_shape(fields: dict[str, Any], allow: Sequence[str]) -> dict[str, Any]:
+  """The fields with those of the base's model, and with directories in place of the hub's ids."""
+  fields = dict(fields)
+  for name in ("base", "init_from"):
+    if isinstance(fields.get(name), str):
+      fields[name] = local_directory(fields[name])
+  source = fields.get("init_from") or fields.get("base")
+  clara = fields.get("clara")
+  if not isinstance(source, str) or not isinstance(clara, Mapping):
+    if isinstance(clara, Mapping) and "vocab_size" not in (clara.get("model") or {}):
+      raise ConfigError("config.base: name the directory of a base model (--config.base=DIR); this configuration names no shape of its own")
+    return fields
+  model, padded = _model_of(source, fields.get("base"), fields.get("tokenizer"), allow)
+  named = dict(clara.get("model") or {})
+  wanted = dataclasses.asdict(model)
+  for name, value in named.items():
+    if name in FREE_FIELDS or name not in wanted:  # an unknown field is refused with all the others
+      wanted[name] = value
+      continue
+    if name == "vocab_size" and value == padded:  # the number in config.json, which counts rows that no word has
+      continue
+    made = from_config_dict(ModelConfig, {**dataclasses.asdict(model), name: value}, "clara.model")
+    if getattr(made, name) != getattr(model, name):
+      raise ConfigError(f"clara.model.{name}={value!r}, but {source} has {getattr(model, name)!r}; leave it out: a model's shape is its base's")
+  return {**fields, "clara": {**clara, "model": wanted}}
+
+
+def _model_of(source: str, base: str | None, tokenizer: str | None, allow: Sequence[str]) -> tuple[ModelConfig, int | None]:
+  """(the model of a base or of the stage before, the rows of its embedding where its config.json counts them)."""
+  if is_checkpoint(source):
+    return read_config(source)[0].clara.model, None
+  if os.path.exists(os.path.join(source, families.CONFIG_FILE)) and families.read_json(source).get("model_type") in families.FAMILIES:
+    model = native.base_config(source, allow=allow, tokenizer=tokenizer)
+    return model, families.read_json(source)["vocab_size"]
+  return checkpoints.open_checkpoint(source, base, allow=allow).config.model, None
 
 
 def _names(fields: Mapping[str, Any], name: str) -> bool:

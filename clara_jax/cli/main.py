@@ -86,10 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return sub
 
+  def reading(sub: argparse.ArgumentParser, dtype: str) -> None:
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help=dtype)
+    sub.add_argument("--chat-template", metavar="FILE", help="a Jinja template that takes the place of the tokenizer's")
+    sub.add_argument("--allow-config", action="append", default=[], metavar="FIELD",
+                     help="a field of config.json or adapter_config.json that is not known and changes nothing; any number of times")
+
   def checkpoint(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--checkpoint", required=True, metavar="CKPT", help="of clara train or convert, of the released code, or of PEFT")
+    sub.add_argument("--checkpoint", required=True, metavar="CKPT",
+                     help="of clara train or convert, of the released code, or of PEFT; a plain Hugging Face model where no role is needed")
     sub.add_argument("--base", metavar="DIR", help="the base model, where the checkpoint's own record does not lead to it")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of computation; default: the checkpoint's")
+    reading(sub, "type of computation; default: the checkpoint's")
 
   def positive(text: str) -> int:
     if (value := int(text)) < 1:
@@ -110,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
   train = command("train", "Trains one stage; goes on by itself where a run was stopped.")
   train.add_argument("--config", required=True, metavar="FILE.py[:NAME]", help="ml_collections; override with --config.a.b=value")
   train.add_argument("--workdir", required=True, metavar="DIR")
+  reading(train, "type of computation and of the frozen base; default: the configuration's, or the base's")
   several_processes(train)
 
   records = command("records", "JSONL rows as ArrayRecord files, which runs on many hosts read at random.")
@@ -285,11 +293,14 @@ def _parser() -> argparse.ArgumentParser:
   loss.add_argument("--batch-size", type=int, default=16)
 
   convert = command("convert", "Any checkpoint to any format, tensor by tensor.")
-  convert.add_argument("source", metavar="SRC", help="a checkpoint of ours, of the released code, of PEFT, or a Hugging Face model")
+  convert.add_argument("source", metavar="SRC",
+                       help="a checkpoint of ours, of the released code, of PEFT, a Hugging Face model (a directory, or an id in the hub's "
+                       "cache), or a GGUF file")
   convert.add_argument("destination", metavar="DST", help="a directory that is not there yet")
   convert.add_argument("--to", required=True, choices=("clara", "upstream", "peft", "hf"))
   convert.add_argument("--role", help="for peft: only this role; for hf: the role that is merged into the model")
   convert.add_argument("--base", metavar="DIR", help="the source's base, where its own record does not lead to it")
+  reading(convert, "the base's weights are written in it; default: their own")
   convert.add_argument("--verify", action="store_true", help="reload what was written and compare; writes DST/parity.json")
 
   lens = command("lens", "The words that a question's memory tokens stand for (logit lens).")

@@ -126,13 +126,13 @@ class RowEncoder:
     layout = self.layout
     encoded = {"id": row.identifier}
     if self.kind == "text":
-      return encoded | {"prompt": layout.row_prompt(row, "\n".join(row.documents), rng.randrange(1 << 16))}
+      return encoded | {"prompt": layout.row_prompt(row, None, rng.randrange(1 << 16))}
     if self.kind == "given":
-      prompt = layout.row_prompt(row, layout.slots(len(row.documents)), rng.randrange(1 << 16))
+      prompt = layout.row_prompt(row, len(row.documents), rng.randrange(1 << 16))
       return encoded | {"prompt": prompt, "documents": [self._document(d) for d in row.documents]}
     encoded |= {
         "prompt": layout.answer_prompt(row.questions[0], self.top_k, row.answers[0], row.identifier),
-        "question": layout.query(row.questions[0]),
+        "question": layout.training_query(row.questions[0]),
     }
     if self.data.retrieve == "store":
       return encoded | {"gold_slots": self._gold_slots(row)}

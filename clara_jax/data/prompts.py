@@ -4,8 +4,7 @@ The system and user texts are the input format of released checkpoints: change n
 project's own words and only serve training.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 ANSWER_SYSTEM = (
     "You are a helpful assistant. Your task is to extract relevant information from provided documents and to answer to "
@@ -54,23 +53,3 @@ def paraphrase_messages(documents: str, instruction: int) -> list[dict[str, str]
 
 def _chat(system: str, user: str) -> list[dict[str, str]]:
   return [{"role": "system", "content": system}, {"role": "user", "content": user}]
-
-
-def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], answer: str | None = None) -> str:
-  """The chat template's text, with the answer as the assistant's turn if there is one.
-
-  Where the template refuses a system message, its text goes in front of the user's, with a blank line between.
-  """
-  turns = list(messages)
-  if answer is not None:
-    turns.append({"role": "assistant", "content": answer})
-  try:
-    return tokenizer.apply_chat_template(turns, tokenize=False)
-  except Exception as refusal:  # jinja2.TemplateError; templates raise whatever they like
-    if turns[0]["role"] != "system":
-      raise
-    folded = {"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-    try:
-      return tokenizer.apply_chat_template([folded, *turns[2:]], tokenize=False)
-    except Exception:
-      raise refusal from None

@@ -14,12 +14,11 @@ import numpy as np
 
 from clara_jax.batch import Tokens
 from clara_jax.config import ConfigError, DataConfig, Role
-from clara_jax.data import prompts
 from clara_jax.data.pipeline import RowEncoder, evaluation_batches, pad_tokens
 from clara_jax.data.schemas import DataError, Row
 from clara_jax.data.tokens import Layout
 from clara_jax.evaluation.candidates import Bm25
-from clara_jax.evaluation.likelihood import make_likelihood, until_end
+from clara_jax.evaluation.likelihood import make_likelihood
 from clara_jax.evaluation.metrics import answer_scores, retrieval_scores
 from clara_jax.evaluation.settings import SETTINGS, Setting
 from clara_jax.inference.generate import make_generate
@@ -109,7 +108,7 @@ def check(row: Row, how: Setting, top_k: int, layout: Layout) -> None:
   if how.form == "memories":
     layout.answer_prompt(row.questions[0], top_k if how.order else len(row.documents), where=row.identifier)
   else:
-    layout.prompt(prompts.answer_messages("", row.questions[0]), where=row.identifier)
+    layout.text_prompt(row.questions[0], "", where=row.identifier)
 
 
 # Numbers of a prediction that are no scores.
@@ -177,7 +176,7 @@ class _Answers:
     self._compress = jax.jit(model.compress)
     self._score = jax.jit(lambda weights, tokens, memories: model.score(self._query(weights, tokens), memories))
     role: Role | None = "generator" if how.form == "memories" else None
-    self._generate = make_generate(model, max_new_tokens, layout.eos_id, layout.pad_id, role)
+    self._generate = make_generate(model, max_new_tokens, layout.end_ids, layout.pad_id, role)
     self._likelihood = make_likelihood(model, layout, role)
     self._shapes: set[tuple] = set()
 
@@ -214,7 +213,7 @@ class _Answers:
     shape = (len(rows), -(-max(map(len, tokens)) // 32), None if memories is None else memories.shape)
     seconds = (time.perf_counter() - begin) / len(rows) if shape in self._shapes else None  # the first one compiles
     self._shapes.add(shape)
-    log_p, count = self._likelihood(self._weights, tokens, [until_end(a, layout.eos_id) for a in answers], memories)
+    log_p, count = self._likelihood(self._weights, tokens, [layout.until_end(a, with_end=True) for a in answers], memories)
     confidence = np.exp(log_p / count)
     found = []
     for n in range(len(rows)):
@@ -248,7 +247,7 @@ class _Answers:
     while True:
       text = "\n\n".join(documents[:count])
       try:
-        ids = layout.prompt(prompts.answer_messages(text, question), where=f"question {question!r:.60}").ids
+        ids = layout.text_prompt(question, text, where=f"question {question!r:.60}").ids
         return ids, count, len(layout.ids(text))
       except DataError:
         if not count:

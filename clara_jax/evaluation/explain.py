@@ -14,7 +14,7 @@ from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.schemas import DataError, Row
 from clara_jax.data.tokens import Layout
 from clara_jax.evaluation import logit_lens
-from clara_jax.evaluation.likelihood import make_likelihood, until_end
+from clara_jax.evaluation.likelihood import make_likelihood
 from clara_jax.inference.generate import make_generate
 from clara_jax.model import Clara
 from clara_jax.ops.losses import masked_mean
@@ -78,7 +78,7 @@ class Explainer:
   def __init__(self, model: Clara, layout: Layout, weights: dict[str, Any], max_new_tokens: int = 64, top: int = 50):
     self._model, self._layout, self._weights, self._top = model, layout, weights, top
     self._compress, self._encode = jax.jit(model.compress), jax.jit(model.encode_query)
-    self._generate = make_generate(model, max_new_tokens, layout.eos_id, layout.pad_id)
+    self._generate = make_generate(model, max_new_tokens, layout.end_ids, layout.pad_id)
     self._likelihood = make_likelihood(model, layout)
     self._attention = jax.jit(functools.partial(answer_attention, model))
 
@@ -98,7 +98,7 @@ class Explainer:
     chosen = np.argsort(-scores, kind="stable")[:k]
     read = memories[chosen][None]
     prompt = layout.answer_prompt(question, k, where=row.identifier).ids
-    answer = until_end(np.asarray(self._generate(weights, pad_tokens([prompt], layout.pad_id, 32), read))[0], layout.eos_id)
+    answer = layout.until_end(np.asarray(self._generate(weights, pad_tokens([prompt], layout.pad_id, 32), read))[0], with_end=True)
     whole = self._likelihood(weights, [prompt], [answer], read)[0][0]
     gains = np.zeros(k)
     if k > 1:
@@ -138,18 +138,18 @@ def answer_attention(model: Clara, weights: dict[str, Any], ids: jax.Array, memo
   (_, read), sown = model.decoder.apply(variables, model.splice(weights, ids, memories), keep=True, mutable=["queries"])
   at = jnp.arange(ids.shape[1])
   visible = at <= at[:, None]
-  if config.sliding_window is not None:
-    visible &= at > at[:, None] - config.sliding_window
+  windowed = np.isin(np.arange(config.num_layers), config.full_attention_layers, invert=True) & (config.sliding_window is not None)
+  near = at > at[:, None] - (config.sliding_window or 0)
   predicts = (at >= start - 1) & (at < stop - 1)
 
-  def layer(q, keys):
+  def layer(q, keys, windowed):
     keys = jnp.repeat(jnp.moveaxis(keys, 1, 2), config.num_heads // config.num_kv_heads, axis=2)
     scores = jnp.einsum("bthp,bshp->bhts", q, keys, preferred_element_type=jnp.float32) * config.head_dim**-0.5
-    weights = jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1)
+    weights = jax.nn.softmax(jnp.where(visible & (near | ~windowed), scores, -1e30), axis=-1)
     return (weights * predicts[:, None]).sum((1, 2)) / (config.num_heads * predicts.sum())
 
   (queries,) = sown["queries"]["layers"]["attention"]["rotated"]
-  shares = jax.lax.map(lambda x: layer(*x), (queries, read.keys)).mean(0)
+  shares = jax.lax.map(lambda x: layer(*x), (queries, read.keys, windowed)).mean(0)
   is_memory, _ = model.memory_slot(ids)
   count = memories.shape[1] * memories.shape[2]
   places = jnp.argsort(~is_memory, axis=-1, stable=True)[:, :count]

@@ -36,9 +36,9 @@ def paraphrase(model: Clara, layout: Layout, weights: dict[str, Any], documents:
     ConfigError: a library is missing (extras 'evaluate', 'bertscore').
   """
   scorer = _bert_scorer(bert_model) if bert_model else None
-  prompt = layout.prompt(prompts.paraphrase_messages(layout.slots(1), 0)).ids
+  prompt = layout.paraphrase_prompt().ids
   compress = jax.jit(model.compress)
-  generate = make_generate(model, max_new_tokens, layout.eos_id, layout.pad_id)
+  generate = make_generate(model, max_new_tokens, layout.end_ids, layout.pad_id)
   found: list[dict[str, Any]] = []
   for start in range(0, len(documents), batch_size):
     batch = documents[start:start + batch_size]

@@ -30,9 +30,3 @@ def make_likelihood(model: Clara, layout: Layout, role: Role | None = "generator
     prompt = pad_prompts(rows, starts, layout.pad_id, padded_length(length, 32), padded_length(width, 8))
     return tuple(np.asarray(x) for x in log_p(weights, prompt, memories))
   return likelihood
-
-
-def until_end(ids: np.ndarray, eos_id: int) -> np.ndarray:
-  """A generated row up to its end, the end included."""
-  ends = np.flatnonzero(ids == eos_id)
-  return ids[:ends[0] + 1] if len(ends) else ids

@@ -87,7 +87,7 @@ class Answerer:
       raise ConfigError(f"top_k={self.top_k} documents of a store with {len(store)}")
     self._index = index or index_lib.load(store)
     self._encode = jax.jit(model.encode_query)
-    greedy = Greedy(model, max_new_tokens, layout.eos_id, layout.pad_id, None if merge else "generator")
+    greedy = Greedy(model, max_new_tokens, layout.end_ids, layout.pad_id, None if merge else "generator")
     self._generator = weights
     if merge:
       merged = jax.jit(functools.partial(linear.merge, scale=model.config.lora.scale))(weights["base"], weights["generator"])

@@ -52,14 +52,14 @@ class Greedy:
   Attributes:
     model: the method.
     max_new_tokens: length of the longest answer.
-    eos_id: ends a row.
+    end_ids: tokens of which each ends a row.
     pad_id: fills a row after its end.
     role: the generator, or None for the plain base.
   """
 
   model: Clara
   max_new_tokens: int
-  eos_id: int
+  end_ids: tuple[int, ...]
   pad_id: int
   role: Role | None = "generator"
 
@@ -93,7 +93,7 @@ class Greedy:
     last = jnp.take_along_axis(hidden, (prompt.lengths - 1 - start)[:, None, None], axis=1)[:, 0]
     first = jnp.argmax(model.logits(weights, last), axis=-1).astype(jnp.int32)
     answer = jnp.full((batch, self.max_new_tokens), self.pad_id, jnp.int32).at[:, 0].set(first)
-    return Decoding(jnp.int32(1), first, first == self.eos_id, answer, prompt.lengths, cache)
+    return Decoding(jnp.int32(1), first, self._ends(first), answer, prompt.lengths, cache)
 
   def decode(self, weights: Weights, state: Decoding, until: jax.Array | int) -> Decoding:
     """Goes on until every row has stopped or has `until` tokens."""
@@ -109,21 +109,24 @@ class Greedy:
       cache = extend(s.cache, new, first_slot + s.step - 1)
       token = jnp.argmax(model.logits(weights, hidden[:, 0]), axis=-1).astype(jnp.int32)
       token = jnp.where(s.stopped, self.pad_id, token)
-      return Decoding(s.step + 1, token, s.stopped | (token == self.eos_id), s.answer.at[:, s.step].set(token), s.lengths, cache)
+      return Decoding(s.step + 1, token, s.stopped | self._ends(token), s.answer.at[:, s.step].set(token), s.lengths, cache)
 
     return jax.lax.while_loop(unfinished, one, state)
 
   def __call__(self, weights: Weights, prompt: Tokens, memories: jax.Array | None, beginning: KeyValues | None = None) -> jax.Array:
-    """Whole answers: [B, max_new_tokens] int32; rows hold `eos_id` where they end and `pad_id` after it."""
+    """Whole answers: [B, max_new_tokens] int32; rows hold one of `end_ids` where they end and `pad_id` after it."""
     return self.decode(weights, self.prefill(weights, prompt, memories, beginning), self.max_new_tokens).answer
+
+  def _ends(self, token):
+    return jnp.isin(token, jnp.array(self.end_ids, jnp.int32))
 
   def _embed(self, weights, ids, memories):
     return self.model.embed(weights, ids) if memories is None else self.model.splice(weights, ids, memories)
 
 
-def make_generate(model: Clara, max_new_tokens: int, eos_id: int, pad_id: int, role: Role | None = "generator"):
+def make_generate(model: Clara, max_new_tokens: int, end_ids: tuple[int, ...], pad_id: int, role: Role | None = "generator"):
   """Whole answers, compiled: (weights, prompt, memories, beginning=None) -> ids [B, max_new_tokens]; see `Greedy`."""
-  return jax.jit(Greedy(model, max_new_tokens, eos_id, pad_id, role).__call__)
+  return jax.jit(Greedy(model, max_new_tokens, end_ids, pad_id, role).__call__)
 
 
 def make_stream(greedy: Greedy) -> Callable[..., Any]:

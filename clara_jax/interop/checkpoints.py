@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +12,11 @@ import numpy as np
 from etils import epath
 
 from clara_jax.config import ROLES, ClaraConfig, ConfigError
+from clara_jax.data.tokenizer import has_tokenizer
 from clara_jax.data.tokens import Layout
 from clara_jax.interop import families, hf, lazy, native, peft, upstream
-from clara_jax.interop.keymap import KeyMapError
+from clara_jax.interop.hub import local_directory
+from clara_jax.interop.keymap import EMBEDDING, HEAD, KeyMapError
 from clara_jax.model import Clara
 from clara_jax.training.checkpoint import CheckpointError, is_checkpoint, read_config, read_record
 
@@ -33,6 +37,8 @@ class Opened:
     base: the base's path; None where the checkpoint holds it.
     base_sha256: what the checkpoint says of its base's content, if it does.
     tokenizer: a directory, or None.
+    hf_files: a directory with the config.json, and perhaps the generation_config.json, that the base came with, or None.
+    chat_template: takes the place of the tokenizer's.
   """
 
   directory: str
@@ -44,6 +50,8 @@ class Opened:
   base: str | None
   base_sha256: str | None
   tokenizer: str | None
+  hf_files: str | None
+  chat_template: str | None = None
 
   @property
   def weights(self) -> dict[str, Any]:
@@ -58,7 +66,7 @@ class Opened:
     """Its tokenizer with the token layouts."""
     if self.tokenizer is None:
       raise CheckpointError(f"{self.directory}: brings no tokenizer")
-    return Layout(self.tokenizer, self.config)
+    return Layout(self.tokenizer, self.config, end_ids=families.end_ids(self.hf_files), chat_template=self.chat_template)
 
   def check_base(self) -> str | None:
     """The hash of the base's content, after comparing it with the record.
@@ -118,38 +126,46 @@ def require(directory: str, weights: dict[str, Any], *groups: str) -> None:
                             f"{[r for r in ROLES if r in weights] or 'none'}")
 
 
-def open_checkpoint(directory: str, base: str | None = None, dtype: str | None = None) -> Opened:
+def open_checkpoint(directory: str, base: str | None = None, dtype: str | None = None, *, chat_template: str | None = None,
+                    allow: Sequence[str] = ()) -> Opened:
   """Opens a checkpoint of any kind; reads configurations and headers only.
 
   Args:
-    directory: the checkpoint.
+    directory: the checkpoint, or the id of a model in the Hugging Face hub's cache.
     base: its base, where the checkpoint's own record does not lead to one.
     dtype: 'float32' or 'bfloat16' for computation and storage; by default the checkpoint's.
+    chat_template: takes the place of the tokenizer's.
+    allow: unknown fields of config.json and adapter_config.json that are accepted.
 
   Raises:
     CheckpointError, ConfigError, KeyMapError: naming the file, field or tensor.
   """
+  directory, base = local_directory(directory), base and local_directory(base)
   folder = epath.Path(directory)
-  if not folder.exists():
-    raise CheckpointError(f"{directory}: no such checkpoint")
+  if not folder.is_dir():
+    gguf = ": a GGUF file is converted first: clara convert FILE.gguf DIR --to clara" if str(directory).endswith(".gguf") else ""
+    raise CheckpointError(f"{directory}: {'not a directory' if folder.exists() else 'no such checkpoint'}{gguf}")
   if is_checkpoint(directory):
-    return _open_clara(directory, base, dtype)
-  if upstream.is_upstream(directory):
-    config, base = upstream.read_config(directory, base, dtype)
-    model = Clara(config)
-    tokenizer = directory if (folder / "tokenizer.json").exists() else base
-    return Opened(directory, "upstream", config, upstream.stage_of(directory), upstream.read_weights(model, directory),
-                  open_base(model, base, directory)[0], base, None, tokenizer)
-  if peft.is_adapter(directory) or any(peft.is_adapter(str(folder / role)) for role in ROLES):
-    return _open_peft(directory, base, dtype)
-  if (folder / "config.json").exists():
-    model = Clara(ClaraConfig(families.model_config(directory, **families.with_dtype(dtype))))
-    return Opened(directory, "hf", model.config, "base", {}, hf.read_base(model, directory), None, None, directory)
-  raise CheckpointError(f"{directory}: neither a clara_jax checkpoint (config.json with format='clara_jax'), nor an upstream one "
-                        f"({upstream.ADAPTER_FILE}), nor a PEFT adapter, nor a Hugging Face model")
+    opened = _open_clara(directory, base, dtype, allow)
+  elif upstream.is_upstream(directory):
+    config, base, groups = upstream.read(directory, base, dtype, allow)
+    tokenizer = directory if has_tokenizer(directory) else tokenizer_directory(base)
+    plain = open_base(Clara(config), base, directory, allow, whole=True)[0]
+    opened = Opened(directory, "upstream", config, upstream.stage_of(directory), groups, plain, base, None, tokenizer, native.hf_files(base))
+  elif peft.is_adapter(directory) or any(peft.is_adapter(str(folder / role)) for role in ROLES):
+    opened = _open_peft(directory, base, dtype, allow)
+  elif (folder / families.CONFIG_FILE).exists():
+    model = Clara(ClaraConfig(families.model_config(directory, allow=allow, **families.with_dtype(dtype))))
+    tokenizer = directory if has_tokenizer(directory) else None
+    opened = Opened(directory, "hf", model.config, "base", {}, hf.read_base(model, directory), None, None, tokenizer, directory)
+  else:
+    raise CheckpointError(f"{directory}: neither a clara_jax checkpoint (config.json with format='clara_jax'), nor an upstream one "
+                          f"({upstream.ADAPTER_FILE}), nor a PEFT adapter, nor a Hugging Face model")
+  opened.chat_template = chat_template
+  return opened
 
 
-def _open_clara(directory: str, base: str | None, dtype: str | None) -> Opened:
+def _open_clara(directory: str, base: str | None, dtype: str | None, allow: Sequence[str]) -> Opened:
   run, recorded = read_config(directory)
   record = read_record(directory)
   # How a training run lays its base out is no part of what it made.
@@ -160,53 +176,97 @@ def _open_clara(directory: str, base: str | None, dtype: str | None) -> Opened:
   own = groups.pop("base", None)
   if own is None:
     base = base or recorded
-    plain, special = open_base(model, base, directory)
+    plain, special = open_base(model, base, directory, allow)
   else:
-    plain, special = split_base(own, config)
+    plain, special = split_base(own, config, record["stage"])
     base = None
   if special and SPECIAL not in groups:
     groups[SPECIAL] = special
   tokenizer = os.path.join(directory, "tokenizer")
   return Opened(directory, "clara", config, record["stage"], groups, plain, base, record.get("base_sha256"),
-                tokenizer if epath.Path(tokenizer).exists() else None)
+                tokenizer if epath.Path(tokenizer).exists() else None, native.hf_files(base or directory))
 
 
-def _open_peft(directory: str, base: str | None, dtype: str | None) -> Opened:
+def _open_peft(directory: str, base: str | None, dtype: str | None, allow: Sequence[str]) -> Opened:
   folder = epath.Path(directory)
   single = peft.is_adapter(directory)
   found = {None: directory} if single else {r: str(folder / r) for r in ROLES if peft.is_adapter(str(folder / r))}
   groups: dict[str, Any] = {}
-  config = None
+  config, first = None, None
   for role, where in found.items():
-    lora, named = peft.read_lora(where)
+    adapter = peft.read(where, allow)
     recorded, clara, special = peft.read_clara(where)
     if role and recorded and role != recorded:
       raise CheckpointError(f"{where}: is the role {recorded!r}, not {role!r}: swapped adapters")
     role = role or recorded or "generator"
-    if base is None and named:
-      base = next((p for p in (named, os.path.normpath(os.path.join(where, named))) if epath.Path(p).exists()), None)
     if base is None:
-      raise CheckpointError(f"{where}: its base {named!r} is not a directory here; name one with --base")
+      base = _adapter_base(where, adapter.base)
     if config is None:
-      model_config = native.base_config(base, dtype)
-      config = dataclasses.replace(clara, model=model_config, lora=lora) if clara else ClaraConfig(model_config, lora)
-    if lora != config.lora:
-      raise ConfigError(f"{where}/{peft.CONFIG_FILE}: {lora}, but another role has {config.lora}")
-    groups[role] = peft.read_role(Clara(config), where, role)
+      first = adapter
+      model = native.base_config(base, dtype, allow, None if is_checkpoint(base) else adapter.tokenizer)
+      if clara:  # the vocabulary is that of the tokenizer with which it was trained
+        model = dataclasses.replace(model, vocab_size=clara.model.vocab_size)
+      config = dataclasses.replace(clara, model=model, lora=adapter.lora) if clara else ClaraConfig(model, adapter.lora)
+    if adapter.lora != config.lora:
+      raise ConfigError(f"{where}/{peft.CONFIG_FILE}: {adapter.lora}, but another role has {config.lora}")
+    if set(adapter.whole) != set(first.whole) or any((adapter.whole[n] != first.whole[n]).any() for n in first.whole):
+      raise ConfigError(f"{where}: its embedding or head is not that of {first.directory}: roles share them")
+    groups[role] = adapter.leaves(Clara(config), role)
     for name, value in (special or {}).items():
       if name == "memory_embedding":
         groups[name] = value
       else:
         groups.setdefault(SPECIAL, {})[name] = value
-  plain, fresh = open_base(Clara(config), base, directory)
+  plain, fresh = open_base(Clara(config), base, directory, allow)
   if SPECIAL not in groups:
     groups[SPECIAL] = fresh or hf.special_tokens(config)
-    groups["memory_embedding"] = groups[SPECIAL]["embedding"][:config.num_memory_tokens]
-  return Opened(directory, "peft", config, "joint", groups, plain, base, None, tokenizer_directory(base))
+    groups["memory_embedding"] = groups[SPECIAL]["embedding"][-config.num_memory_tokens - 3:-3]
+  if first.whole:
+    groups[SPECIAL] = _whole_vocabulary(first, groups[SPECIAL], config)
+  return Opened(directory, "peft", config, "joint", groups, plain, base, None, first.tokenizer or tokenizer_directory(base), native.hf_files(base))
 
 
-def open_base(model: Clara, base: str | None, where: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _adapter_base(where: str, named: str | None) -> str:
+  """The base that an adapter names: a directory as it stands or from the adapter's, or a model of the hub."""
+  near = os.path.normpath(os.path.join(where, named or ""))
+  if named and not os.path.exists(named) and os.path.exists(near):
+    return near
+  try:
+    return local_directory(named or "")
+  except CheckpointError as error:
+    raise CheckpointError(f"{where}: its base {named!r} is not a directory here; name one with --base ({error})") from None
+
+
+def _whole_vocabulary(adapter: peft.Adapter, special: Mapping[str, Any], config: ClaraConfig) -> dict[str, np.ndarray]:
+  """The embedding and the head that an adapter brings, with the rows of CLaRa's tokens behind the tokenizer's words."""
+  words, tied = config.model.vocab_size, config.model.tie_embeddings
+  whole = adapter.whole
+  where = f"{adapter.directory}/{peft.ADAPTER_FILE}"
+  if tied and (set(whole) != {EMBEDDING, HEAD} or (whole[EMBEDDING] != whole[HEAD]).any()):
+    raise KeyMapError(f"{where}: has {sorted(whole)}, but the base's head is its embedding: only both, and equal, can be read")
+  made = dict(special)
+  for name, ours, axis in ((EMBEDDING, "embedding", 0), (HEAD, "head", 1)):
+    if name not in whole or (tied and ours == "head"):
+      continue
+    value = whole[name]
+    if value.ndim != 2 or value.shape[0] < words or value.shape[1] != config.model.width:
+      raise KeyMapError(f"{where}: {name} has the shape {value.shape}, expected {(words, config.model.width)}: the tokenizer has {words} words")
+    rows = lazy.read(special[ours])
+    mine = rows[-config.num_memory_tokens - 3:] if axis == 0 else rows[:, -config.num_memory_tokens - 3:]
+    made[ours] = np.concatenate([value[:words] if axis == 0 else value[:words].T, mine.astype(value.dtype)], axis)
+  return made
+
+
+def open_base(model: Clara, base: str | None, where: str, allow: Sequence[str] = (), whole: bool = False
+              ) -> tuple[dict[str, Any], dict[str, Any] | None]:
   """A base from a Hugging Face directory or a checkpoint of ours that holds one: (leaves without special tokens, these if it has them).
+
+  Args:
+    model: what is to be made of it.
+    base: its directory.
+    where: of whom, for messages.
+    allow: unknown fields of config.json that are accepted.
+    whole: the checkpoint brings a vocabulary of its own.
 
   Raises:
     CheckpointError: it is neither.
@@ -218,13 +278,16 @@ def open_base(model: Clara, base: str | None, where: str) -> tuple[dict[str, Any
     weights = native.open_weights(base)
     if "base" not in weights:
       raise CheckpointError(f"{base}: this checkpoint is no base; name the directory of a pretrain run or a Hugging Face model")
-    return split_base(weights["base"], read_config(base)[0].clara)
-  if not (epath.Path(base) / "config.json").exists():
+    return split_base(weights["base"], read_config(base)[0].clara, read_record(base)["stage"])
+  if not (epath.Path(base) / families.CONFIG_FILE).exists():
     raise CheckpointError(f"{where}: its base {base} is not there; name one with --base")
-  on_disk = families.model_config(base, **families.with_dtype(model.config.model.param_dtype)).vocab_size
-  if on_disk < model.config.model.vocab_size:
-    raise ConfigError(f"{base}: vocab_size={on_disk}, but the checkpoint was made for {model.config.model.vocab_size}")
-  return hf.read_base(model, base), None
+  leaves = hf.read_base(model, base)
+  rows = leaves["embedding"].shape[0]
+  if not whole and rows < model.config.model.vocab_size:
+    words = families.model_config(base, allow=allow).vocab_size
+    if words < model.config.model.vocab_size:
+      raise ConfigError(f"{base}: has {words} words, but the checkpoint was made for {model.config.model.vocab_size}")
+  return leaves, None
 
 
 def merged_base(opened: Opened, role: str | None) -> dict[str, Any]:
@@ -239,20 +302,32 @@ def merged_base(opened: Opened, role: str | None) -> dict[str, Any]:
   return {**base, "embedding": lazy.Rows(embedding, first, tail, 0)}
 
 
-def load(directory: str, base: str | None = None, dtype: str | None = None) -> Checkpoint:
-  """Reads a checkpoint of ours, of the released code or of PEFT onto the first device.
+def load(directory: str, base: str | None = None, dtype: str | None = None, *, chat_template: str | None = None,
+         allow: Sequence[str] = ()) -> Checkpoint:
+  """Reads a checkpoint of ours, of the released code or of PEFT, or a plain Hugging Face model, onto the first device.
 
   Args:
-    directory: the checkpoint.
-    base: its base, where the checkpoint's own record does not lead to one.
-    dtype: 'float32' or 'bfloat16' for computation and storage; by default the checkpoint's.
+    directory, base, dtype, chat_template, allow: see `open_checkpoint`.
 
   Raises:
     CheckpointError, ConfigError, KeyMapError: naming the file, field or tensor.
   """
-  opened = open_checkpoint(directory, base, dtype)
+  opened = open_checkpoint(directory, base, dtype, chat_template=chat_template, allow=allow)
+  if opened.plain_base is not None:
+    note_rounding(opened.plain_base, opened.config, opened.base or opened.directory)
+  layout = opened.layout()
   found = opened.check_base()
-  return Checkpoint(directory, Clara(opened.config), on_device(opened), opened.layout(), opened.base, found)
+  weights = on_device(opened)
+  if "memory_embedding" not in weights:  # a plain model has none; whoever reads text alone needs none
+    weights["memory_embedding"] = jnp.zeros((opened.config.num_memory_tokens, opened.config.model.width))
+  return Checkpoint(directory, Clara(layout.config), weights, layout, opened.base, found)
+
+
+def note_rounding(base: Mapping[str, Any], config: ClaraConfig, name: str) -> None:
+  """Says that a base's weights are rounded to the type of the computation."""
+  stored, wanted = hf.main_type(leaf for _, leaf in lazy.leaves(base)), config.model.param_dtype
+  if wanted == "bfloat16" and stored in ("float16", "float64"):
+    print(f"{name}: its weights are {stored} and are rounded to bfloat16; --dtype float32 keeps them as they are", file=sys.stderr, flush=True)
 
 
 def on_device(opened: Opened) -> dict[str, Any]:
@@ -277,17 +352,17 @@ def on_device(opened: Opened) -> dict[str, Any]:
   return made
 
 
-def tokenizer_directory(directory: str) -> str:
-  """Where the tokenizer of a checkpoint, a Hugging Face model or a tokenizer directory lies."""
-  own = os.path.join(directory, "tokenizer")
-  return own if is_checkpoint(directory) else directory
+def tokenizer_directory(directory: str) -> str | None:
+  """Where the tokenizer of a base, or a tokenizer, lies; None where there is none."""
+  own = os.path.join(directory, "tokenizer") if is_checkpoint(directory) else directory
+  return own if has_tokenizer(own) else None
 
 
-def split_base(base: dict[str, Any], config: ClaraConfig) -> tuple[dict[str, Any], dict[str, Any] | None]:
-  """(a base of ours without special tokens, these). One that was trained here has them with it, a converted one has none."""
-  first, last = config.model.vocab_size, config.vocab_size
-  if base["embedding"].shape[0] == first:
+def split_base(base: dict[str, Any], config: ClaraConfig, stage: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+  """(a base of ours without special tokens, these). One that was trained here has them, a converted one (stage 'base') has none."""
+  if stage == "base":
     return base, None
+  first, last = config.model.vocab_size, config.vocab_size
   plain, special = dict(base), {}
   for name, axis in (("embedding", 0), ("head", 1)):
     if name in base:

@@ -1,7 +1,11 @@
 """Hugging Face models: a base read from safetensors, and a role merged into a plain model that transformers loads."""
 
 import json
-from collections.abc import Callable, Mapping
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -21,20 +25,32 @@ def leaf_shapes(model: Clara, group: str) -> dict[Path, tuple[int, ...]]:
   return {path: tuple(leaf.shape) for path, leaf in lazy.leaves(tree)}
 
 
+# Buffers in older files, which are computed.
+_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|bias|masked_bias)|model\.rotary_emb\.inv_freq")
+
+
 def read_base(model: Clara, directory: str) -> dict[str, Any]:
   """The group 'base' of a Hugging Face directory without CLaRa's special tokens, as leaves that are read when they are indexed.
 
   Raises:
     KeyMapError: a tensor that is missing, unknown, doubled or of the wrong shape; a damaged file; by name.
   """
+  tied = model.config.model.tie_embeddings
+  files = TensorFiles(directory, passed_over=lambda name: bool(_BUFFER.fullmatch(name)) or (tied and name == HEAD))
+  rows, said = files[EMBEDDING].shape[0] if EMBEDDING in set(files) else None, families.read_json(directory).get("vocab_size")
+  if rows is not None and rows != said:
+    raise KeyMapError(f"{directory}: {EMBEDDING} has {rows} rows, but {families.CONFIG_FILE} says vocab_size={said}")
+  return base_leaves(model, {name: files[name] for name in files}, directory)
+
+
+def base_leaves(model: Clara, tensors: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """The group 'base' from tensors under their Hugging Face names; see `read_base`."""
   config = model.config.model
-  files = TensorFiles(directory)
   expected = leaf_shapes(model, "base")
   expected[("embedding",)] = (None, config.width)
   if not config.tie_embeddings:
     expected[("head",)] = (config.width, None)
-  tensors = {name: files[name] for name in files if not (config.tie_embeddings and name == HEAD)}
-  return lazy.stack(tensors, base_place, expected, directory)
+  return lazy.stack(tensors, base_place, expected, where)
 
 
 def special_tokens(config: ClaraConfig) -> dict[str, np.ndarray]:
@@ -51,23 +67,21 @@ def with_special_tokens(base: Mapping[str, Any], special: Mapping[str, Any], con
   """A base whose embedding and head end with the given rows and columns.
 
   Args:
-    base: leaves; more words than the vocabulary are left out (some models pad theirs).
+    base: leaves; rows beyond the words of the tokenizer are left out (many models pad theirs), words without a row (tokens that were
+      added to the tokenizer alone) get zeros.
     special: as from `special_tokens`, or with the whole vocabulary where it is not the base's.
     config: the method's configuration.
-
-  Raises:
-    ConfigError: the base has fewer words than the configuration's vocabulary.
   """
   base = dict(base)
   for name, axis in (("embedding", 0), ("head", 1)):
     if name not in special:
       continue
-    more = special[name]
+    more = lazy.read(special[name])
     count = config.vocab_size - more.shape[axis]
-    have = base[name].shape[axis]
+    have = min(base[name].shape[axis], count)
     if have < count:
-      raise ConfigError(f"the base has {have} words, but the checkpoint was made for {count}")
-    base[name] = lazy.Rows(base[name], count, lazy.read(more), axis)
+      more = np.concatenate([np.zeros_like(more, shape=[count - have if i == axis else n for i, n in enumerate(more.shape)]), more], axis)
+    base[name] = lazy.Rows(base[name], have, more, axis)
   return base
 
 
@@ -109,28 +123,54 @@ class _Merged:
 
 
 def write_model(directory: str, base: Mapping[str, Any], config: ModelConfig, tokenizer: Any, metadata: Mapping[str, str],
-                on_written: Callable[[int], None] = lambda _: None) -> dict[str, str]:
+                source: str | None = None, on_written: Callable[[int], None] = lambda _: None) -> dict[str, str]:
   """Writes a model that `AutoModelForCausalLM.from_pretrained` loads; returns the hash of each tensor.
 
   Args:
     directory: where; it must exist.
     base: leaves, special tokens included.
     config: its shape.
-    tokenizer: a Hugging Face tokenizer, or None.
+    tokenizer: a Hugging Face tokenizer that is written with it, or None.
     metadata: for the safetensors' headers.
+    source: a directory with the config.json, and perhaps the generation_config.json, that the model came with.
     on_written: called with the bytes of each tensor.
   """
   tensors = {t.name: t for t in base_tensors(base)}
   special = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-  values = families.config_json(config, tensors[EMBEDDING].shape[0], special)
+  rows, dtype = tensors[EMBEDDING].shape[0], main_type(tensors.values())
+  if source:
+    values = families.written_config(families.read_json(source), rows, dtype)
+  else:
+    values = families.config_json(config, rows, special, dtype)
   hashes = write_tensors(directory, [(t.name, t.shape, t.dtype) for t in tensors.values()], lambda name: tensors[name].read(),
                          metadata=metadata, on_written=on_written)
   folder = epath.Path(directory)
-  (folder / "config.json").write_text(json.dumps(values, indent=2))
-  (folder / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **special}, indent=2))
+  (folder / families.CONFIG_FILE).write_text(json.dumps(values, indent=2))
+  if source is None:
+    (folder / families.GENERATION_FILE).write_text(json.dumps({"_from_model_config": True, **special}, indent=2))
+  else:
+    copy_files(source, directory, (families.GENERATION_FILE,))
   if tokenizer is not None:
     tokenizer.save_pretrained(directory)
   return hashes
+
+
+def main_type(tensors: Iterable[Any]) -> str:
+  """The type that most bytes are of."""
+  sizes: dict[str, int] = {}
+  for tensor in tensors:
+    sizes[np.dtype(tensor.dtype).name] = sizes.get(np.dtype(tensor.dtype).name, 0) + math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+  return max(sizes, key=sizes.__getitem__)
+
+
+def copy_files(source: str, directory: str, names: Iterable[str]) -> None:
+  """Copies files and folders, those of them that are there, as they are."""
+  for name in names:
+    found = os.path.join(source, name)
+    if os.path.isdir(found):
+      shutil.copytree(found, os.path.join(directory, name), copy_function=shutil.copyfile)
+    elif os.path.exists(found):
+      shutil.copyfile(found, os.path.join(directory, name))
 
 
 def _numpy_type(name: str) -> np.dtype:

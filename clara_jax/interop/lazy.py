@@ -8,6 +8,7 @@ classes below. A device's shard is read by its own index (`sharding.place`), and
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from clara_jax.interop.keymap import KeyMapError, Path, Place, check_coverage
@@ -68,6 +69,17 @@ class Rows:
         part = source[tuple(slice(first, last) if axis == self._axis else i for axis, i in enumerate(index))]
         parts.append(part.astype(self.dtype, copy=False))
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=self._axis)
+
+
+class Cast:
+  """A leaf in another type."""
+
+  def __init__(self, leaf: Any, dtype: Any):
+    self._leaf = leaf
+    self.shape, self.dtype = tuple(leaf.shape), np.dtype(jnp.dtype(dtype))
+
+  def __getitem__(self, index: Index) -> np.ndarray:
+    return self._leaf[index].astype(self.dtype, copy=False)
 
 
 def read(leaf: Any) -> np.ndarray:

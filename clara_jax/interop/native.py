@@ -7,7 +7,7 @@ written by letting Orbax save a skeleton, whose arrays are then replaced one lay
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,16 +42,29 @@ class StoredArray:
     return value
 
 
-def base_config(base: str, dtype: str | None = None) -> ModelConfig:
+# Within a checkpoint that holds a base: config.json and generation_config.json of the Hugging Face model that it was.
+HF_FOLDER = "hf"
+
+
+def base_config(base: str, dtype: str | None = None, allow: Sequence[str] = (), tokenizer: str | None = None) -> ModelConfig:
   """The shape of a base: a Hugging Face directory, or a checkpoint of ours.
 
   Args:
     base: its directory.
     dtype: type of computation and storage; by default the base's.
+    allow, tokenizer: see `families.model_config`.
   """
   if is_checkpoint(base):
     return dataclasses.replace(read_config(base)[0].clara.model, **families.with_dtype(dtype))
-  return families.model_config(base, **families.with_dtype(dtype))
+  return families.model_config(base, allow=allow, tokenizer=tokenizer, **families.with_dtype(dtype))
+
+
+def hf_files(base: str | None) -> str | None:
+  """The directory with the Hugging Face config.json that a base came with, None where there is none."""
+  if base is None or not is_checkpoint(base):
+    return base
+  kept = os.path.join(base, HF_FOLDER)
+  return kept if os.path.isdir(kept) else None
 
 
 def open_weights(directory: str) -> dict[str, Any]:
@@ -129,8 +142,10 @@ def _absolute(directory: str) -> epath.Path:
 
 
 def _kvstore(folder: epath.Path, path: Path) -> Any:
-  url = str(folder) if "://" in str(folder) else f"file://{folder}"
   name = ".".join(path)
-  if (folder / "manifest.ocdbt").exists():
-    return {"driver": "ocdbt", "base": f"{url}/", "path": f"{name}/"}
-  return f"{url}/{name}/"
+  ocdbt = (folder / "manifest.ocdbt").exists()
+  if "://" in str(folder):
+    return {"driver": "ocdbt", "base": f"{folder}/", "path": f"{name}/"} if ocdbt else f"{folder}/{name}/"
+  # By its parts and not as a URL, in which #, ? and % mean something.
+  here = {"driver": "file", "path": f"{folder}/" if ocdbt else f"{folder}/{name}/"}
+  return {"driver": "ocdbt", "base": here, "path": f"{name}/"} if ocdbt else here

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from clara_jax.interop.keymap import KeyMapError
 
-INDEX = "model.safetensors.index.json"
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _BLOCK = 1 << 18
 _TO_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32}
@@ -29,21 +29,25 @@ class TensorFiles:
 
   Args:
     directory: where the files are.
-    files: which; by default those that the index names, or all where there is none.
+    files: which; by default those that transformers would read: model.safetensors, or the shards that the index names.
+    passed_over: whether a tensor is left out, by its name.
 
   Raises:
     KeyMapError: no files; a damaged or missing one; an index that names another directory or leaves a file out; by name.
   """
 
-  def __init__(self, directory: str, files: Sequence[str] | None = None):
+  def __init__(self, directory: str, files: Sequence[str] | None = None, passed_over: Callable[[str], bool] = lambda _: False):
     folder = epath.Path(directory)
-    there = sorted(f.name for f in folder.glob("*.safetensors")) if folder.exists() else []
+    names = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+    there = [name for name in names if name.endswith(".safetensors")]
     index = folder / INDEX
     claimed: dict[str, str] | None = None
     if files is not None:
       if lost := [f for f in files if f not in there]:
-        raise KeyMapError(f"{folder / lost[0]}: no such file")
+        raise KeyMapError(f"{folder / lost[0]}: no such file{_instead(names)}")
       there = list(files)
+    elif MODEL in there:
+      there = [MODEL]
     elif index.exists():
       try:
         claimed = json.loads(index.read_text())["weight_map"]
@@ -57,14 +61,18 @@ class TensorFiles:
       if left := [f for f in there if f not in set(claimed.values()) and f.startswith("model-")]:
         raise KeyMapError(f"{folder / left[0]}: a shard that {INDEX} does not name")
       there = sorted(set(claimed.values()))
+    else:
+      there = [name for name in there if name.startswith("model-")]
     if not there:
-      raise KeyMapError(f"{directory}: no *.safetensors files")
+      raise KeyMapError(f"{directory}: no model.safetensors{_instead(names)}")
     self._file: dict[str, epath.Path] = {}
     self._about: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     for file in there:
       path = folder / file
       with _opened(path) as tensors:
         for name in tensors.keys():
+          if passed_over(name):
+            continue
           if name in self._file:
             raise KeyMapError(f"{path}: {name} is also in {self._file[name].name}")
           view = tensors.get_slice(name)
@@ -72,7 +80,7 @@ class TensorFiles:
             raise KeyMapError(f"{path}: {name} has the type {view.get_dtype()}; expected one of {sorted(_TO_NUMPY)}")
           self._file[name] = path
           self._about[name] = tuple(view.get_shape()), np.dtype(_TO_NUMPY[view.get_dtype()])
-    if claimed is not None and (lost := set(claimed) ^ set(self._file)):
+    if claimed is not None and (lost := {name for name in claimed if not passed_over(name)} ^ set(self._file)):
       name = sorted(lost)[0]
       raise KeyMapError(f"{index}: {name} is {'named, but in no file' if name in claimed else 'in a file, but not named'}")
 
@@ -111,6 +119,18 @@ class Tensor:
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     value = self._files.read(self._name)
     return value if dtype is None else value.astype(dtype)
+
+
+def _instead(names: Sequence[str]) -> str:
+  """What to do with the weights that are there."""
+  if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+    return ("; its weights are PyTorch files, which are not read: transformers writes safetensors "
+            "(AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW))")
+  if found := [name for name in names if name.endswith(".gguf")]:
+    return f"; it has {found[0]}, which can be converted: clara convert DIR/{found[0]} NEW --to hf"
+  if found := [name for name in names if name.endswith(".safetensors")]:
+    return f"; {found[0]} is not a file that transformers reads"
+  return ""
 
 
 def _opened(path: epath.Path) -> Any:

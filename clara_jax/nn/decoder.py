@@ -4,6 +4,7 @@ Every linear layer may carry LoRA (`linear.py`). The module reads token embeddin
 norm; embedding tokens and reading logits are methods of their own, because CLaRa splices memory tokens in between.
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -65,7 +66,7 @@ class Attention(nn.Module):
   lora: LoraConfig | None
 
   @nn.compact
-  def __call__(self, x, cos, sin, positions, cache, deterministic, keep):
+  def __call__(self, x, cos, sin, positions, cache, deterministic, keep, windowed):
     config = self.config
     batch, length, width = x.shape
 
@@ -89,9 +90,13 @@ class Attention(nn.Module):
     if cache is None:
       partition = nn.logical_to_mesh_axes((axes.BATCH, axes.LENGTH, axes.HEADS, None))
       backend = "xla" if self.is_initializing() else config.attention  # a kernel's mesh does not divide the one token of `init`
-      mixed = attend(q, k, v, window=config.sliding_window, backend=backend, partition=partition)
+      mix = functools.partial(attend, backend=backend, partition=partition)
     else:
-      mixed = attend_cached(q, k, v, positions, *cache, window=config.sliding_window)
+      mix = lambda q, k, v, window: attend_cached(q, k, v, positions, *cache, window=window)
+    if config.full_attention_layers:  # kernels want to know their window, the layers are one program: both, of which one runs
+      mixed = jax.lax.cond(windowed, functools.partial(mix, window=config.sliding_window), functools.partial(mix, window=None), q, k, v)
+    else:
+      mixed = mix(q, k, v, window=config.sliding_window)
     mixed = mixed.reshape(batch, length, config.num_heads * config.head_dim)
     # Only what is new leaves the loop over layers: the cache is read there and written once, after it.
     new = (jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)) if keep else None
@@ -120,7 +125,7 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-  """One pre-norm transformer layer, in the form `nn.scan` wants: (carry, per-layer cache) -> (carry, per-layer keys and values)."""
+  """One pre-norm transformer layer, in the form `nn.scan` wants: (carry, what is its own) -> (carry, its keys and values)."""
 
   config: ModelConfig
   lora: LoraConfig | None
@@ -128,7 +133,8 @@ class Layer(nn.Module):
   keep: bool
 
   @nn.compact
-  def __call__(self, x, cached, cos, sin, positions, cached_positions):
+  def __call__(self, x, own, cos, sin, positions, cached_positions):
+    cached, windowed = own
     config = self.config
     cache = None if cached is None else (*cached, cached_positions)
 
@@ -136,7 +142,7 @@ class Layer(nn.Module):
       return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), name=name)
 
     mixed, new = Attention(config, self.lora, name="attention")(
-        norm("attention_norm")(x), cos, sin, positions, cache, self.deterministic, self.keep)
+        norm("attention_norm")(x), cos, sin, positions, cache, self.deterministic, self.keep, windowed)
     x = x + mixed
     x = x + Mlp(config, self.lora, name="mlp")(norm("mlp_norm")(x), self.deterministic)
     return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.WIDTH)), new
@@ -219,7 +225,8 @@ class Decoder(nn.Module):
     )(config, self.lora, deterministic, keep or cache is not None, name="layers")
     x = nn.with_logical_constraint(x.astype(config.dtype), (axes.BATCH, axes.LENGTH, axes.WIDTH))
     cached, cached_positions = (None, None) if cache is None else (cache[:2], cache.positions)
-    x, new = layers(x, cached, cos, sin, positions, cached_positions)
+    windowed = jnp.isin(jnp.arange(config.num_layers), jnp.array(config.full_attention_layers, jnp.int32), invert=True)
+    x, new = layers(x, (cached, windowed), cos, sin, positions, cached_positions)
     return self.final_norm(x), None if new is None else KeyValues(*new, positions)
 
 

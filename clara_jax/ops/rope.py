@@ -29,7 +29,9 @@ def rotary_angles(positions: jax.Array, rotary_dim: int, theta: float, scaling: 
   elif scaling.kind == "linear":
     frequencies = plain / np.float32(scaling.factor)
   elif scaling.kind == "llama3":
-    frequencies = _llama3(plain, scaling)
+    frequencies = llama3_frequencies(plain, scaling)
+  elif scaling.kind == "yarn":
+    frequencies, amplitude = _yarn(plain, rotary_dim, theta, scaling)
   else:
     # As in transformers, the longest sequence of the call decides for all of it.
     short, long = (plain / np.asarray(f, np.float32) for f in (scaling.short_factor, scaling.long_factor))
@@ -41,12 +43,33 @@ def rotary_angles(positions: jax.Array, rotary_dim: int, theta: float, scaling: 
   return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 
-def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-  """Long wavelengths are stretched, short ones kept, those between interpolated."""
+def llama3_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+  """Long wavelengths are stretched, short ones kept, those between interpolated. [P/2] -> [P/2] float32."""
   low, high = scaling.low_freq_factor, scaling.high_freq_factor
   turns = scaling.original_max_positions * frequencies / (2 * math.pi)  # of a frequency within the original context
   kept = np.clip((turns - low) / (high - low), 0, 1)
   return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
+
+
+def _yarn(frequencies: np.ndarray, rotary_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
+  """Frequencies by parts (arXiv 2309.00071 §3.2), with a ramp over dimensions as in the paper's code, and the attention factor (§3.4)."""
+  def dimension(turns: float) -> float:  # that turns so often within the original context
+    return rotary_dim * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+  def temperature(weight: float = 1.0) -> float:
+    return 0.1 * weight * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+
+  low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+  if scaling.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, rotary_dim - 1)
+  high += 0.001 * (low == high)
+  divided = np.clip((np.arange(rotary_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+  amplitude = scaling.attention_factor
+  if amplitude is None:
+    both = scaling.mscale and scaling.mscale_all_dim
+    amplitude = temperature(scaling.mscale) / temperature(scaling.mscale_all_dim) if both else temperature()
+  return (frequencies / scaling.factor * divided + frequencies * (1 - divided)).astype(np.float32), amplitude
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

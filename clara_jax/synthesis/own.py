@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from clara_jax.data import prompts
 from clara_jax.data.pipeline import pad_tokens
+from clara_jax.data.schemas import DataError
 from clara_jax.inference.generate import make_generate
 from clara_jax.interop.checkpoints import Checkpoint
 from clara_jax.synthesis.client import ReplyError, Usage
@@ -24,8 +24,7 @@ class OwnModel:
 
   def __init__(self, checkpoint: Checkpoint, max_tokens: int = 512):
     self._layout, self._weights = checkpoint.layout, checkpoint.weights
-    self._window = checkpoint.model.config.decoder_max_length
-    self._generate = make_generate(checkpoint.model, max_tokens, self._layout.eos_id, self._layout.pad_id, None)
+    self._generate = make_generate(checkpoint.model, max_tokens, self._layout.end_ids, self._layout.pad_id, None)
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self.usage = Usage(in_flight=1)
 
@@ -34,9 +33,10 @@ class OwnModel:
     return await asyncio.get_running_loop().run_in_executor(self._thread, self._reply, messages)
 
   def _reply(self, messages):
-    ids = np.array(self._layout.ids(prompts.render(self._layout.tokenizer, messages)), np.int32)
-    if len(ids) > self._window:
-      raise ReplyError(f"the prompt has {len(ids)} tokens, the window decoder_max_length={self._window}")
+    try:
+      ids = self._layout.chat(messages).ids
+    except DataError as error:
+      raise ReplyError(str(error)) from None
     found = np.asarray(self._generate(self._weights, pad_tokens([ids], self._layout.pad_id, 128), None))[0]
     text = self._layout.text(found)
     self.usage.requests += 1

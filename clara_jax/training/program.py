@@ -139,7 +139,7 @@ class Program:
     if self.stage.data == "given":
       documents = tokens(b, k, length=text(clara.doc_max_length))
     elif self.stage.data == "candidates":
-      question = tokens(b, length=text(clara.query_max_length))
+      question = tokens(b, length=text(max(clara.query_max_length, clara.decoder_max_length - k * (m + 1))))  # it stands in the prompt, too
       if data.retrieve == "store":  # the corpus is an argument of its own
         gold_slots = array(b, GOLD)
       else:

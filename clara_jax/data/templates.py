@@ -1,0 +1,120 @@
+"""Chat templates of others: the prompt as it will be asked, and how an answer goes on from it.
+
+    prompt    the template's own, with the generation prompt and with thinking off where the template knows it
+    answer    the prompt, token for token, then the answer, then the end of the turn as the template writes it
+
+How a template goes on is found by asking it (`_continuation`): what stands between the prompt and an answer, and what ends the turn.
+Words there (the header of the assistant's turn, where a template does not know `add_generation_prompt`) belong to the prompt, blanks
+(the one after Mistral's `[/INST]`) to the answer.
+"""
+
+import datetime
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clara_jax.data.schemas import DataError
+
+# For tokenizers that bring none. It has no special token but those of the tokenizer.
+PLAIN = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}{{ '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] }}{{ '\\n' }}"
+    "{% else %}{{ 'Assistant: ' + message['content'] }}{{ eos_token }}{{ '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
+
+Messages = Sequence[Mapping[str, str]]
+
+
+class ChatTemplate:
+  """The chat template of a tokenizer.
+
+  Args:
+    tokenizer: a Hugging Face tokenizer; `PLAIN` becomes its template where it has none.
+    date: what a template is told that asks for the date; default: today's.
+
+  Attributes:
+    asks_date: whether the template asks for the date.
+    date: the date that it is told.
+    before: blanks between a prompt and its answer.
+    after: what follows an answer in the template's words.
+
+  Raises:
+    DataError: the template cannot be used: it fails, has several variants without a default, or does not show what it is given.
+  """
+
+  def __init__(self, tokenizer: Any, date: datetime.date | None = None):
+    self._tokenizer = tokenizer
+    self.date = date or datetime.date.today()
+    template = tokenizer.chat_template
+    if isinstance(template, dict) and "default" not in template:
+      raise DataError(f"{self._name}: has the chat templates {sorted(template)}, but none is the default; name one with --chat-template FILE")
+    if not template:
+      print(f"{self._name}: has no chat template; a plain one is used (User: … Assistant: …), --chat-template FILE gives another",
+            file=sys.stderr, flush=True)
+      tokenizer.chat_template = PLAIN
+    text = tokenizer.chat_template
+    self.asks_date = "strftime_now" in (text["default"] if isinstance(text, dict) else text)
+    self._folds = not self._shows_system()
+    self._header, self.before, self.after = self._continuation()
+
+  @property
+  def _name(self) -> str:
+    return self._tokenizer.name_or_path or "the tokenizer"
+
+  def prompt(self, messages: Messages) -> str:
+    """The prompt that asks for the assistant's next turn.
+
+    Raises:
+      DataError: the template fails on these messages.
+    """
+    return self._render(self._folded(messages), True) + self._header
+
+  def _folded(self, messages: Messages) -> Messages:
+    """Where the template has no place for a system message, its text goes in front of the user's, as in the released code."""
+    if not self._folds or messages[0]["role"] != "system":
+      return messages
+    return [{"role": "user", "content": f"{messages[0]['content']}\n{messages[1]['content']}"}, *messages[2:]]
+
+  def _render(self, messages: Messages, ask: bool) -> str:
+    try:
+      return self._tokenizer.apply_chat_template(
+          list(messages), tokenize=False, add_generation_prompt=ask, enable_thinking=False, strftime_now=self._now)
+    except Exception as error:  # jinja2's, and whatever a template raises
+      raise DataError(f"{self._name}: its chat template fails: {' '.join(str(error).split())[:300]}") from None
+
+  def _now(self, form: str) -> str:
+    return datetime.datetime.combine(self.date, datetime.time()).strftime(form)
+
+  def _shows_system(self) -> bool:
+    try:
+      text = self._render(_SYSTEM + _USER, True)
+    except DataError:
+      return False
+    return _SYSTEM[0]["content"] in text
+
+  def _continuation(self) -> tuple[str, str, str]:
+    """(what belongs to the prompt although the template writes it with the answer, blanks before an answer, what follows it)."""
+    answer = _ANSWER[0]["content"]
+    found = None
+    # With the system text first; some templates put it into the last user turn, so that an answer changes the prompt.
+    for messages in (self._folded(_SYSTEM + _USER), _USER):
+      prompt, whole = self._render(messages, True), self._render(messages + _ANSWER, False)
+      for part in messages:
+        if part["content"] not in prompt:
+          raise DataError(f"{self._name}: its chat template does not show the {part['role']}'s message; give another with --chat-template FILE")
+      before, shown, after = whole.rpartition(answer)
+      if not shown:
+        raise DataError(f"{self._name}: its chat template does not show the assistant's message; give another with --chat-template FILE")
+      if before.startswith(prompt):
+        before = before.removeprefix(prompt)
+        blank = re.search(r"\s*$", before)[0] if not before.strip() else ""
+        return before.removesuffix(blank), blank, after
+      # A prompt that an answered turn does not repeat (a thinking block that is opened): the answer follows it at once.
+      found = "", "", after
+    return found
+
+
+_SYSTEM = [{"role": "system", "content": "Kwv system zqf."}]
+_USER = [{"role": "user", "content": "Kwv user zqf?"}]
+_ANSWER = [{"role": "assistant", "content": "Kwv answer zqf."}]
