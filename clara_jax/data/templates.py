@@ -9,6 +9,7 @@ Words there (the header of the assistant's turn, where a template does not know 
 """
 
 import datetime
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -53,8 +54,10 @@ class ChatTemplate:
       print(f"{self._name}: has no chat template; a plain one is used (User: … Assistant: …), --chat-template FILE gives another",
             file=sys.stderr, flush=True)
       tokenizer.chat_template = PLAIN
-    text = tokenizer.chat_template
-    self.asks_date = "strftime_now" in (text["default"] if isinstance(text, dict) else text)
+    text = tokenizer.chat_template["default"] if isinstance(tokenizer.chat_template, dict) else tokenizer.chat_template
+    formats = {form for _, form in re.findall(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", text)}
+    self.asks_date = bool(formats)
+    self._source = _with_date(text, {form: self.date.strftime(form) for form in formats}) if formats else text
     self._folds = not self._shows_system()
     self._header, self.before, self.after = self._continuation()
 
@@ -79,12 +82,9 @@ class ChatTemplate:
   def _render(self, messages: Messages, ask: bool) -> str:
     try:
       return self._tokenizer.apply_chat_template(
-          list(messages), tokenize=False, add_generation_prompt=ask, enable_thinking=False, strftime_now=self._now)
+          list(messages), chat_template=self._source, tokenize=False, add_generation_prompt=ask, enable_thinking=False)
     except Exception as error:  # jinja2's, and whatever a template raises
       raise DataError(f"{self._name}: its chat template fails: {' '.join(str(error).split())[:300]}") from None
-
-  def _now(self, form: str) -> str:
-    return datetime.datetime.combine(self.date, datetime.time()).strftime(form)
 
   def _shows_system(self) -> bool:
     try:
@@ -113,6 +113,11 @@ class ChatTemplate:
       # A prompt that an answered turn does not repeat (a thinking block that is opened): the answer follows it at once.
       found = "", "", after
     return found
+
+
+def _with_date(template: str, dates: Mapping[str, str]) -> str:
+  """A template whose `strftime_now` gives one date, by its format: transformers' own gives that of the clock."""
+  return f"{{%- macro strftime_now(format) -%}}{{{{ {json.dumps(dates)}[format] }}}}{{%- endmacro -%}}{template}"
 
 
 _SYSTEM = [{"role": "system", "content": "Kwv system zqf."}]
