@@ -60,15 +60,15 @@ class RopeScaling:
 class ModelConfig:
   """A decoder-only transformer: Mistral, Llama, Qwen2, Qwen3 or Phi-3 / Phi-4-mini, by its fields.
 
-  `vocab_size` counts the words of the tokenizer; an embedding may be padded beyond them. CLaRa appends its special tokens after it (SPEC: `<MEM0>` … `<MEM{M-1}>`, `<AE>`,
-  `<ENC>`, `<SEP>`); `ClaraConfig.vocab_size` counts them. `qkv_bias`: biases on q, k and v (Qwen2). `qk_norm`: RMSNorm over each
-  head of q and k (Qwen3). `fused_projections`: one matrix for q, k, v and one for gate and up (Phi). `rotary_fraction`: share of
-  each head that is rotated. `full_attention_layers`: layers that `sliding_window` does not hold for.
+  `vocab_size` counts the words of the tokenizer; an embedding may be padded beyond them. CLaRa appends its special tokens after it (SPEC:
+  `<MEM0>` … `<MEM{M-1}>`, `<AE>`, `<ENC>`, `<SEP>`); `ClaraConfig.vocab_size` counts them. `qkv_bias`: biases on q, k and v (Qwen2).
+  `qk_norm`: RMSNorm over each head of q and k (Qwen3). `fused_projections`: one matrix for q, k, v and one for gate and up (Phi).
+  `rotary_fraction`: share of each head that is rotated. `full_attention_layers`: layers that `sliding_window` does not hold for.
 
-  `vocab_multiple`: embedding and head are filled up to a multiple of it, so that they can be divided over `tensor`; the filling is
-  never predicted. `logits_chunk`: label positions of a row whose logits are formed at a time (0: all), for [B, A, V] is large.
-  `attention`: the backend (`ops/attention.py`). `base_quantization`: 'int8' keeps the frozen base's matrices in 8 bits with a scale for
-  each output channel (training only).
+  `vocab_multiple`: embedding and head are filled up to a multiple of it, so that they can be divided over `tensor`; the filling is never
+  predicted. `logits_chunk`: label positions of a row whose logits are formed at a time (0: all), for [B, A, V] is large. `attention`: the
+  backend (`ops/attention.py`). `base_quantization`: 'int8' keeps the frozen base's matrices in 8 bits with a scale for each output
+  channel (training only).
   """
 
   vocab_size: int

@@ -105,7 +105,7 @@ def test_adapters_equal_peft(tmp_path, name):
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"logit_scale": 0.5}, "logit_scale=0.5 is not known"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type='dynamic'"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "beta": 1}}, "rope_parameters.beta=1 is not known.*--allow-config rope_parameters.beta"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "beta": 1}}, "beta=1 is not known.*--allow-config rope_parameters.beta"),
     ({"layer_types": ["full_attention", "chunked_attention"], "sliding_window": 8}, "layer_types"),
     ({"num_hidden_layers": None}, "num_hidden_layers.* is missing"),
     ({"num_hidden_layers": "2"}, "num_hidden_layers='2': expected a whole number"),

@@ -83,7 +83,7 @@ def _with_shape(fields: dict[str, Any], allow: Sequence[str]) -> dict[str, Any]:
       continue
     made = from_config_dict(ModelConfig, {**dataclasses.asdict(model), name: value}, "clara.model")
     if getattr(made, name) != getattr(model, name):
-      raise ConfigError(f"clara.model.{name}={value!r}, but {source} has {getattr(model, name)!r}; leave it out: a model's shape is its base's")
+      raise ConfigError(f"clara.model.{name}={value!r}, but {source} has {getattr(model, name)!r}; leave it out: the shape is the base's")
   return {**fields, "clara": {**clara, "model": wanted}}
 
 

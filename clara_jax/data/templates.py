@@ -49,7 +49,7 @@ class ChatTemplate:
     self.date = date or datetime.date.today()
     template = tokenizer.chat_template
     if isinstance(template, dict) and "default" not in template:
-      raise DataError(f"{self._name}: has the chat templates {sorted(template)}, but none is the default; name one with --chat-template FILE")
+      raise DataError(f"{self._name}: has the chat templates {sorted(template)}, none 'default'; give one with --chat-template FILE")
     if not template:
       print(f"{self._name}: has no chat template; a plain one is used (User: … Assistant: …), --chat-template FILE gives another",
             file=sys.stderr, flush=True)
@@ -102,10 +102,10 @@ class ChatTemplate:
       prompt, whole = self._render(messages, True), self._render(messages + _ANSWER, False)
       for part in messages:
         if part["content"] not in prompt:
-          raise DataError(f"{self._name}: its chat template does not show the {part['role']}'s message; give another with --chat-template FILE")
+          raise DataError(f"{self._name}: its chat template does not show the {part['role']}'s message{_ANOTHER}")
       before, shown, after = whole.rpartition(answer)
       if not shown:
-        raise DataError(f"{self._name}: its chat template does not show the assistant's message; give another with --chat-template FILE")
+        raise DataError(f"{self._name}: its chat template does not show the assistant's message{_ANOTHER}")
       if before.startswith(prompt):
         before = before.removeprefix(prompt)
         blank = re.search(r"\s*$", before)[0] if not before.strip() else ""
@@ -120,6 +120,7 @@ def _with_date(template: str, dates: Mapping[str, str]) -> str:
   return f"{{%- macro strftime_now(format) -%}}{{{{ {json.dumps(dates)}[format] }}}}{{%- endmacro -%}}{template}"
 
 
+_ANOTHER = "; give another with --chat-template FILE"
 _SYSTEM = [{"role": "system", "content": "Kwv system zqf."}]
 _USER = [{"role": "user", "content": "Kwv user zqf?"}]
 _ANSWER = [{"role": "assistant", "content": "Kwv answer zqf."}]

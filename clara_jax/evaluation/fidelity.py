@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from clara_jax.config import ConfigError
-from clara_jax.data import prompts
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.schemas import Document
 from clara_jax.data.tokens import Layout

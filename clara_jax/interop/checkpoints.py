@@ -151,7 +151,9 @@ def open_checkpoint(directory: str, base: str | None = None, dtype: str | None =
     config, base, groups = upstream.read(directory, base, dtype, allow)
     tokenizer = directory if has_tokenizer(directory) else tokenizer_directory(base)
     plain = open_base(Clara(config), base, directory, allow, whole=True)[0]
-    opened = Opened(directory, "upstream", config, upstream.stage_of(directory), groups, plain, base, None, tokenizer, native.hf_files(base))
+    groups[SPECIAL] = {name: _in_type_of(plain[name], value, config, name) for name, value in groups[SPECIAL].items()}
+    opened = Opened(directory, "upstream", config, upstream.stage_of(directory), groups, plain, base, None, tokenizer,
+                    native.hf_files(base))
   elif peft.is_adapter(directory) or any(peft.is_adapter(str(folder / role)) for role in ROLES):
     opened = _open_peft(directory, base, dtype, allow)
   elif (folder / families.CONFIG_FILE).exists():
@@ -163,6 +165,15 @@ def open_checkpoint(directory: str, base: str | None = None, dtype: str | None =
                           f"({upstream.ADAPTER_FILE}), nor a PEFT adapter, nor a Hugging Face model")
   opened.chat_template = chat_template
   return opened
+
+
+def _in_type_of(base: Any, value: np.ndarray, config: ClaraConfig, name: str) -> np.ndarray:
+  """A whole vocabulary in the base's type where that loses nothing that is read: memory tokens have rows of their own elsewhere."""
+  cast = value.astype(base.dtype)
+  first, last = config.model.vocab_size, config.model.vocab_size + config.num_memory_tokens
+  same = cast.astype(np.float32) == value.astype(np.float32)
+  (same[first:last] if name == "embedding" else same[:, first:last])[:] = True
+  return cast if same.all() else value
 
 
 def _open_clara(directory: str, base: str | None, dtype: str | None, allow: Sequence[str]) -> Opened:
@@ -223,7 +234,8 @@ def _open_peft(directory: str, base: str | None, dtype: str | None, allow: Seque
     groups["memory_embedding"] = groups[SPECIAL]["embedding"][-config.num_memory_tokens - 3:-3]
   if first.whole:
     groups[SPECIAL] = _whole_vocabulary(first, groups[SPECIAL], config)
-  return Opened(directory, "peft", config, "joint", groups, plain, base, None, first.tokenizer or tokenizer_directory(base), native.hf_files(base))
+  tokenizer = first.tokenizer or tokenizer_directory(base)
+  return Opened(directory, "peft", config, "joint", groups, plain, base, None, tokenizer, native.hf_files(base))
 
 
 def _adapter_base(where: str, named: str | None) -> str:
@@ -250,7 +262,7 @@ def _whole_vocabulary(adapter: peft.Adapter, special: Mapping[str, Any], config:
       continue
     value = whole[name]
     if value.ndim != 2 or value.shape[0] < words or value.shape[1] != config.model.width:
-      raise KeyMapError(f"{where}: {name} has the shape {value.shape}, expected {(words, config.model.width)}: the tokenizer has {words} words")
+      raise KeyMapError(f"{where}: {name} has the shape {value.shape}, expected {(words, config.model.width)} by tokenizer and base")
     rows = lazy.read(special[ours])
     mine = rows[-config.num_memory_tokens - 3:] if axis == 0 else rows[:, -config.num_memory_tokens - 3:]
     made[ours] = np.concatenate([value[:words] if axis == 0 else value[:words].T, mine.astype(value.dtype)], axis)
@@ -327,7 +339,7 @@ def note_rounding(base: Mapping[str, Any], config: ClaraConfig, name: str) -> No
   """Says that a base's weights are rounded to the type of the computation."""
   stored, wanted = hf.main_type(leaf for _, leaf in lazy.leaves(base)), config.model.param_dtype
   if wanted == "bfloat16" and stored in ("float16", "float64"):
-    print(f"{name}: its weights are {stored} and are rounded to bfloat16; --dtype float32 keeps them as they are", file=sys.stderr, flush=True)
+    print(f"{name}: its weights are {stored} and are rounded to bfloat16; --dtype float32 keeps them", file=sys.stderr, flush=True)
 
 
 def on_device(opened: Opened) -> dict[str, Any]:

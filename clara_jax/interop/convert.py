@@ -198,8 +198,8 @@ def _own_vocabulary(opened: Opened) -> dict[str, np.ndarray]:
       continue
     base, mine = (np.moveaxis(lazy.read(leaf), axis, 0) for leaf in (opened.plain_base[ours], special[ours]))
     count = min(words, len(base))
-    if (base[:count] != mine[:count].astype(base.dtype)).any():
-      found[name] = np.concatenate([mine[:count].astype(base.dtype), base[count:]])
+    if (base[:count].astype(np.float32) != mine[:count].astype(np.float32)).any():
+      found[name] = np.concatenate([mine[:count], base[count:].astype(mine.dtype)])
   if found and opened.config.model.tie_embeddings:
     found[HEAD] = found[EMBEDDING]
   return found

@@ -185,8 +185,8 @@ def _rope(read: Any, family: str, allow: Sequence[str], file: str) -> tuple[Rope
     given.pop("original_max_position_embeddings", None)
   for name in sorted(set(given) - _ROPE_KEYS[kind]):
     if f"rope_parameters.{name}" not in allow:
-      raise ConfigError(f"{file}: rope_parameters.{name}={given[name]!r:.80} is not known for rope_type={kind!r}; where it changes nothing, "
-                        f"accept it with --allow-config rope_parameters.{name}")
+      raise ConfigError(f"{file}: rope_parameters.{name}={given[name]!r:.80} is not known for rope_type={kind!r}. Where it changes "
+                        f"nothing, accept it with --allow-config rope_parameters.{name}")
   if kind == "default":
     return None, theta, fraction
   original = int(given.get("original_max_position_embeddings") or read.max_position_embeddings)
@@ -197,8 +197,9 @@ def _rope(read: Any, family: str, allow: Sequence[str], file: str) -> tuple[Rope
     lists = {name: tuple(map(float, given[name])) for name in ("short_factor", "long_factor") if name in _ROPE_KEYS[kind]}
     if kind == "llama3":
       numbers = {name: float(given[name]) for name in ("low_freq_factor", "high_freq_factor")}
-    return RopeScaling(kind, float(factor), 0 if kind == "linear" else original, truncate=bool(given.get("truncate", True)), **numbers, **lists
-                       ), theta, fraction
+    scaling = RopeScaling(kind, float(factor), 0 if kind == "linear" else original, truncate=bool(given.get("truncate", True)),
+                          **numbers, **lists)
+    return scaling, theta, fraction
   except (KeyError, TypeError, ValueError) as error:
     raise ConfigError(f"{file}: rope_parameters of rope_type={kind!r}: missing or no number: {error}") from None
 
@@ -215,7 +216,7 @@ def end_ids(directory: str | None) -> tuple[int, ...]:
 
 def written_config(source: Mapping[str, Any], vocab_size: int, dtype: str) -> dict[str, Any]:
   """The config.json of a model that came from elsewhere, true for what is written: its fields, with rows and type of the weights."""
-  values = {k: v for k, v in source.items() if k not in ("auto_map", "_name_or_path", "dtype", "torch_dtype")}
+  values = {k: v for k, v in source.items() if k not in ("auto_map", "dtype", "torch_dtype")}
   return {**values, "vocab_size": vocab_size, "dtype" if "dtype" in source else "torch_dtype": dtype}
 
 

@@ -114,7 +114,8 @@ class _Tensor:
     try:
       value = np.asarray(gguf.quants.dequantize(self._tensor.data, self._tensor.tensor_type), np.float32).reshape(self.shape)
     except Exception as error:
-      raise KeyMapError(f"{self._path}: {self._tensor.name} of the type {self._tensor.tensor_type.name} cannot be dequantised: {error}") from None
+      kind = self._tensor.tensor_type.name
+      raise KeyMapError(f"{self._path}: {self._tensor.name} of the type {kind} cannot be dequantised: {error}") from None
     if not np.isfinite(value).all():
       raise KeyMapError(f"{self._path}: {self._tensor.name} holds NaN or infinity")
     if self._heads:  # pairs lie side by side there, in two halves here
@@ -156,11 +157,13 @@ def _config(path: str, values: Mapping[str, Any], tensors: Mapping[str, Any]) ->
   config = {
       "architectures": [families.ARCHITECTURES[family]], "model_type": family, "vocab_size": int(tensors["token_embd.weight"].shape[1]),
       "hidden_size": width, "num_hidden_layers": field("block_count"), "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-      "head_dim": head_dim, "intermediate_size": feed_forward, "hidden_act": "silu", "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
-      "rope_theta": theta, "max_position_embeddings": positions, "tie_word_embeddings": "output.weight" not in tensors,
+      "head_dim": head_dim, "intermediate_size": feed_forward, "hidden_act": "silu",
+      "rms_norm_eps": field("attention.layer_norm_rms_epsilon"), "rope_theta": theta,
+      "max_position_embeddings": positions, "tie_word_embeddings": "output.weight" not in tensors,
       "rope_scaling": _scaling(path, family, field, tensors, theta, head_dim)}
   if family == "phi3":
-    config |= {"sliding_window": field("attention.sliding_window", 0) or None, "partial_rotary_factor": field("rope.dimension_count") / head_dim,
+    config |= {"sliding_window": field("attention.sliding_window", 0) or None,
+               "partial_rotary_factor": field("rope.dimension_count") / head_dim,
                "original_max_position_embeddings": field("rope.scaling.original_context_length", positions)}
   for token, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
     if f"tokenizer.ggml.{name}_token_id" in values:
@@ -181,7 +184,7 @@ def _scaling(path: str, family: str, field: Any, tensors: Mapping[str, Any], the
       if divisors.shape == plain.shape and np.allclose(plain / llama3_frequencies(plain, scaling), divisors, rtol=1e-4):
         return {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 "original_max_position_embeddings": scaling.original_max_positions}
-    raise ConfigError(f"{path}: rope_freqs.weight has divisors that are not those of a published Llama 3; convert the Hugging Face model instead")
+    raise ConfigError(f"{path}: rope_freqs.weight has divisors that no published Llama 3 has; convert the Hugging Face model instead")
   kind = field("rope.scaling.type", "none")
   if kind in (None, "none"):
     return None

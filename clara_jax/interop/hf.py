@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from clara_jax.config import ClaraConfig, ConfigError, LoraConfig, ModelConfig
+from clara_jax.config import ClaraConfig, LoraConfig, ModelConfig
 from clara_jax.interop import families, lazy
 from clara_jax.interop.keymap import EMBEDDING, HEAD, KeyMapError, Path, base_name, base_place
 from clara_jax.interop.tensors import TensorFiles, tensor_hash, tree_hash, write_tensors
@@ -26,7 +26,7 @@ def leaf_shapes(model: Clara, group: str) -> dict[Path, tuple[int, ...]]:
 
 
 # Buffers in older files, which are computed.
-_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|bias|masked_bias)|model\.rotary_emb\.inv_freq")
+_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|bias|masked_bias)")
 
 
 def read_base(model: Clara, directory: str) -> dict[str, Any]:
@@ -78,6 +78,9 @@ def with_special_tokens(base: Mapping[str, Any], special: Mapping[str, Any], con
       continue
     more = lazy.read(special[name])
     count = config.vocab_size - more.shape[axis]
+    if count == 0:  # all of it, in its own type
+      base[name] = more
+      continue
     have = min(base[name].shape[axis], count)
     if have < count:
       more = np.concatenate([np.zeros_like(more, shape=[count - have if i == axis else n for i, n in enumerate(more.shape)]), more], axis)
@@ -159,7 +162,8 @@ def main_type(tensors: Iterable[Any]) -> str:
   """The type that most bytes are of."""
   sizes: dict[str, int] = {}
   for tensor in tensors:
-    sizes[np.dtype(tensor.dtype).name] = sizes.get(np.dtype(tensor.dtype).name, 0) + math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+    dtype = np.dtype(tensor.dtype)
+    sizes[dtype.name] = sizes.get(dtype.name, 0) + math.prod(tensor.shape) * dtype.itemsize
   return max(sizes, key=sizes.__getitem__)
 
 

@@ -25,5 +25,5 @@ def local_directory(name: str) -> str:
   try:
     return huggingface_hub.snapshot_download(name, local_files_only=True)
   except Exception:  # the library has many kinds for what is not there
-    raise CheckpointError(f"{name}: no such directory here, and no such model in the hub's cache {constants.HF_HUB_CACHE}; if it is a model "
-                          f"of the hub, fetch it with: hf download {name}") from None
+    raise CheckpointError(f"{name}: no such directory here, and no such model in the hub's cache {constants.HF_HUB_CACHE}; if it is a "
+                          f"model of the hub, fetch it with: hf download {name}") from None

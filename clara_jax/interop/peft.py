@@ -99,7 +99,7 @@ class Adapter:
     rank, scale = _rank_and_scale(module, self._values)
     is_a = name.endswith("lora_A.weight")
     if tensor.shape[0 if is_a else 1] != rank:
-      raise KeyMapError(f"{self.directory}/{ADAPTER_FILE}: {name} has the shape {tuple(tensor.shape)}, but {CONFIG_FILE} gives it rank {rank}")
+      raise KeyMapError(f"{self.directory}/{ADAPTER_FILE}: {name} has the shape {tuple(tensor.shape)}, {CONFIG_FILE} gives it rank {rank}")
     if not self._values.get("alpha_pattern") and not self._values.get("rank_pattern"):
       return tensor
     value = lazy.read(tensor).astype(np.float32)
@@ -148,8 +148,8 @@ def read(directory: str, allow: Sequence[str] = ()) -> Adapter:
   targets = tuple(sorted({lora_place(name).path[-2] for name in tensors}))
   own = os.path.join(directory, TOKENIZER)
   tokenizer = next((d for d in (own, directory) if has_tokenizer(d)), None)
-  return Adapter(directory, LoraConfig(rank, alpha, values.get("lora_dropout") or 0.0, targets), values.get("base_model_name_or_path"), tokenizer,
-                 whole, values, tensors)
+  lora = LoraConfig(rank, alpha, values.get("lora_dropout") or 0.0, targets)
+  return Adapter(directory, lora, values.get("base_model_name_or_path"), tokenizer, whole, values, tensors)
 
 
 def _by_module(tensors: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -178,8 +178,9 @@ def _is_target(module: str, values: Mapping[str, Any]) -> bool:
   layers = values.get("layers_to_transform")
   if layers is None or layers == []:
     return True
-  patterns = values.get("layers_pattern") or [r"[^.]*"]
-  index = next((m[1] for p in ([patterns] if isinstance(patterns, str) else patterns) if (m := re.match(rf".*\.{p}\.(\d+)\.", module))), None)
+  patterns = values.get("layers_pattern") or r"[^.]*"
+  patterns = [patterns] if isinstance(patterns, str) else patterns
+  index = next((m[1] for p in patterns if (m := re.match(rf".*\.{p}\.(\d+)\.", module))), None)
   return index is not None and int(index) in ([layers] if isinstance(layers, int) else layers)
 
 

@@ -69,8 +69,9 @@ def read(directory: str, base: str | None = None, dtype: str | None = None, allo
       dataclasses.replace(base_config(found, dtype, allow), vocab_size=words), LoraConfig(rank=rank, alpha=2.0 * rank),
       doc_max_length=values["doc_max_length"], compression_rate=values["compr_rate"], query_max_length=values["doc_max_length"],
       top_k=values.get("generation_top_k", 1), prompt_date=values.get(DATE_FIELD))
-  groups: dict[str, Any] = {role: lazy.stack(named, lora_place, leaf_shapes(Clara(config), role), f"{directory}/{ADAPTER_FILE}[{ADAPTERS[role]}]")
-                            for role, named in tensors.items()}
+  groups: dict[str, Any] = {}
+  for role, named in tensors.items():
+    groups[role] = lazy.stack(named, lora_place, leaf_shapes(Clara(config), role), f"{directory}/{ADAPTER_FILE}[{ADAPTERS[role]}]")
   special = {}
   for name, ours, axis in ((EMBEDDING, "embedding", 0), (HEAD, "head", 1)):
     if ours == "head" and config.model.tie_embeddings:

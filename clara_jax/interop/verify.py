@@ -158,7 +158,7 @@ def _run_merged(opened: Opened, directory: str, role: str | None) -> dict[str, A
   if importlib.util.find_spec("torch"):
     import transformers
     theirs, by = _torch_logits(transformers.AutoModelForCausalLM.from_pretrained(directory), _ids(opened)), "transformers"
-    report["max_abs_logit_difference"] = float(np.abs(mine - theirs).max())
+    report["max_abs_logit_difference"] = float(np.abs(mine - theirs[..., :words]).max())
   else:
     by = "clara_jax"
     report["max_abs_logit_difference"] = float(np.abs(mine - _outputs(dataclasses.replace(
@@ -179,8 +179,8 @@ def _run_peft(opened: Opened, directory: str, roles: list[str], single: bool) ->
     base = transformers.AutoModelForCausalLM.from_pretrained(opened.base)
     model = peft.PeftModel.from_pretrained(base, directory if single else os.path.join(directory, role))
     theirs = _torch_logits(model, _ids(opened))
-    size = theirs.shape[-1]
-    worst = max(worst, float(np.abs(ours[f"logits/{role}"][..., :size] - theirs).max()))
+    words = min(opened.config.model.vocab_size, theirs.shape[-1])  # without CLaRa's tokens here and what fills the base up there
+    worst = max(worst, float(np.abs(ours[f"logits/{role}"][..., :words] - theirs[..., :words]).max()))
   return {"max_abs_logit_difference": worst, "reloaded_by": ["clara_jax", "peft"]}
 
 
