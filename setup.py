@@ -11,6 +11,8 @@ EVALUATE = ["bm25s>=0.2", "rouge-score>=0.1.2", "matplotlib>=3.9"]
 SYNTHESIZE = ["aiohttp>=3.10", "rouge-score>=0.1.2", "matplotlib>=3.9"]
 BERTSCORE = ["bert-score>=0.3.13", "torch>=2.6"]
 SERVE = ["starlette>=0.46", "uvicorn>=0.34", "pydantic>=2.10", "orjson>=3.10", "prometheus-client>=0.21"]
+GGUF = ["gguf>=0.17"]
+SENTENCEPIECE = ["sentencepiece>=0.2", "protobuf>=5"]  # reads a tokenizer.model where there is no tokenizer.json
 TEST = ["pytest>=8.3", "pytest-xdist>=3.6", "chex>=0.1.90", "hypothesis>=6.100", "peft>=0.17",
         "httpx>=0.28", "playwright>=1.50",
         "libtpu; platform_system == 'Linux'"]  # compiles TPU programs; no TPU is needed
@@ -31,6 +33,7 @@ setuptools.setup(
         "etils[epath]>=1.12",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18",
+        "huggingface_hub>=1.0",
         "jax>=0.10,<0.13",
         "jinja2>=3.1",
         "ml-collections>=1.0",
@@ -41,7 +44,7 @@ setuptools.setup(
         "safetensors>=0.5",
         "tensorstore>=0.1.70",
         "tokenizers>=0.21",
-        "transformers>=4.56",
+        "transformers>=5.0",
     ],
     extras_require={
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
@@ -57,7 +60,9 @@ setuptools.setup(
         "synthesize": SYNTHESIZE,
         "bertscore": BERTSCORE,
         "serve": SERVE,
-        "test": [*TEST, *QUICKSTART, *RECORDS, *TENSORBOARD, *INT8, *COMPACT, *EVALUATE, *BERTSCORE, *SYNTHESIZE, *SERVE, "torch>=2.6"],
+        "gguf": GGUF,
+        "sentencepiece": SENTENCEPIECE,
+        "test": [*TEST, *QUICKSTART, *RECORDS, *TENSORBOARD, *INT8, *COMPACT, *EVALUATE, *BERTSCORE, *SYNTHESIZE, *SERVE, *GGUF, *SENTENCEPIECE, "torch>=2.6"],
         "lint": ["ruff>=0.9"],
     },
     entry_points={"console_scripts": ["clara = clara_jax.cli.main:run"]},

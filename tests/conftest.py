@@ -15,6 +15,8 @@ import pytest
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
 
+# What `make test-real` fetches from the package registry.
+REAL = pathlib.Path(os.environ.get("CLARA_REAL", pathlib.Path(__file__).resolve().parents[1] / ".real"))
 SHARED = pathlib.Path(os.environ.get("CLARA_SHARED", pathlib.Path(__file__).resolve().parents[2] / "shared"))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import generate_merges
 
 from clara_jax.data.schemas import DataError
 
@@ -40,12 +41,29 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
     if os.path.exists(os.path.join(directory, "tokenizer.json")):
       return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     found = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if os.path.exists(model := os.path.join(directory, "tokenizer.model")) and isinstance(found, PreTrainedTokenizerFast):
+      _merge_by_scores(found, model)
   except Exception as error:  # of many kinds, from three libraries
     raise DataError(f"{directory}: its tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from None
   if not isinstance(found, PreTrainedTokenizerFast):
     raise DataError(f"{directory}: a tokenizer.json is needed, got a {type(found).__name__}: transformers writes one "
                     "(AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)) where it can convert the tokenizer")
   return found
+
+
+def _merge_by_scores(tokenizer: PreTrainedTokenizerFast, model: str) -> None:
+  """Puts the merges of a converted SentencePiece model into the order of its scores: transformers 5 takes that of the ids, which splits
+  runs of blanks otherwise than SentencePiece does."""
+  import sentencepiece
+  spec = json.loads(tokenizer.backend_tokenizer.to_str())
+  if spec["model"]["type"] != "BPE":
+    return
+  pieces = sentencepiece.SentencePieceProcessor(model)
+  scores = {pieces.id_to_piece(i): pieces.get_score(i) for i in range(pieces.vocab_size())}
+  control = [p for i, p in enumerate(scores) if pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i) or pieces.is_unused(i)]
+  vocabulary = spec["model"]["vocab"]
+  spec["model"]["merges"] = generate_merges(vocabulary, {p: s for p, s in scores.items() if p in vocabulary}, control)
+  tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
 
 
 def first_free_id(tokenizer: Tokenizer) -> int:

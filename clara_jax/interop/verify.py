@@ -176,7 +176,7 @@ def _run_peft(opened: Opened, directory: str, roles: list[str], single: bool) ->
   worst = 0.0
   ours = _outputs(opened, roles, _ids(opened))
   for role in roles:
-    base = transformers.AutoModelForCausalLM.from_pretrained(opened.base)
+    base = transformers.AutoModelForCausalLM.from_pretrained(opened.base, dtype="float32")
     model = peft.PeftModel.from_pretrained(base, directory if single else os.path.join(directory, role))
     theirs = _torch_logits(model, _ids(opened))
     words = min(opened.config.model.vocab_size, theirs.shape[-1])  # without CLaRa's tokens here and what fills the base up there
