@@ -32,11 +32,11 @@ from clara_jax.interop import checkpoints, lazy
 
 TOKENS, NEW = 1500, 24
 QUESTIONS = (
-    "What is the capital of France?", "Name three primary colours.", "How many legs has a spider?", "Write a short poem about rain.",
-    "What is 12 times 12?", "Who wrote Hamlet?", "Translate 'good morning' to Spanish.", "What do bees make?", "Is the sun a star?",
-    "Give me a recipe for pancakes.", "What is photosynthesis?", "List five animals.", "When did World War II end?",
-    "Explain gravity to a child.", "What is the largest ocean?", "Say hello.", "What colour is a banana?", "Write a haiku about winter.", "Who painted the Mona Lisa?",
-    "Why is the sky blue?")
+    "What is the capital of France?", "Name three primary colours.", "How many legs has a spider?",
+    "Write a short poem about rain.", "What is 12 times 12?", "Who wrote Hamlet?", "Translate 'good morning' to Spanish.",
+    "What do bees make?", "Is the sun a star?", "Give me a recipe for pancakes.", "What is photosynthesis?", "List five animals.",
+    "When did World War II end?", "Explain gravity to a child.", "What is the largest ocean?", "Say hello.",
+    "What colour is a banana?", "Write a haiku about winter.", "Who painted the Mona Lisa?", "Why is the sky blue?")
 TEXT = ("In 1969, Apollo 11 landed on the Moon: 2 men walked there for 151 minutes, while a third stayed 110 km above them. "
         "def area(r):\n    return 3.14159 * r ** 2\n\nDie Katze schläft auf dem Sofa; el niño come una manzana. ")
 
@@ -139,9 +139,13 @@ def round_trips(out: pathlib.Path) -> tuple[dict[str, dict[str, float]], list[st
 
 def answers(out: pathlib.Path, data: pathlib.Path) -> dict[str, dict[str, float]]:
   """EM and F1 without and with the documents' text, on 200 questions of each set; kept, for they take minutes."""
-  paragraphs = {p["id"]: p["text"] for p in _lines(data / "squad" / "paragraphs.jsonl.gz")}
-  squad = [{"question": q["question"], "answers": q["answers"], "docs": [paragraphs[q["paragraph_id"]]]}
-           for q in _lines(data / "squad" / "qa.jsonl.gz") if q["split"] == "dev"]
+  paragraphs = list(_lines(data / "squad" / "paragraphs.jsonl.gz"))
+  place = {p["id"]: i for i, p in enumerate(paragraphs)}
+  squad = []
+  for q in _lines(data / "squad" / "qa.jsonl.gz"):
+    if q["split"] == "dev":  # its paragraph and the four that follow
+      gold = place[q["paragraph_id"]]
+      squad.append({"question": q["question"], "answers": q["answers"], "docs": [p["text"] for p in (paragraphs * 2)[gold:gold + 5]]})
   (out / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in squad[::len(squad) // 200][:200]))
   found = {}
   for name, file in (("squad", out / "squad.jsonl"), ("hotpotqa", data / "multihop" / "hotpotqa.jsonl.gz")):

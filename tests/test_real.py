@@ -64,7 +64,7 @@ def test_smollm2_splits_digits(out):
 # ---- Mistral's own tokenizers ------------------------------------------------------------------------------------------------
 
 TALKS = [["Be brief.", "Background:\nx\n\nQuestion:Where?"],
-         ["You are a helpful assistant. Your task is to answer.", "Ada Lovelace (1815-1852) — é 中.  Two  spaces, 12 345.\n\n\tTab? Ünïcode…"]]
+         ["You are a helpful assistant.", "Ada Lovelace (1815-1852) — é 中.  Two  spaces, 12 345.\n\n\tTab? Ünïcode…"]]
 
 
 @pytest.fixture(scope="module")
