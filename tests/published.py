@@ -382,7 +382,7 @@ def tokenizer(model: Published) -> Any:
   return found
 
 
-def make(name: str, directory: str | pathlib.Path) -> Published:
+def make(name: str, directory: str | pathlib.Path, **sizes: int) -> Published:
   """Writes a small model of that name as its publisher's directory would be: the files, the fields, weights of its type."""
   import torch
   import transformers
@@ -405,6 +405,7 @@ def make(name: str, directory: str | pathlib.Path) -> Published:
     "tie_word_embeddings": False,
     **ids,
     **model.fields,
+    **sizes,
   }
   values = {
     "architectures": [f"{model.family.capitalize()}ForCausalLM"],

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -74,6 +75,7 @@ def opened(path: str) -> Iterator[Opened]:
   except ImportError:
     raise ConfigError(f"{path}: GGUF files need the library gguf: pip install -e '.[gguf]'") from None
   try:
+    _check_header(path)
     reader = gguf.GGUFReader(path)
     values = {name: field.contents() for name, field in reader.fields.items()}
     found = {tensor.name: tensor for tensor in reader.tensors}
@@ -94,12 +96,61 @@ def opened(path: str) -> Iterator[Opened]:
       tensors[ours] = Cast(leaf, matrices) if len(leaf.shape) == 2 else leaf
   with tempfile.TemporaryDirectory(prefix="clara-gguf-") as folder:
     for name, content in ((families.CONFIG_FILE, config), (families.GENERATION_FILE, {
-        k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config})):
+        k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None})):
       with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
     tokenizer(path, values).save_pretrained(folder)
     model = Clara(ClaraConfig(families.model_config(folder)))
     yield Opened(path, "gguf", model.config, "base", {}, hf.base_leaves(model, tensors, path), None, None, folder, folder)
+
+
+# Bytes of a value by its type; 8 is a string, 9 an array.
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+
+def _check_header(path: str) -> None:
+  """Walks the header within the file's size: the library believes every count, and a wrong one takes all memory.
+
+  Raises:
+    ValueError: a count or a length leads out of the file, or a type is unknown.
+  """
+  size = os.path.getsize(path)
+  with open(path, "rb") as file:
+    def number(form: str) -> int:
+      return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+
+    def skip(count: int) -> None:
+      if count > size - file.tell():
+        raise ValueError(f"{count} bytes at {file.tell()}, the file has {size}")
+      file.seek(count, os.SEEK_CUR)
+
+    def value(kind: int, depth: int = 0) -> None:
+      if kind == 8:
+        skip(number("<Q"))
+      elif kind == 9 and depth < 2:
+        of, count = number("<I"), number("<Q")
+        if of in _SIZES:
+          skip(count * _SIZES[of])
+        else:
+          for _ in range(count):
+            value(of, depth + 1)
+      elif kind in _SIZES:
+        skip(_SIZES[kind])
+      else:
+        raise ValueError(f"a value of the type {kind}")
+
+    skip(4)
+    if (version := number("<I")) not in (2, 3):
+      raise ValueError(f"version {version}, expected 2 or 3")
+    tensors, fields = number("<Q"), number("<Q")
+    for _ in range(fields):
+      skip(number("<Q"))
+      value(number("<I"))
+    for _ in range(tensors):
+      skip(number("<Q"))
+      if (dimensions := number("<I")) > 4:
+        raise ValueError(f"a tensor of {dimensions} dimensions")
+      skip(8 * dimensions + 12)
 
 
 class _Tensor:
@@ -166,8 +217,7 @@ def _config(path: str, values: Mapping[str, Any], tensors: Mapping[str, Any]) ->
                "partial_rotary_factor": field("rope.dimension_count") / head_dim,
                "original_max_position_embeddings": field("rope.scaling.original_context_length", positions)}
   for token, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-    if f"tokenizer.ggml.{name}_token_id" in values:
-      config[f"{token}_token_id"] = values[f"tokenizer.ggml.{name}_token_id"]
+    config[f"{token}_token_id"] = values.get(f"tokenizer.ggml.{name}_token_id")  # null, or a class of transformers would have its own
   return config
 
 

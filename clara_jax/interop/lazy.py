@@ -120,6 +120,9 @@ def stack(tensors: Mapping[str, Any], place_of: Callable[[str], Place], expected
   Raises:
     KeyMapError: a name, a shape or a type that does not fit, by name.
   """
+  most = max((shape[0] for path, shape in expected.items() if path[0] == "layers"), default=0)
+  if most > len(tensors):  # before anything is made for each of them
+    raise KeyMapError(f"{where}: the model has {most} layers, but there are only {len(tensors)} tensors")
   places = {name: place_of(name) for name in tensors}
   keys = [(path, layer) for path, shape in expected.items() for layer in (range(shape[0]) if path[0] == "layers" else (None,))]
   for name, spot in places.items():
