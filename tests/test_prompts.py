@@ -66,6 +66,14 @@ def test_a_tokenizer_without_an_end():
   assert named.tokenizer.decode(named.answer_prompt("Who?", 1, "Ada").ids[-4:]).endswith("Ada<|im_end|>")
 
 
+def test_blanks_that_are_tokens_end_nothing():
+  tokenizer = published.tokenizer(published.MODELS["SmolLM2-135M-Instruct"])
+  tokenizer.add_tokens(["\n", "  "])
+  tokenizer.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content }}{{ '\\n' }}{{ '<|im_end|>' }}{% endfor %}"
+  config = ClaraConfig(ModelConfig(len(tokenizer), 8, 1, 1, 1, 8, 8), doc_max_length=40, compression_rate=20)
+  assert Layout(tokenizer, config).end_ids == (2,)
+
+
 def test_a_template_that_does_not_know_the_generation_prompt():
   """The header of the assistant's turn belongs to the prompt, whatever the template does about it."""
   template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"

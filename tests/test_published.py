@@ -242,14 +242,20 @@ def test_a_config_that_counts_other_words_than_there_are(base):
   assert "says vocab_size=7" in refused("convert", base, base.parent / "out", "--to", "clara")
 
 
-def test_a_tokenizer_with_a_token_that_has_no_row(base, tmp_path):
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_with_a_token_that_has_no_row(base, tmp_path, file):
   """Published fine-tunes add a [PAD] to the tokenizer alone."""
-  tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-  tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-  tokenizer.save_pretrained(base)
+  if file == "tokenizer.json":
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(base)
+  else:
+    values = json.loads((base / file).read_text())
+    (base / file).write_text(json.dumps({**values, "pad_token": "[PAD]"}))
+  words = len(transformers.AutoTokenizer.from_pretrained(base))
   checkpoint = checkpoints.load(str(base), dtype="float32")
-  assert checkpoint.model.config.model.vocab_size == len(tokenizer)
-  assert not np.asarray(checkpoint.weights["base"]["embedding"])[len(tokenizer) - 1].any()
+  assert checkpoint.model.config.model.vocab_size == words == checkpoint.layout.tokenizer.pad_token_id + 1
+  assert not np.asarray(checkpoint.weights["base"]["embedding"])[words - 1].any()
 
 
 def test_hub_ids(base, tmp_path, monkeypatch):

@@ -89,7 +89,8 @@ class Layout:
     """(what ends an answer in training, ids that end one)."""
     tokenizer, after = self.tokenizer, self._template.after
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()  # of a config's ids only these: some name a word of another vocabulary
-    special = re.compile("|".join(map(re.escape, sorted((t.content for t in added.values()), key=len, reverse=True))))
+    names = sorted((t.content for t in added.values() if t.content.strip()), key=len, reverse=True)  # blanks may be tokens, and end nothing
+    special = re.compile("|".join(map(re.escape, names)))
     ends = [i for i in (tokenizer.eos_token_id, *given) if i is not None and (i == tokenizer.eos_token_id or i in added)]
     if found := special.search(after):
       text = after[:found.end()]
