@@ -1,6 +1,6 @@
 """What is in a checkpoint of any kind: its configuration, its base, every tensor; nothing is loaded.
 
-    python conversion/inspect_checkpoint.py CKPT [--base DIR] [--hash]
+    python conversion/inspect_checkpoint.py CKPT [--base DIR] [--allow-config FIELD] [--hash]
 """
 
 import argparse
@@ -18,11 +18,12 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("checkpoint")
   parser.add_argument("--base", help="the base, where the checkpoint's own record does not lead to it")
+  parser.add_argument("--allow-config", action="append", default=[], metavar="FIELD", help="a field that is not known and changes nothing")
   parser.add_argument("--hash", action="store_true", help="read the whole base and compare its hash with the record")
   options = parser.parse_args()
   quiet_logs()
   try:
-    opened = checkpoints.open_checkpoint(options.checkpoint, options.base)
+    opened = checkpoints.open_checkpoint(options.checkpoint, options.base, allow=options.allow_config)
     print(f"kind    {opened.kind}\nstage   {opened.stage}\nbase    {opened.base or 'its own'}")
     print(f"sha256  {opened.base_sha256 or 'not recorded'}")
     if options.hash:

@@ -320,7 +320,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     if not equals or not name:
       raise ConfigError(f"--also {given}: expected NAME=CKPT")
     try:
-      also[name] = checkpoints.load(directory, None, options.dtype, chat_template=_chat_template(options), allow=options.allow_config)
+      also[name] = _load(directory, None, options)
     except checkpoints.CheckpointError as error:
       raise ConfigError(f"--also {given}: {error}") from None
   return runs.run(checkpoint, rows, settings, options.report, also=also, title=f"{options.checkpoint} on {options.rows}",
@@ -432,7 +432,7 @@ async def _synthesized(options: argparse.Namespace) -> Any:
   if options.endpoint == "checkpoint":
     from clara_jax.synthesis.own import OwnModel
     keep_programs()
-    return await factory.produce(items, work, OwnModel(checkpoints.load(options.model)), texts, **settings)
+    return await factory.produce(items, work, OwnModel(_load(options.model, None, options)), texts, **settings)
   key = os.environ.get("OPENAI_API_KEY", "").strip()
   endpoint = client.Endpoint(options.endpoint, options.model, key, options.in_flight, options.timeout,
                              max_requests=options.max_requests, max_tokens=options.max_tokens, json_schema=not options.no_json_schema,
@@ -519,10 +519,13 @@ def lens(options: argparse.Namespace) -> dict[str, Any]:
 
 def _checkpoint(options: argparse.Namespace, *roles: str) -> checkpoints.Checkpoint:
   keep_programs()
-  checkpoint = checkpoints.load(options.checkpoint, options.base, options.dtype, chat_template=_chat_template(options),
-                                allow=options.allow_config)
+  checkpoint = _load(options.checkpoint, options.base, options)
   checkpoint.require(*roles)
   return checkpoint
+
+
+def _load(directory: str, base: str | None, options: argparse.Namespace) -> checkpoints.Checkpoint:
+  return checkpoints.load(directory, base, options.dtype, chat_template=_chat_template(options), allow=options.allow_config)
 
 
 def _chat_template(options: argparse.Namespace) -> str | None:

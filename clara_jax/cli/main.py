@@ -226,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
   synthesize.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server, up to /v1, its key in OPENAI_API_KEY; or "
                           "'checkpoint': the base of --model; or 'offline': a stand-in that knows the quickstart's world")
   synthesize.add_argument("--model", metavar="NAME", help="its name there")
+  reading(synthesize, "of --endpoint checkpoint")
   synthesize.add_argument("--prompts", metavar="DIR", help="templates and demonstrations that take the place of the package's own")
   synthesize.add_argument("--tokens", type=positive, default=256, help="of a document, with its title; longer ones are cut; default 256")
   synthesize.add_argument("--tokenizer", metavar="DIR", help="that counts them; default: words")
@@ -277,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
                          "default: all; with nothing behind it, none")
   gradients.add_argument("--checkpoint", metavar="CKPT", help="the loss of its generator, on --rows, in place of synthetic losses")
   gradients.add_argument("--base", metavar="DIR", help="the checkpoint's base, where its own record does not lead to it")
-  gradients.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computations")
+  reading(gradients, "of the computations")
   gradients.add_argument("--rows", metavar="F", help="questions with candidates (the joint stage's rows)")
   gradients.add_argument("--limit", type=positive, default=16, help="rows of it; default 16")
   gradients.add_argument("--candidates", type=positive, default=6, help="N, the gold documents and others of each; default 6")
