@@ -1,7 +1,7 @@
 """A model of 0.9 M parameters for two cores; NAME is the stage, 'pretrain' included: `configs/tiny.py:scp`.
 
-`pretrain` makes a base of this shape, whose vocabulary is the tokenizer's (`--config.clara.model.vocab_size`); the other stages take the
-shape of the base that they are given, whatever it is.
+`pretrain` makes a base of the shape `fresh_model`, whose vocabulary is the tokenizer's (`--config.clara.model.vocab_size`); the other
+stages take the shape of the base that they are given, whatever it is.
 """
 
 import ml_collections
@@ -13,12 +13,13 @@ def get_config(stage: str = "pretrain") -> ml_collections.ConfigDict:
   config.base = placeholder(str)
   config.init_from = placeholder(str)
   config.tokenizer = placeholder(str)
-  shape = {
-      "vocab_size": 1024, "width": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "mlp_dim": 384,
-      "tie_embeddings": True, "initializer_range": 0.06} if stage == "pretrain" else {}
   config.clara = {
+      "fresh_model": {
+          "vocab_size": 1024, "width": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "mlp_dim": 384,
+          "tie_embeddings": True, "initializer_range": 0.06,
+      },
       "model": {
-          **shape, "dtype": "float32", "param_dtype": "float32", "remat": "full", "vocab_multiple": 1, "logits_chunk": 0,
+          "dtype": "float32", "param_dtype": "float32", "remat": "full", "vocab_multiple": 1, "logits_chunk": 0,
           "base_quantization": "none",
       },
       "lora": {"rank": 16, "alpha": 32.0, "dropout": 0.0},

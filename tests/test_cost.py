@@ -124,7 +124,7 @@ def test_gpus_by_analysis_and_what_would_make_it_fit():
     (["--config", "configs/tiny.py:scp", "--topology", "v9:2x2"], "unknown chip 'v9'"),
     (["--config", "configs/tiny.py:scp", "--gpus", "6"], "does not divide over the 6 parts"),
     (["--config", "configs/tiny.py:scp", "--gpus", "4", "--config.mesh.tensor=4"], "num_kv_heads=2 does not divide"),
-    (["--config", "configs/phi4_mini.py:scp", "--gpus", "4", "--config.mesh.fsdp=4", "--config.mesh.tensor=1",
+    (["--config", "configs/mistral_7b.py:scp", "--gpus", "4", "--config.mesh.fsdp=4", "--config.mesh.tensor=1",
       "--config.clara.model.width=3070"], "of size 3070 does not divide over the 4 devices of mesh axis"),
 ])
 def test_bad_layouts_are_named(arguments, message):

@@ -269,7 +269,7 @@ def test_hub_ids(base, tmp_path, monkeypatch):
   study.run("convert", "me/mine", str(tmp_path / "out"), "--to", "clara")
   assert configs.load(f"{CONFIG}:scp", ["--config.base=me/mine"]).base == str(snapshot)
   assert "fetch it with: hf download me/other" in refused("convert", "me/other", tmp_path / "x", "--to", "clara")
-  assert "no such directory" in refused("convert", "nowhere at all", tmp_path / "x", "--to", "clara")
+  assert "no such checkpoint" in refused("convert", "nowhere at all", tmp_path / "x", "--to", "clara")
 
 
 @pytest.mark.parametrize(
@@ -335,6 +335,8 @@ def test_what_peft_computes_is_computed(bases, tmp_path, fields):
   wanted = adapter(tmp_path / "adapter", base, **fields)
   found = logits(tmp_path / "adapter", base)
   np.testing.assert_allclose(found, wanted[..., : found.shape[-1]], rtol=0, atol=1e-4)
+  if fields and not {"alpha_pattern", "layers_to_transform", "modules_to_save"} & set(fields):
+    return
   # And back: another adapter perhaps, the same function.
   convert(str(tmp_path / "adapter"), str(tmp_path / "ours"), "clara", base=base, dtype="float32", verify=True)
   report = convert(str(tmp_path / "ours"), str(tmp_path / "again"), "peft", role="generator", verify=True)

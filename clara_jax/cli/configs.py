@@ -1,7 +1,7 @@
 """`--config FILE.py[:NAME]` with `--config.a.b=value` overrides, as a checked `RunConfig`.
 
 The shape of a model is its base's: a configuration names only what it wants otherwise. What it names and what makes another model than
-the base's is refused.
+the base's is refused. `clara.fresh_model` is the shape where no base is named (`pretrain`, and compiles ahead of time).
 """
 
 import ast
@@ -66,12 +66,16 @@ def _with_shape(fields: dict[str, Any], allow: Sequence[str]) -> dict[str, Any]:
   for name in ("base", "init_from"):
     if isinstance(fields.get(name), str):
       fields[name] = local_directory(fields[name])
-  source = fields.get("init_from") or fields.get("base")
-  clara = fields.get("clara")
-  if not isinstance(source, str) or not isinstance(clara, Mapping):
-    if isinstance(clara, Mapping) and "vocab_size" not in (clara.get("model") or {}):
-      raise ConfigError("config.base: name the directory of a base model (--config.base=DIR); this configuration names no shape of its own")
+  source, clara = fields.get("init_from") or fields.get("base"), fields.get("clara")
+  if not isinstance(clara, Mapping):
     return fields
+  clara = dict(clara)
+  fresh = clara.pop("fresh_model", None) or {}
+  if not isinstance(source, str):
+    shape = {**fresh, **(clara.get("model") or {})}
+    if "vocab_size" not in shape:
+      raise ConfigError("config.base: name the directory of a base model (--config.base=DIR); this configuration names no shape of its own")
+    return {**fields, "clara": {**clara, "model": shape}}
   model, padded = _model_of(source, fields.get("base"), fields.get("tokenizer"), allow)
   named = dict(clara.get("model") or {})
   wanted = dataclasses.asdict(model)

@@ -140,7 +140,7 @@ def open_checkpoint(directory: str, base: str | None = None, dtype: str | None =
   Raises:
     CheckpointError, ConfigError, KeyMapError: naming the file, field or tensor.
   """
-  directory, base = local_directory(directory), base and local_directory(base)
+  directory, base = local_directory(directory, "checkpoint"), base and local_directory(base)
   folder = epath.Path(directory)
   if not folder.is_dir():
     gguf = ": a GGUF file is converted first: clara convert FILE.gguf DIR --to clara" if str(directory).endswith(".gguf") else ""

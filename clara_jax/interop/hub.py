@@ -11,8 +11,12 @@ from clara_jax.training.checkpoint import CheckpointError
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def local_directory(name: str) -> str:
+def local_directory(name: str, what: str = "directory") -> str:
   """The directory of a model: `name` itself, or the snapshot of the hub's model of that id.
+
+  Args:
+    name: a directory or an id.
+    what: it should be, for the message.
 
   Raises:
     CheckpointError: there is neither.
@@ -21,9 +25,9 @@ def local_directory(name: str) -> str:
   if "://" in name or os.path.exists(name):
     return name
   if not _ID.fullmatch(name):
-    raise CheckpointError(f"{name}: no such directory")
+    raise CheckpointError(f"{name}: no such {what}")
   try:
     return huggingface_hub.snapshot_download(name, local_files_only=True)
   except Exception:  # the library has many kinds for what is not there
-    raise CheckpointError(f"{name}: no such directory here, and no such model in the hub's cache {constants.HF_HUB_CACHE}; if it is a "
+    raise CheckpointError(f"{name}: no such {what} here, and no such model in the hub's cache {constants.HF_HUB_CACHE}; if it is a "
                           f"model of the hub, fetch it with: hf download {name}") from None

@@ -119,7 +119,8 @@ class Program:
     return found
 
   def batch_shapes(self) -> Batch:
-    """The largest batch: every text and every prompt as long as the configuration allows."""
+    """The largest batch: every document and every prompt as long as the configuration allows, questions of `query_max_length` tokens (in
+    training they are cut at the decoder's maximum only, but longer ones are rare)."""
     clara, data = self.config.clara, self.config.data
     b, m, k = data.batch_size, clara.num_memory_tokens, clara.top_k
 
@@ -139,7 +140,7 @@ class Program:
     if self.stage.data == "given":
       documents = tokens(b, k, length=text(clara.doc_max_length))
     elif self.stage.data == "candidates":
-      question = tokens(b, length=text(max(clara.query_max_length, clara.decoder_max_length - k * (m + 1))))  # it stands in the prompt, too
+      question = tokens(b, length=text(clara.query_max_length))
       if data.retrieve == "store":  # the corpus is an argument of its own
         gold_slots = array(b, GOLD)
       else:
