@@ -195,6 +195,20 @@ def test_windows_of_some_layers_hold_in_answers_and_in_what_explains_them(bases)
   assert found[0].tolist() == wanted
 
 
+def test_a_base_that_is_trained_on_stays_what_it_is(bases, tmp_path):
+  """`pretrain` from a Hugging Face model: family and generation config are there on the way out."""
+  row = {"docs": ["Ada."], "question": ["Who?"], "answers": ["Ada."]}
+  (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
+  sizes = {**study.SIZES, "data.rows": f'("{tmp_path}/rows.jsonl",)', "train.steps": 1, "clara.decoder_max_length": 128, "data.bucket": 128}
+  base = f"--config.base={bases('Llama-3.1-8B-Instruct')}"
+  study.run("train", "--config", f"{CONFIG}:pretrain", "--workdir", str(tmp_path / "run"), base, "--dtype", "float32",
+            *(f"--config.{k}={v}" for k, v in sizes.items()))
+  study.run("convert", str(tmp_path / "run"), str(tmp_path / "hf"), "--to", "hf")
+  values = json.loads((tmp_path / "hf" / "config.json").read_text())
+  assert values["model_type"] == "llama" and values["rope_scaling"]["rope_type"] == "llama3" and values["torch_dtype"] == "float32"
+  assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["top_p"] == 0.9
+
+
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
 def test_float16_is_kept_or_cast(bases, tmp_path, dtype, capsys):
   from safetensors import safe_open

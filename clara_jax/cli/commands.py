@@ -168,6 +168,9 @@ def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any] |
                       base_sha256=base_sha256)
   if not distributed.is_main():
     return None  # one report for all
+  source = native.hf_files(config.base)
+  if source and "base" in stages.get(config.train.stage).trained(config.train):  # what it came with goes with it
+    hf.keep_files(source, os.path.join(options.workdir, native.HF_FOLDER))
   return result.metrics if result.stopped is None else {**result.metrics, "stopped": result.stopped}
 
 

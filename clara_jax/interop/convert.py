@@ -20,7 +20,7 @@ from etils import epath
 
 from clara_jax.config import ROLES, RunConfig, TrainConfig
 from clara_jax.data.tokenizer import load_tokenizer
-from clara_jax.interop import checkpoints, families, gguf, hf, lazy, native, peft, upstream
+from clara_jax.interop import checkpoints, gguf, hf, lazy, native, peft, upstream
 from clara_jax.interop import verify as verify_lib
 from clara_jax.interop.checkpoints import SPECIAL, Opened, merged_base
 from clara_jax.interop.keymap import EMBEDDING, HEAD
@@ -147,9 +147,7 @@ def _to_clara(opened: Opened, directory: str, final: str, role: str | None) -> i
     groups["base"] = opened.plain_base
     base_sha256 = native.write_weights(directory, groups, hashed="base", on_written=_Progress(groups))
     if opened.hf_files:
-      kept = os.path.join(directory, native.HF_FOLDER)
-      os.mkdir(kept)
-      hf.copy_files(opened.hf_files, kept, (families.CONFIG_FILE, families.GENERATION_FILE))
+      hf.keep_files(opened.hf_files, os.path.join(directory, native.HF_FOLDER))
   else:
     native.write_weights(directory, groups)
   tokenizer = os.path.join(directory, "tokenizer")

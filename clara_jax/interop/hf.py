@@ -167,6 +167,12 @@ def main_type(tensors: Iterable[Any]) -> str:
   return max(sizes, key=sizes.__getitem__)
 
 
+def keep_files(source: str, folder: str) -> None:
+  """Copies the config.json and the generation_config.json that a base came with."""
+  os.makedirs(folder, exist_ok=True)
+  copy_files(source, folder, (families.CONFIG_FILE, families.GENERATION_FILE))
+
+
 def copy_files(source: str, directory: str, names: Iterable[str]) -> None:
   """Copies files and folders, those of them that are there, as they are."""
   for name in names:
