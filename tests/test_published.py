@@ -209,6 +209,26 @@ def test_a_base_that_is_trained_on_stays_what_it_is(bases, tmp_path):
   assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["top_p"] == 0.9
 
 
+@pytest.mark.parametrize("file, content, message", [
+  ("config.json", {"rope_theta": [1]}, "rope_theta=.*expected a number"), ("config.json", {"rope_theta": 0}, "rope_theta=0.*above 0"),
+  ("config.json", {"rope_scaling": {"rope_type": ["a"]}}, "config.json"),
+  ("config.json", {"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0"),
+  ("config.json", {"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),
+  ("config.json", b"\xff\xfe\x00", "config.json: not JSON"),
+  ("config.json", [], "config.json: expected an object"), ("tokenizer.json", [], "tokenizer.json: expected an object"),
+  ("tokenizer_config.json", None, "tokenizer_config.json: expected an object"), ("tokenizer.json", b"", "tokenizer.json: not JSON"),
+])
+def test_broken_files_are_one_line_with_their_name(base, file, content, message):
+  import re
+  if isinstance(content, bytes):
+    (base / file).write_bytes(content)
+  elif isinstance(content, dict):
+    (base / file).write_text(json.dumps({**json.loads((base / file).read_text()), **content}))
+  else:
+    (base / file).write_text(json.dumps(content))
+  assert re.search(message, refused("convert", base, base.parent / "out", "--to", "hf"))
+
+
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
 def test_float16_is_kept_or_cast(bases, tmp_path, dtype, capsys):
   from safetensors import safe_open

@@ -37,6 +37,8 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
   """
   if not has_tokenizer(directory):
     raise DataError(f"{directory}: no tokenizer here (expected tokenizer.json, or the files of an older one)")
+  for name in ("tokenizer.json", "tokenizer_config.json"):
+    _check_object(os.path.join(directory, name))
   try:
     if os.path.exists(os.path.join(directory, "tokenizer.json")):
       return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
@@ -49,6 +51,19 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
     raise DataError(f"{directory}: a tokenizer.json is needed, got a {type(found).__name__}: transformers writes one "
                     "(AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)) where it can convert the tokenizer")
   return found
+
+
+def _check_object(path: str) -> None:
+  """Refuses a file that is there and is no JSON object."""
+  if not os.path.exists(path):
+    return
+  try:
+    with open(path, encoding="utf-8") as file:
+      value = json.load(file)
+  except (OSError, ValueError, RecursionError) as error:
+    raise DataError(f"{path}: not JSON: {' '.join(str(error).split())[:200]}") from None
+  if not isinstance(value, dict):
+    raise DataError(f"{path}: expected an object, got {type(value).__name__}")
 
 
 def _merge_by_scores(tokenizer: PreTrainedTokenizerFast, model: str) -> None:

@@ -139,6 +139,8 @@ def _fields(values: Mapping[str, Any], allow: Sequence[str], file: str) -> dict[
   except Exception as error:  # its validation raises many kinds
     raise ConfigError(f"{file}: {' '.join(str(error).split())[:300]}") from None
   heads, width = read.num_attention_heads, read.hidden_size
+  if heads % (read.num_key_value_heads or heads):
+    raise ConfigError(f"{file}: num_attention_heads={heads} is not a multiple of num_key_value_heads={read.num_key_value_heads}")
   window, full = _window(read, file)
   scaling, theta, fraction = _rope(read, family, allow, file)
   dtype = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
@@ -174,12 +176,15 @@ def _window(read: Any, file: str) -> tuple[int | None, tuple[int, ...]]:
 def _rope(read: Any, family: str, allow: Sequence[str], file: str) -> tuple[RopeScaling | None, float, float]:
   """(scaling, theta, rotated fraction) from what transformers made of all the fields there are."""
   given = dict(read.rope_parameters or {})
-  kind, theta = given.pop("rope_type", "default"), float(given.pop("rope_theta", None) or 10_000.0)
+  kind, theta, fraction = given.pop("rope_type", "default"), given.pop("rope_theta", None), given.pop("partial_rotary_factor", None)
   given.pop("type", None)
-  fraction = float(given.pop("partial_rotary_factor", None) or 1.0)
+  for name, value in (("rope_theta", theta), ("partial_rotary_factor", fraction), ("factor", given.get("factor"))):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+      raise ConfigError(f"{file}: {name}={value!r:.80}: expected a number above 0")
+  theta, fraction = float(theta or 10_000.0), float(fraction or 1.0)
   if fraction != 1 and family != "phi3":
     raise ConfigError(f"{file}: partial_rotary_factor={fraction!r} is not supported in a {family}; expected 1.0")
-  if kind not in _ROPE_KEYS:
+  if not isinstance(kind, str) or kind not in _ROPE_KEYS:
     raise ConfigError(f"{file}: rope_type={kind!r} is not supported; expected one of {sorted(_ROPE_KEYS)}")
   if kind == "default":
     given.pop("original_max_position_embeddings", None)
@@ -210,7 +215,7 @@ def end_ids(directory: str | None) -> tuple[int, ...]:
   for name in (GENERATION_FILE, CONFIG_FILE):
     if directory is not None and (epath.Path(directory) / name).exists():
       ends = read_json(directory, name).get("eos_token_id")
-      found += [e for e in (ends if isinstance(ends, list) else [ends]) if isinstance(e, int)]
+      found += [e for e in (ends if isinstance(ends, list) else [ends]) if isinstance(e, int) and not isinstance(e, bool)]
   return tuple(sorted(set(found)))
 
 

@@ -40,7 +40,7 @@ def is_checkpoint(directory: str) -> bool:
     return False
   try:
     return json.loads(file.read_text()).get("format") == FORMAT
-  except (json.JSONDecodeError, AttributeError):
+  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError):
     return False
 
 
