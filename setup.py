@@ -13,6 +13,7 @@ BERTSCORE = ["bert-score>=0.3.13", "torch>=2.6"]
 SERVE = ["starlette>=0.46", "uvicorn>=0.34", "pydantic>=2.10", "orjson>=3.10", "prometheus-client>=0.21"]
 GGUF = ["gguf>=0.17"]
 SENTENCEPIECE = ["sentencepiece>=0.2", "protobuf>=5"]  # reads a tokenizer.model where there is no tokenizer.json
+DENSE = ["sentence-transformers>=5.0"]  # clara candidates with a dense model; brings torch
 TEST = ["pytest>=8.3", "pytest-xdist>=3.6", "chex>=0.1.90", "hypothesis>=6.100", "peft>=0.17",
         "httpx>=0.28", "playwright>=1.50",
         "libtpu; platform_system == 'Linux'"]  # compiles TPU programs; no TPU is needed
@@ -59,10 +60,11 @@ setuptools.setup(
         "evaluate": EVALUATE,
         "synthesize": SYNTHESIZE,
         "bertscore": BERTSCORE,
+        "dense": DENSE,
         "serve": SERVE,
         "gguf": GGUF,
         "sentencepiece": SENTENCEPIECE,
-        "test": [*TEST, *QUICKSTART, *RECORDS, *TENSORBOARD, *INT8, *COMPACT, *EVALUATE, *BERTSCORE, *SYNTHESIZE, *SERVE, *GGUF,
+        "test": [*TEST, *QUICKSTART, *RECORDS, *TENSORBOARD, *INT8, *COMPACT, *EVALUATE, *BERTSCORE, *DENSE, *SYNTHESIZE, *SERVE, *GGUF,
                  *SENTENCEPIECE, "torch>=2.6"],
         "lint": ["ruff>=0.9"],
     },

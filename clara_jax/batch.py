@@ -44,12 +44,15 @@ class Batch:
 
   Attributes:
     prompt: the generator's input and labels.
-    documents: [B, K, L] (scp, instruct) or [B, N, L] (joint, contrastive) encoder inputs; None where memories are given.
+    documents: [B, K, L] (scp, instruct) or [B, N, L] (joint, contrastive) encoder inputs; None where memories are given. Where rows share
+      documents, [U, L], each once.
+    document_slots: [B, K] or [B, N] int32, where rows share documents: which of the U each is; of a micro-batch's own.
     memories: [B, N, M, D] memory tokens read from a store; None where documents are given.
     question: [B, L] encoder inputs of the query reasoner (joint, contrastive).
     is_gold: [B, N] bool, the gold documents among the candidates: a label for the contrastive stage, a metric elsewhere.
     gold_slots: [B, GOLD] int32, the gold documents' slots in a `Corpus` from which the candidates are retrieved; -1 fills up.
     valid: [B] float32, 0 for rows that only fill up the last batch of an evaluation.
+    memory_tokens: m, how many of the M memory tokens its documents, memories, question and prompt have; None for all.
   """
 
   prompt: Prompt
@@ -59,6 +62,8 @@ class Batch:
   is_gold: Array | None = None
   gold_slots: Array | None = None
   valid: Array | None = None
+  document_slots: Array | None = None
+  memory_tokens: int | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass
@@ -67,10 +72,10 @@ class Corpus:
 
   Attributes:
     memories: [S, M, D] memory tokens; slots beyond the documents are zeros.
-    scale: [S] float32, 1 / norm of a document's flattened memory tokens; 0 for an empty slot.
+    scales: for every m that is searched with, [S] float32: 1 / norm of a document's first m memory tokens, flattened; 0 for an empty slot.
     candidates: N, how many are retrieved for a question.
   """
 
   memories: Array
-  scale: Array
+  scales: dict[int, Array]
   candidates: int = struct.field(pytree_node=False)

@@ -157,8 +157,10 @@ class ClaraConfig:
 
   `center_scores` subtracts the mean memory of a row's candidates from its candidates before the cosine. It is not in the paper
   and stays off for released checkpoints. `nested_dropout` (joint stage; `training/stages.py`) is not in the paper either: the
-  share of training rows for which the generator reads only the first of the K documents. `prompt_date` (ISO 8601) is what a chat template
-  is told that asks for the date; set when a run starts, it stays.
+  share of training rows for which the generator reads only the first of the K documents. `nested_memory`, e.g. (4, 8, 16), ends with
+  M: each training batch is written and read with one of these numbers of memory tokens, drawn at random, so that the first m of them
+  are enough for every m of these (Matryoshka representations, arXiv 2205.13147); empty: always with all M. `prompt_date` (ISO 8601)
+  is what a chat template is told that asks for the date; set when a run starts, it stays.
   """
 
   model: ModelConfig
@@ -173,6 +175,7 @@ class ClaraConfig:
   mse_weight: float = 0.1
   center_scores: bool = False
   nested_dropout: float = 0.0
+  nested_memory: tuple[int, ...] = ()
   prompt_date: str | None = None
 
   def __post_init__(self):
@@ -185,6 +188,10 @@ class ClaraConfig:
       raise ConfigError(f"top_k={self.top_k} must be at least 1")
     if not 0 <= self.nested_dropout <= 1:
       raise ConfigError(f"nested_dropout={self.nested_dropout} must be in [0, 1]")
+    sizes, m = self.nested_memory, self.num_memory_tokens
+    if sizes and (list(sizes) != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] != m):
+      raise ConfigError(f"nested_memory={list(sizes)}: expected ascending numbers of 1 or more that end with M = doc_max_length / "
+                        f"compression_rate = {m}")
     try:
       datetime.date.fromisoformat(self.prompt_date or "2000-01-01")
     except ValueError:
@@ -199,6 +206,16 @@ class ClaraConfig:
   def vocab_size(self) -> int:
     """V with the special tokens: `<MEM0>` … `<MEM{M-1}>`, `<AE>`, `<ENC>`, `<SEP>`."""
     return self.model.vocab_size + self.num_memory_tokens + 3
+
+
+def check_memory_tokens(m: int | None, config: ClaraConfig) -> None:
+  """Refuses a number of memory tokens that there are not (None means all).
+
+  Raises:
+    ConfigError: m is not 1 to M.
+  """
+  if m is not None and not 1 <= m <= config.num_memory_tokens:
+    raise ConfigError(f"memory tokens {m}: expected 1 to {config.num_memory_tokens}, which the compressor writes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +233,8 @@ class DataConfig:
     eval_rows: as `rows`.
     shards: a batch consists of that many equal parts, each from files of its own, so that a process opens only the files of its
       part. Which rows a step sees depends on it and on the seed, not on how many processes there are.
+    share_documents: so many rows that follow each other in a file stay together in the shuffle, and a document that several rows of a
+      batch have is compressed once, with the loss as it would be (not for rows of `clara records`, which are read at random).
     length_window: rows of that many batches are sorted by length before they are cut into batches, which are then shuffled.
     workers: processes that tokenise ahead; 0 does it in this one.
     prefetch: windows that are made ahead (by each worker).
@@ -235,13 +254,14 @@ class DataConfig:
   document_bucket: int = 16
   label_bucket: int = 8
   shards: int = 1
+  share_documents: int = 1
   length_window: int = 1
   workers: int = 0
   prefetch: int = 2
   max_malformed: int = 0
 
   def __post_init__(self):
-    for name in ("batch_size", "shards", "length_window", "bucket", "document_bucket", "label_bucket"):
+    for name in ("batch_size", "shards", "share_documents", "length_window", "bucket", "document_bucket", "label_bucket"):
       if getattr(self, name) < 1:
         raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1")
     if self.retrieve == "store" and not self.store:

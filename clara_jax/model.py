@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from clara_jax import axes
-from clara_jax.batch import Prompt, Tokens
-from clara_jax.config import ROLES, ClaraConfig, Role
+from clara_jax.batch import Batch, Prompt, Tokens
+from clara_jax.config import ROLES, ClaraConfig, Role, check_memory_tokens
 from clara_jax.nn.decoder import Decoder, KeyValues
 from clara_jax.ops.estimators import Estimator
 from clara_jax.ops.topk import straight_through_top_k
@@ -49,10 +49,37 @@ class Clara:
   Attributes:
     config: sizes.
     estimator: what teaches the scores in training; None: the straight-through top-k of `config.masking`.
+    memory_tokens: m, how many of the M memory tokens are written, scored and read; None for all (`first`). In the shapes below, M is m.
   """
 
   config: ClaraConfig
   estimator: Estimator | None = None
+  memory_tokens: int | None = None
+
+  @property
+  def num_memory_tokens(self) -> int:
+    """m: memory tokens of a document."""
+    return self.memory_tokens or self.config.num_memory_tokens
+
+  @property
+  def compression_rate(self) -> float:
+    """Tokens of the longest document for each memory token."""
+    return self.config.doc_max_length / self.num_memory_tokens
+
+  def first(self, m: int | None) -> "Clara":
+    """The same with the first m memory tokens (None: with all).
+
+    The compressor is causal: these are exactly what it writes when it writes all M.
+
+    Raises:
+      ConfigError: m is not 1 to M.
+    """
+    check_memory_tokens(m, self.config)
+    return dataclasses.replace(self, memory_tokens=m)
+
+  def reading(self, batch: Batch) -> "Clara":
+    """The same with as many memory tokens as a batch has."""
+    return self if batch.memory_tokens is None else self.first(batch.memory_tokens)
 
   @functools.cached_property
   def decoder(self) -> Decoder:
@@ -147,7 +174,7 @@ class Clara:
 
   def memory_positions(self, texts: Tokens) -> jax.Array:
     """Where the memory tokens of encoder inputs stand: [B, M]."""
-    m = self.config.num_memory_tokens
+    m = self.num_memory_tokens
     return jnp.maximum(texts.lengths[..., None] - m, 0) + jnp.arange(m)
 
   def compress(self, weights: Weights, documents: Tokens, dropout: jax.Array | None = None) -> jax.Array:

@@ -5,6 +5,7 @@ names of `axes.py`; `RULES` sends them to mesh axes. Linen's own look-up is sile
 so `spec` checks both and names the parameter.
 """
 
+import fractions
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -200,20 +201,23 @@ def put_batch(batch: Any, sharding: NamedSharding, rows: int, positions: np.ndar
   """A batch on the devices of all processes, each giving its part.
 
   Args:
-    batch: arrays whose first axis is this process's rows.
+    batch: arrays whose first axis is this process's rows, or p/q times as many documents that these share.
     sharding: of the whole batch.
     rows: B.
     positions: which rows of the whole batch these are.
   """
   if jax.process_count() == 1:
     return jax.device_put(batch, sharding)
-  place_of = np.full(rows, -1)
-  place_of[positions] = np.arange(len(positions))
-
   def leaf(value):
+    share = fractions.Fraction(len(value), len(positions))
+    p, q = share.numerator, share.denominator
+    here = (positions[::q, None] // q * p + np.arange(p)).reshape(-1)
+    place_of = np.full(int(rows * share), -1)
+    place_of[here] = np.arange(len(here))
+
     def part(index):
       return value[(place_of[index[0]], *index[1:])]
-    return jax.make_array_from_callback((rows, *value.shape[1:]), sharding, part)
+    return jax.make_array_from_callback((len(place_of), *value.shape[1:]), sharding, part)
   return jax.tree.map(leaf, batch)
 
 

@@ -36,7 +36,7 @@ from clara_jax.interop import checkpoints, families, hf, native
 from clara_jax.interop import convert as convert_lib
 from clara_jax.interop.keymap import KeyMapError
 from clara_jax.memory.compress import compress_corpus
-from clara_jax.memory.quantise import quantise
+from clara_jax.memory.quantise import quantise, truncate
 from clara_jax.memory.store import MemoryStore, StoreError
 from clara_jax.model import Clara, MissingWeightsError
 from clara_jax.nn.linear import MissingAdapterError
@@ -44,7 +44,7 @@ from clara_jax.ops import estimators
 from clara_jax.retrieval import index as index_lib
 from clara_jax.synthesis.client import Endpoint, RequestError
 from clara_jax.synthesis.judge import grounding
-from clara_jax.training import loop, stages
+from clara_jax.training import corpus, loop, stages
 from clara_jax.training.checkpoint import CheckpointError, is_checkpoint, read_config
 
 
@@ -131,7 +131,7 @@ def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any] |
   stages.get(config.train.stage)  # an unknown stage costs no reading
   if not config.data.rows:
     raise ConfigError("data.rows: no training rows are named")
-  sources = records_lib.open_sources(config.data.rows, config.data.shards, config.data.max_malformed)
+  sources = records_lib.open_sources(config.data.rows, config.data.shards, config.data.max_malformed, config.data.share_documents)
   eval_rows = [row for source in records_lib.open_sources(config.data.eval_rows, 1) for row in source[0]]
   config = _with_date(config, options.workdir)
   model, template = Clara(config.clara), _chat_template(options)
@@ -163,7 +163,9 @@ def train(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any] |
   config = dataclasses.replace(config, clara=layout.config)
   memories = None
   if config.data.store:
-    memories = MemoryStore(config.data.store).lookup()
+    opened_store = MemoryStore(config.data.store)
+    corpus.check_store(config.clara, opened_store)
+    memories = opened_store.lookup()
   result = loop.train(config, layout, before, eval_rows=eval_rows, sources=sources, workdir=options.workdir, memories=memories,
                       base_sha256=base_sha256)
   if not distributed.is_main():
@@ -220,11 +222,13 @@ def index(options: argparse.Namespace) -> dict[str, Any]:
   there = index_lib.saved_settings(store)
   kind = options.kind or there.get("kind", "scann")
   dimensions = (options.dimensions if options.dimensions is not None else there.get("dimensions")) or None
+  store = store.first(options.memory_tokens or there.get("memory_tokens"))
   built, changed = index_lib.bring_up_to_date(kind, store, dimensions)
   index_lib.save(built, kind, store, dimensions)
   full = store.manifest.num_memory_tokens * store.manifest.width
   return {"documents": len(built), "changed": changed, "dimension": dimensions or full,
-          "bytes": index_lib.saved_bytes(options.store), "seconds": time.monotonic() - start, "kind": kind}
+          "memory_tokens": store.manifest.num_memory_tokens, "bytes": index_lib.saved_bytes(options.store),
+          "seconds": time.monotonic() - start, "kind": kind}
 
 
 def store(options: argparse.Namespace) -> dict[str, Any]:
@@ -248,6 +252,10 @@ def store(options: argparse.Namespace) -> dict[str, Any]:
     if not options.to or not options.form:
       raise ConfigError("--to and --form: name the new store and its form")
     opened = quantise(opened, options.to, options.form, options.sub_width)
+  elif options.action == "truncate":
+    if not options.to or not options.memory_tokens:
+      raise ConfigError("--to and --memory-tokens: name the new store and how many memory tokens it keeps")
+    opened = truncate(opened, options.to, options.memory_tokens)
   return {**dataclasses.asdict(opened.manifest), "compression_rate": opened.manifest.compression_rate, "documents": len(opened),
           "dead": opened.dead, "bytes": opened.nbytes(), "bytes_per_document": opened.nbytes() / max(1, len(opened)),
           "index": index_lib.state(opened)}
@@ -269,8 +277,9 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def _answerer(options: argparse.Namespace) -> Answerer:
-  checkpoint = _checkpoint(options, "compressor", "query_reasoner", "generator")
-  return Answerer(checkpoint.model, checkpoint.layout, checkpoint.weights, MemoryStore(options.store), top_k=options.top_k,
+  store = MemoryStore(options.store, memory_tokens=options.memory_tokens)
+  checkpoint = _checkpoint(options, "compressor", "query_reasoner", "generator").first(None)  # the store says how many are read
+  return Answerer(checkpoint.model, checkpoint.layout, checkpoint.weights, store, top_k=options.top_k,
                   max_new_tokens=options.max_new_tokens, merge=options.merge)
 
 
@@ -323,7 +332,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     if not equals or not name:
       raise ConfigError(f"--also {given}: expected NAME=CKPT")
     try:
-      also[name] = _load(directory, None, options)
+      also[name] = _first(_load(directory, None, options), options)
     except checkpoints.CheckpointError as error:
       raise ConfigError(f"--also {given}: {error}") from None
   return runs.run(checkpoint, rows, settings, options.report, also=also, title=f"{options.checkpoint} on {options.rows}",
@@ -524,7 +533,17 @@ def _checkpoint(options: argparse.Namespace, *roles: str) -> checkpoints.Checkpo
   keep_programs()
   checkpoint = _load(options.checkpoint, options.base, options)
   checkpoint.require(*roles)
-  return checkpoint
+  return _first(checkpoint, options)
+
+
+def _first(checkpoint: checkpoints.Checkpoint, options: argparse.Namespace) -> checkpoints.Checkpoint:
+  """With --memory-tokens, where the command has it."""
+  m, config = getattr(options, "memory_tokens", None), checkpoint.model.config
+  first = checkpoint.first(m)
+  if m and m not in (config.nested_memory or (config.num_memory_tokens,)):
+    trained = " or ".join(map(str, config.nested_memory)) or f"{config.num_memory_tokens}, all at once"
+    print(f"note: --memory-tokens {m}: {checkpoint.directory} was trained to read {trained}", file=sys.stderr, flush=True)
+  return first
 
 
 def _load(directory: str, base: str | None, options: argparse.Namespace) -> checkpoints.Checkpoint:

@@ -98,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--base", metavar="DIR", help="the base model, where the checkpoint's own record does not lead to it")
     reading(sub, "type of computation; default: the checkpoint's")
 
+  def memory_tokens(sub: argparse.ArgumentParser, text: str = "writes, scores and reads the first m memory tokens of each document") -> None:
+    sub.add_argument("--memory-tokens", type=positive, metavar="m", help=f"{text}; default: all")
+
   def positive(text: str) -> int:
     if (value := int(text)) < 1:
       raise argparse.ArgumentTypeError(f"{value}: expected 1 or more")
@@ -131,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
   checkpoint(compress)
   compress.add_argument("--documents", required=True, metavar="F", help="JSONL (.gz): id, text, title")
   compress.add_argument("--store", required=True, metavar="DIR")
+  memory_tokens(compress, "a new store gets the first m memory tokens of each document")
   compress.add_argument("--form", choices=("float32", "bfloat16", "int8"), help="of a new store; default: the type of the computation")
   compress.add_argument("--no-text", action="store_true", help="a new store keeps ids and titles only")
   compress.add_argument("--replace", action="store_true", help="compresses documents anew whose title or text has changed")
@@ -141,24 +145,29 @@ def _parser() -> argparse.ArgumentParser:
   several_processes(compress)
 
   store = command("store", "Looks at a store or changes it.")
-  store.add_argument("action", choices=("info", "verify", "delete", "compact", "quantise"),
+  store.add_argument("action", choices=("info", "verify", "delete", "compact", "quantise", "truncate"),
                      help="info: what it is and holds; verify: reads all of it, checks checksums, counts and ids; delete: documents by id; "
-                          "compact: removes what was deleted or replaced from the files; quantise: copies it in another form")
+                          "compact: removes what was deleted or replaced from the files; quantise: copies it in another form; "
+                          "truncate: copies the first m memory tokens of each document")
   store.add_argument("--store", required=True, metavar="DIR")
   store.add_argument("--ids", metavar="F", help="delete: a file with one id a line")
-  store.add_argument("--to", metavar="DIR", help="quantise: the new store")
+  store.add_argument("--to", metavar="DIR", help="quantise, truncate: the new store")
+  store.add_argument("--memory-tokens", type=positive, metavar="m", help="truncate: how many are kept")
   store.add_argument("--form", choices=("float32", "bfloat16", "int8", "pq"), help="quantise: its form")
   store.add_argument("--sub-width", type=positive, default=4, help="quantise: dimensions that share a byte of pq; default 4")
 
   index = command("index", "Builds the search index beside a store, or brings it up to date.")
   index.add_argument("--store", required=True, metavar="DIR")
   index.add_argument("--kind", choices=("scann", "exact"), help="default: that of the index which is there, else scann (millions, CPU)")
+  index.add_argument("--memory-tokens", type=positive, metavar="m", help="searches with the first m memory tokens of each document, whatever "
+                     "is read of them; default: as the index which is there, else all")
   index.add_argument("--dimensions", type=int, metavar="N", help="searches in so many (PCA), re-ranks on all; 0: in all; "
                      "default: as the index which is there, else all")
 
   def answerer(sub: argparse.ArgumentParser) -> None:
     checkpoint(sub)
     sub.add_argument("--store", required=True, metavar="DIR")
+    memory_tokens(sub, "reads the first m memory tokens of each document (clara index says how many are searched with)")
     sub.add_argument("--top-k", type=positive, help="documents given to the generator; default: the checkpoint's")
     sub.add_argument("--merge", action="store_true", help="merge the generator into a copy of the base: faster, for a second base's memory")
     sub.add_argument("--max-new-tokens", type=positive, default=64, help="of the longest answer; default 64")
@@ -190,12 +199,15 @@ def _parser() -> argparse.ArgumentParser:
   candidates.add_argument("--count", type=positive, default=20, help="documents a question; default 20")
   candidates.add_argument("--setting", choices=("normal", "oracle"), default="normal",
                           help="oracle: the gold documents are always among them")
-  candidates.add_argument("--retriever", default="bm25", metavar="NAME", help="bm25 (default), or MODULE:FUNCTION, a dense encoder")
+  candidates.add_argument("--retriever", default="bm25", metavar="NAME",
+                          help="bm25 (default); a sentence-transformers model (extra dense): its directory, or an id in the hub's cache; "
+                          "MODULE:FUNCTION: an encoder of your own")
   candidates.add_argument("--seed", type=int, default=0, help="of the order of oracle rows")
   candidates.add_argument("--max-malformed", type=int, default=0, metavar="N", help="bad rows that are passed over and reported")
 
   evaluate = command("evaluate", "Answers every row of a file in one or more settings and scores the answers.")
   checkpoint(evaluate)
+  memory_tokens(evaluate)
   rows(evaluate)
   evaluate.add_argument("--setting", choices=(*SETTINGS, "all"), required=True, nargs="+",
                         help="what the generator reads: " + "; ".join(f"{name}: {setting.says}" for name, setting in SETTINGS.items()))
@@ -215,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
 
   explain = command("explain", "Why answers came out: lens words, attention, what each document did for the answer.")
   checkpoint(explain)
+  memory_tokens(explain)
   rows(explain)
   explain.add_argument("--top", type=positive, default=50, help="words of the lens for each memory token; default 50")
   explain.add_argument("--report", metavar="F.html", help="writes a page")
@@ -253,6 +266,7 @@ def _parser() -> argparse.ArgumentParser:
 
   paraphrase = command("paraphrase", "Documents written again from their memory tokens: what these keep (ROUGE, entities, BERTScore).")
   checkpoint(paraphrase)
+  memory_tokens(paraphrase)
   paraphrase.add_argument("--documents", required=True, metavar="F", help="JSONL (.gz): id, text")
   paraphrase.add_argument("--limit", type=positive, help="only the first documents")
   paraphrase.add_argument("--batch-size", type=positive, default=16, help="documents a pass; default 16")
@@ -289,6 +303,7 @@ def _parser() -> argparse.ArgumentParser:
 
   loss = command("loss", "A stage's loss on rows, without update or dropout.")
   checkpoint(loss)
+  memory_tokens(loss)
   loss.add_argument("--stage", required=True, choices=("scp", "instruct", "joint", "contrastive"))
   loss.add_argument("--rows", required=True, metavar="F")
   loss.add_argument("--batch-size", type=int, default=16)
@@ -306,6 +321,7 @@ def _parser() -> argparse.ArgumentParser:
 
   lens = command("lens", "The words that a question's memory tokens stand for (logit lens).")
   checkpoint(lens)
+  memory_tokens(lens)
   lens.add_argument("--top", type=int, default=20, help="words for each memory token, merged")
   lens.add_argument("questions", nargs="+", metavar="QUESTION")
   return parser

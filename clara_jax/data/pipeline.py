@@ -6,6 +6,7 @@ parts sees the same batches, and no process opens the files of another's shards.
 """
 
 import bisect
+import copy
 import dataclasses
 import functools
 import pickle
@@ -78,13 +79,21 @@ class RowEncoder:
     data: sizes.
     top_k: K, the documents in a prompt of 'candidates'.
     memories: memory tokens of documents; None to give the documents themselves.
+    accumulate: micro-batches of a training batch, for rows that share documents.
   """
 
-  def __init__(self, layout: Layout, kind: str, data: DataConfig, top_k: int, memories: MemoryLookup | None = None):
+  def __init__(self, layout: Layout, kind: str, data: DataConfig, top_k: int, memories: MemoryLookup | None = None, accumulate: int = 1):
     self.layout, self.kind, self.data, self.top_k, self.memories = layout, kind, data, top_k, memories
+    self.accumulate = accumulate
     self._documents: dict[str, np.ndarray] = {}
     if kind == "candidates" and top_k > data.candidates:
       raise DataError(f"top_k={top_k} is more than data.candidates={data.candidates}")
+
+  @property
+  def together(self) -> int:
+    """Rows that stay together in the shuffle: `data.share_documents` where rows bring documents."""
+    brings = self.kind == "given" or self.kind == "candidates" and self.memories is None
+    return self.data.share_documents if brings else 1
 
   def __getstate__(self):  # worker processes fill a cache of their own
     return {**self.__dict__, "_documents": {}}
@@ -142,6 +151,30 @@ class RowEncoder:
       return encoded | {"documents": [self._document(d) for d in documents]}
     return encoded | {"memories": self.memories(documents, row.document_ids[:len(documents)])}
 
+  def first_tokens(self, m: int) -> "RowEncoder":
+    """The same that writes the first m memory tokens only."""
+    def memories(texts, ids=()):
+      return self.memories(texts, ids)[:, :m]
+    other = copy.copy(self)
+    other.layout, other._documents = self.layout.first(m), {}
+    if self.memories is not None:
+      memories.slots = self.memories.slots
+      other.memories = memories
+    return other
+
+  def first(self, row: dict, m: int) -> dict:
+    """An encoded row with the first m of its texts' memory tokens."""
+    keep, prompt = functools.partial(self.layout.first_ids, m=m), row["prompt"]
+    asked = keep(prompt.ids[:prompt.prompt_length])
+    made = {**row, "prompt": PromptTokens(np.concatenate([asked, keep(prompt.ids[prompt.prompt_length:])]), len(asked))}
+    if "documents" in row:
+      made["documents"] = [keep(d) for d in row["documents"]]
+    if "question" in row:
+      made["question"] = keep(row["question"])
+    if "memories" in row:
+      made["memories"] = row["memories"][:, :m]
+    return made
+
   def _gold_slots(self, row: Row) -> np.ndarray:
     """[GOLD] int32; -1 fills up."""
     slots = np.full(GOLD, -1, np.int32)
@@ -152,28 +185,63 @@ class RowEncoder:
     return slots
 
   def sizes(self, rows: Sequence[dict], train: bool = True) -> np.ndarray:
-    """How large a batch of these rows is: int32 [prompt length, labels, documents a row, document length, question length]."""
+    """How large a batch of these rows is: int32 [prompt length, labels, documents a row, document length, question length, different
+    documents of a part's micro-batch where rows share them]."""
     def longest(field):
       return max((len(r[field]) for r in rows if field in r), default=0)
     documents = [d for r in rows for d in r.get("documents", ())]
     labels = max(len(r["prompt"].ids) - self._label_start(r["prompt"], train) for r in rows)
+    different = 0
+    if self._shares(rows[0], train):
+      different = max(len(_once([rows[i] for i in places], longest("documents"))[0]) for places in self._micro_batches(len(rows)))
     return np.array([max(len(r["prompt"].ids) for r in rows), labels, longest("documents"), max(map(len, documents), default=0),
-                     longest("question")], np.int32)
+                     longest("question"), different], np.int32)
+
+  def _shares(self, row: dict, train: bool) -> bool:
+    return train and self.together > 1 and "documents" in row
+
+  def _micro_batches(self, rows: int) -> list[np.ndarray]:
+    """Places of the rows of each micro-batch of each part."""
+    part = self.data.batch_size // self.data.shards
+    return [np.arange(start + c, start + part, self.accumulate) for start in range(0, rows, part) for c in range(self.accumulate)]
+
+  def _shared(self, rows: Sequence[dict], parts: Sequence[int], most: int, different: int, length: int) -> tuple[Tokens, np.ndarray]:
+    """Documents [U, L], each once in its part's micro-batch, and their slots [B, K].
+
+    Micro-batch c of C takes every C-th row from c on and, likewise, every C-th document; slots count among its own. A part has as many
+    documents as any other: a quarter of its rows times K, a half, three quarters, or all.
+    """
+    count = self.accumulate
+    quarter = len(self._micro_batches(len(rows))[0]) // 4
+    each = padded_length(different, quarter)
+    documents = [np.zeros(0, np.int32)] * (len(parts) * count * each)
+    slots = np.zeros((len(rows), most), np.int32)
+    for number, places in enumerate(self._micro_batches(len(rows))):
+      part, c = divmod(number, count)
+      found, of_rows = _once([rows[i] for i in places], most)
+      for t, document in enumerate(found):
+        documents[part * count * each + t * count + c] = document
+      slots[places] = of_rows + parts[part] * each
+    return pad_tokens(documents, self.layout.pad_id, min(self.data.bucket, self.data.document_bucket), length), slots
 
   def _label_start(self, prompt: PromptTokens, train: bool) -> int:
     return 1 if train and self.data.label_documents else prompt.prompt_length
 
-  def collate(self, rows: Sequence[dict], train: bool = True, sizes: np.ndarray | None = None) -> Batch:
+  def collate(self, rows: Sequence[dict], train: bool = True, sizes: np.ndarray | None = None, memory_tokens: int | None = None,
+              parts: Sequence[int] = (0,)) -> Batch:
     """Pads encoded rows into one batch; rows with fewer documents than others get ones of length 0.
 
     Labels are the answer's tokens; in training, with `data.label_documents`, every token of the row. `sizes` (see the method) pads
-    further than these rows need, so that parts of a batch fit together.
+    further than these rows need, so that parts of a batch fit together. `memory_tokens` is what the rows have, by default the layout's;
+    `parts` are the numbers of the batch's parts that these rows are.
     """
     pad, data = self.layout.pad_id, self.data
-    length, labels, most, document_length, question_length = self.sizes(rows, train) if sizes is None else sizes
+    length, labels, most, document_length, question_length, different = self.sizes(rows, train) if sizes is None else sizes
     text_bucket = min(data.bucket, data.document_bucket)
-    documents = memories = question = is_gold = gold_slots = None
-    if "documents" in rows[0]:
+    documents = memories = question = is_gold = gold_slots = document_slots = None
+    if self._shares(rows[0], train):
+      documents, document_slots = self._shared(rows, parts, most, different, document_length)
+    elif "documents" in rows[0]:
       filler = np.zeros(0, np.int32)
       padded = [d for r in rows for d in [*r["documents"], *[filler] * (most - len(r["documents"]))]]
       flat = pad_tokens(padded, pad, text_bucket, document_length)
@@ -190,7 +258,23 @@ class RowEncoder:
     prompts = [r["prompt"] for r in rows]
     prompt = pad_prompts(prompts, [self._label_start(p, train) for p in prompts], pad, padded_length(length, data.bucket),
                          label_width(labels, data))
-    return Batch(prompt, documents, memories, question, is_gold, gold_slots, valid)
+    return Batch(prompt, documents, memories, question, is_gold, gold_slots, valid, document_slots,
+                 memory_tokens or self.layout.num_memory_tokens)
+
+
+def _once(rows: Sequence[dict], most: int) -> tuple[list[np.ndarray], np.ndarray]:
+  """(documents of rows, each once; which each of a row's is [B, most], where it has fewer an empty one)."""
+  found: dict[bytes, int] = {}
+  documents = []
+  slots = np.zeros((len(rows), most), np.int32)
+  for n, row in enumerate(rows):
+    for k, document in enumerate([*row["documents"], *[np.zeros(0, np.int32)] * (most - len(row["documents"]))]):
+      key = document.tobytes()
+      if key not in found:
+        found[key] = len(documents)
+        documents.append(document)
+      slots[n, k] = found[key]
+  return documents, slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,13 +318,22 @@ class TrainingBatches:
         except DataError as error:
           self._malformed.add(str(error))
     part = data.batch_size // data.shards
+    together = encoder.together
+    if together > 1:
+      if not all(isinstance(shard, list) for source in sources for shard in source):
+        raise DataError(f"data.share_documents={together}: rows of clara records are in no order; name JSONL files in data.rows")
+      if part // encoder.accumulate % 4 or part % encoder.accumulate or part % together:
+        raise DataError(f"data.share_documents={together}: data.batch_size={data.batch_size} / data.shards={data.shards} has to be a "
+                        f"multiple of it, and of 4 · train.accumulate={4 * encoder.accumulate}")
     needed = range(data.shards) if positions is None else sorted({int(p) // part for p in positions})
+    self._parts, self._seed = list(needed), seed
+    self._sizes = encoder.layout.config.nested_memory if encoder.kind != "text" else ()
     self._positions = np.concatenate([np.arange(s * part, (s + 1) * part) for s in needed])
     shards = [_shard_windows([source[s] for source in sources], encoder, seed, s, part) for s in needed]
     self._dataset = lambda first: grain.MapDataset.source(_Windows(shards, first))
     self._step = 0
     self._iterator: Any = None
-    self._waiting: list[tuple[list[dict], np.ndarray]] = []
+    self._waiting: list[tuple[list[dict], np.ndarray, int | None]] = []
 
   @property
   def malformed(self) -> int:
@@ -261,13 +354,18 @@ class TrainingBatches:
   def __next__(self) -> TrainingBatch:
     if self._iterator is None:
       self._iterator = self._open(self._step // self._window)
-      self._next_window()
+      self._next_window(self._step - self._step % self._window)
       del self._waiting[:self._step % self._window]
     elif not self._waiting:
-      self._next_window()
-    rows, sizes = self._waiting.pop(0)
+      self._next_window(self._step)
+    rows, sizes, m = self._waiting.pop(0)
     self._step += 1
-    return TrainingBatch(self._encoder.collate(rows, sizes=sizes), self._positions, [r["id"] for r in rows])
+    return TrainingBatch(self._encoder.collate(rows, sizes=sizes, memory_tokens=m, parts=self._parts), self._positions,
+                         [r["id"] for r in rows])
+
+  def memory_tokens(self, step: int) -> int | None:
+    """m of a step, drawn from `clara.nested_memory`; a function of the seed and the step alone. None: all M."""
+    return int(np.random.default_rng([self._seed, step]).choice(self._sizes)) if self._sizes else None
 
   def _open(self, first: int) -> Any:
     data = self._encoder.data
@@ -278,13 +376,16 @@ class TrainingBatches:
       dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=max(1, data.prefetch)))
     return iter(dataset)
 
-  def _next_window(self) -> None:
+  def _next_window(self, first: int) -> None:
+    """The batches of the window that begins with step `first`."""
     batches = pickle.loads(next(self._iterator))
     for row in (r for rows in batches for r in rows):
       for problem in row.pop("problems", ()):
         self._malformed.add(problem)
+    drawn = [self.memory_tokens(first + i) for i in range(len(batches))]
+    batches = [rows if m is None else [self._encoder.first(r, m) for r in rows] for rows, m in zip(batches, drawn, strict=True)]
     sizes = self._agree(np.stack([self._encoder.sizes(rows) for rows in batches]))
-    self._waiting = list(zip(batches, sizes, strict=True))
+    self._waiting = list(zip(batches, sizes, drawn, strict=True))
 
   def close(self) -> None:
     """Stops the workers."""
@@ -303,17 +404,19 @@ def _shard_windows(parts: Sequence[Sequence[Row]], encoder: RowEncoder, seed: in
     rows = _Joined(group)
     if not len(rows):
       raise DataError(f"shard {shard} of data.shards={data.shards} has no rows")
-    dataset = grain.MapDataset.source(range(len(rows))).seed(seed + 7919 * index).shuffle().repeat(None)
+    dataset = grain.MapDataset.source(range(-(-len(rows) // encoder.together))).seed(seed + 7919 * index).shuffle().repeat(None)
     mixed.append(dataset.random_map(_Encode(rows, encoder)))
   dataset = grain.MapDataset.mix(mixed, weights=data.weights) if data.weights else mixed[0]
-  dataset = dataset.batch(part * window, drop_remainder=True, batch_fn=list)
+  dataset = dataset.batch(part * window // encoder.together, drop_remainder=True, batch_fn=list)
   return dataset.map_with_index(functools.partial(_cut, window, data.batch_size))
 
 
-def _cut(window: int, batch_size: int, index: int, rows: list[dict]) -> list[list[dict]]:
+def _cut(window: int, batch_size: int, index: int, runs: list[list[dict]]) -> list[list[dict]]:
+  if window > 1:
+    runs = sorted(runs, key=lambda run: max(len(r["prompt"].ids) for r in run))
+  rows = [row for run in runs for row in run]
   if window == 1:
     return [rows]
-  rows = sorted(rows, key=lambda r: len(r["prompt"].ids))
   part = len(rows) // window
   # Every shard shuffles its batches alike: the long rows of all of them meet.
   order = np.random.default_rng([batch_size, index]).permutation(window)
@@ -336,13 +439,18 @@ class _Joined(Sequence):
 
 
 class _Encode:
-  """Index of a row -> the encoded row; in place of one that does not fit, the next that does, with the 'problems' met."""
+  """Number of a run of rows that stay together -> the encoded rows; in place of one that does not fit, the next that does, with the
+  'problems' met."""
 
   def __init__(self, rows: Sequence[Row], encoder: RowEncoder):
     self._rows, self._encoder = rows, encoder
 
-  def __call__(self, index: int, rng: np.random.Generator) -> dict:
+  def __call__(self, run: int, rng: np.random.Generator) -> list[dict]:
     random_ = random.Random(int(rng.integers(1 << 62)))
+    together = self._encoder.together
+    return [self._row(run * together + i, random_) for i in range(together)]
+
+  def _row(self, index: int, random_: random.Random) -> dict:
     problems: list[str] = []
     while True:
       try:

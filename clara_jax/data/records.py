@@ -112,8 +112,9 @@ def number_of_files(directory: str) -> int:
   return len(next(s for s in splits if s["name"] == "train")["shardLengths"])
 
 
-def open_sources(paths: Sequence[str], shards: int, max_malformed: int = 0) -> list[list[Sequence[Row]]]:
-  """What `data.rows` names, each as that many shards of rows: ArrayRecord files are dealt out, JSONL is read into memory and dealt out.
+def open_sources(paths: Sequence[str], shards: int, max_malformed: int = 0, together: int = 1) -> list[list[Sequence[Row]]]:
+  """What `data.rows` names, each as that many shards of rows: ArrayRecord files are dealt out, JSONL is read into memory and dealt out,
+  `together` rows at a time.
 
   Raises:
     DataError: a path is not there, a dataset has fewer files than shards, or there are more malformed rows than allowed.
@@ -129,13 +130,15 @@ def open_sources(paths: Sequence[str], shards: int, max_malformed: int = 0) -> l
     elif epath.Path(path).is_dir():
       raise DataError(f"{path}: not a dataset of clara records (no {INFO})")
     else:
-      sources.append(divide(read_rows([path], malformed), shards))
+      sources.append(divide(read_rows([path], malformed), shards, together))
   return sources
 
 
-def divide(rows: Sequence[Row], shards: int) -> list[Sequence[Row]]:
-  """Rows in memory, dealt out to that many shards."""
-  return [rows[s::shards] for s in range(shards)]
+def divide(rows: Sequence[Row], shards: int, together: int = 1) -> list[Sequence[Row]]:
+  """Rows in memory, dealt out to that many shards, `together` at a time."""
+  if together == 1:
+    return [rows[s::shards] for s in range(shards)]
+  return [[rows[i] for i in range(len(rows)) if i // together % shards == s] for s in range(shards)]
 
 
 def _tfds() -> Any:

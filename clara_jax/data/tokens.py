@@ -8,6 +8,7 @@ loses its `</s>`, as in the released code. Text of special tokens in a document,
 are padded on the right later, in `pipeline.py`.
 """
 
+import copy
 import dataclasses
 import datetime
 import re
@@ -17,7 +18,7 @@ import numpy as np
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from clara_jax.config import ClaraConfig
+from clara_jax.config import ClaraConfig, check_memory_tokens
 from clara_jax.data import prompts
 from clara_jax.data.schemas import DataError, Row
 from clara_jax.data.templates import ChatTemplate
@@ -50,6 +51,7 @@ class Layout:
     config: the configuration, with the date that the template was told if it asks for one.
     end_ids: all tokens that end an answer.
     pad_id: fills rows up; what it is does not matter.
+    num_memory_tokens: m, how many of the M memory tokens it writes (`first`).
 
   Raises:
     DataError: the tokenizer's size is not the configuration's vocabulary, it is not a fast tokenizer, or its chat template cannot be used.
@@ -62,8 +64,7 @@ class Layout:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
       raise DataError(f"{tokenizer.name_or_path}: a fast tokenizer is needed, got {type(tokenizer).__name__}")
     self.tokenizer = tokenizer
-    self.memory_tokens = [f"<MEM{i}>" for i in range(config.num_memory_tokens)]
-    special = [*self.memory_tokens, "<AE>", "<ENC>", "<SEP>"]
+    special = [*(f"<MEM{i}>" for i in range(config.num_memory_tokens)), "<AE>", "<ENC>", "<SEP>"]
     words = first_free_id(tokenizer.backend_tokenizer)
     # A checkpoint may bring its tokenizer with these tokens already in it.
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in special])
@@ -77,13 +78,29 @@ class Layout:
     self._template = ChatTemplate(tokenizer, _date(config.prompt_date))
     if self._template.asks_date:
       config = dataclasses.replace(config, prompt_date=self._template.date.isoformat())
-    self.config = config
+    self.config, self.num_memory_tokens = config, config.num_memory_tokens
     self._sealed = Sealed(tokenizer.backend_tokenizer)
     self._bos, self._eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     self._extra = 1 + bool(self._bos) + bool(self._eos)
     self.pad_id = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
     self._end, self.end_ids = self._ends(end_ids)
     self._check()
+
+  def first(self, m: int | None) -> "Layout":
+    """The same with the first m memory tokens of every text (None: with all).
+
+    Raises:
+      ConfigError: m is not 1 to M.
+    """
+    check_memory_tokens(m, self.config)
+    other = copy.copy(self)
+    other.num_memory_tokens = m or self.config.num_memory_tokens
+    return other
+
+  def first_ids(self, ids: np.ndarray, m: int) -> np.ndarray:
+    """An encoder input or prompt with all M memory tokens, as it is with the first m."""
+    slot = ids - self.config.model.vocab_size
+    return ids[(slot < m) | (slot >= self.config.num_memory_tokens)]
 
   def _ends(self, given: Iterable[int]) -> tuple[str, tuple[int, ...]]:
     """(what ends an answer in training, ids that end one)."""
@@ -137,11 +154,11 @@ class Layout:
 
   def _with_memory_tokens(self, ids: list[int], max_length: int) -> np.ndarray:
     first = self.config.model.vocab_size
-    return np.array(ids[:max_length + self._extra] + list(range(first, first + self.config.num_memory_tokens)), np.int32)
+    return np.array(ids[:max_length + self._extra] + list(range(first, first + self.num_memory_tokens)), np.int32)
 
   def is_cut(self, document: np.ndarray) -> bool:
     """Whether a document's encoder input has lost the end of its text (and so its `</s>`)."""
-    count = len(document) - self.config.num_memory_tokens
+    count = len(document) - self.num_memory_tokens
     full = count == self.config.doc_max_length + self._extra
     return full and (not self._eos or bool(document[count - 1] != self.tokenizer.eos_token_id))
 
@@ -186,7 +203,7 @@ class Layout:
 
   def slots(self, num_documents: int) -> str:
     """Memory slots of K documents, as text."""
-    return prompts.slots(self.config.num_memory_tokens, num_documents)
+    return prompts.slots(self.num_memory_tokens, num_documents)
 
   def answer_prompt(self, question: str, num_documents: int, answer: str | None = None, where: str = "prompt") -> PromptTokens:
     """The prompt that answers a question from K documents' memory tokens, with its answer for training.

@@ -63,6 +63,8 @@ def evaluate(model: Clara, layout: Layout, weights: dict[str, Any], rows: Sequen
   if path:
     pathlib.Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
   identity = f"{setting} {max_new_tokens} {model.config.top_k} {weights_sha256 or weights_hash(weights)}"
+  if model.num_memory_tokens < model.config.num_memory_tokens:
+    identity += f" {model.num_memory_tokens}"
   made_by = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
   keys = [_key(i, row) for i, row in enumerate(rows)]
   there = _read(path, made_by)
@@ -163,7 +165,8 @@ def _read(path: str | None, made_by: str) -> dict[str, dict[str, Any]]:
     return {}
   found = read_predictions(path)
   if any(p["made_by"] != made_by for p in found):
-    raise ConfigError(f"{path}: has predictions of another checkpoint, setting, K or --max-new-tokens; name another place, or remove it")
+    raise ConfigError(f"{path}: has predictions of another checkpoint, setting, K, --memory-tokens or --max-new-tokens; name another place, "
+                      "or remove it")
   write_predictions(path, found)  # without a line that was cut
   return {p["key"]: p for p in found}
 
@@ -204,7 +207,7 @@ class _Answers:
       if ranked is not None:
         memories = memories[np.arange(len(rows))[:, None], ranked[:, :k]]
       read = [memories.shape[1]] * len(rows)
-      contents = [read[0] * self._model.config.num_memory_tokens] * len(rows)
+      contents = [read[0] * self._model.num_memory_tokens] * len(rows)
       tokens = [layout.answer_prompt(r.questions[0], read[0], where=r.identifier).ids for r in rows]
     else:
       taken = [[r.documents[i] for i in ranked[n, :k]] if ranked is not None else [] for n, r in enumerate(rows)]

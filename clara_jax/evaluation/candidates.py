@@ -6,6 +6,7 @@
 import dataclasses
 import importlib
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
@@ -14,6 +15,7 @@ import numpy as np
 
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError, Document, Row
+from clara_jax.evaluation import sentence_encoder
 from clara_jax.retrieval.exact import ExactIndex
 from clara_jax.retrieval.index import unit_vectors
 
@@ -65,18 +67,21 @@ class Dense:
 
 
 def open_retriever(name: str, texts: Sequence[str]) -> Retriever:
-  """'bm25', or MODULE:FUNCTION with an encoder (see `Dense`), which is found on the Python path.
+  """'bm25', the directory or hub id of a sentence-transformers model, or MODULE:FUNCTION with an encoder (see `Dense`), which is found on
+  the Python path.
 
   Raises:
-    ConfigError: there is no such function.
+    ConfigError: there is no such model or function.
   """
   if name == "bm25":
     return Bm25(texts)
-  module, _, function = name.partition(":")
+  module, colon, function = name.partition(":")
+  if not colon or os.path.exists(name):
+    return Dense(texts, sentence_encoder.load(name))
   try:
     encode = getattr(importlib.import_module(module), function)
   except (ImportError, AttributeError, ValueError) as error:
-    raise ConfigError(f"--retriever {name}: {error}; expected bm25 or MODULE:FUNCTION") from None
+    raise ConfigError(f"--retriever {name}: {error}; expected bm25, a sentence-transformers model, or MODULE:FUNCTION") from None
   try:
     return Dense(texts, encode)
   except (TypeError, ValueError, IndexError) as error:

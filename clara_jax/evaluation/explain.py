@@ -88,7 +88,7 @@ class Explainer:
     Raises:
       DataError: there are fewer.
     """
-    layout, weights, k, m = self._layout, self._weights, self._model.config.top_k, self._model.config.num_memory_tokens
+    layout, weights, k, m = self._layout, self._weights, self._model.config.top_k, self._model.num_memory_tokens
     if len(row.documents) < k:
       raise DataError(f"{row.identifier}: {len(row.documents)} documents, but top_k={k}")
     question = row.questions[0]
@@ -162,7 +162,7 @@ def document_and_memory_means(model: Clara, layout: Layout, weights: dict[str, A
   @jax.jit
   def both(weights, tokens):
     memories, hidden = model.encode(weights, "compressor", tokens)
-    real = jnp.arange(tokens.ids.shape[1]) < tokens.lengths[:, None] - model.config.num_memory_tokens
+    real = jnp.arange(tokens.ids.shape[1]) < tokens.lengths[:, None] - model.num_memory_tokens
     return masked_mean(hidden, real), memories.mean(1)
   return tuple(np.asarray(x, np.float32) for x in both(weights, pad_tokens(layout.documents(texts), layout.pad_id, 32)))
 

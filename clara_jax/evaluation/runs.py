@@ -110,7 +110,7 @@ def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):
       report.by_bins({n: p for n, p in shown.items() if n in ranked}, _rank, "Where the gold document was ranked",
                      "rank of the first gold document")) if p]
   plots.append(report.calibration(shown))
-  ratios = {name: (checkpoint if name in SETTINGS else also[name]).model.config.compression_rate for name in compressed}
+  ratios = {name: (checkpoint if name in SETTINGS else also[name]).model.compression_rate for name in compressed}
   if len(set(ratios.values())) > 1:
     plots.append(report.against_ratio({name: (ratio, summaries[name]["f1"]) for name, ratio in ratios.items()}))
   note = ("<p class=small>Means over rows with their 95 % bootstrap intervals. em, f1 and cover em: best over the gold answers; em first: "
@@ -133,9 +133,9 @@ def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):
     said = (f"<p>Means of the compressor's states over a document's own tokens and over its memory tokens, {len(texts)} documents, PCA. "
             "The MSE term of SCP (paper §3.1) brings the two together.</p>")
     sections.append(("Documents and their memory tokens", said + report.pictures(sets)))
-  config = checkpoint.model.config
-  intro = (f"{len(rows)} questions; {config.num_memory_tokens} memory tokens for documents of at most {config.doc_max_length} tokens "
-           f"(ratio {config.compression_rate}), K = {config.top_k}.")
+  model, config = checkpoint.model, checkpoint.model.config
+  intro = (f"{len(rows)} questions; {model.num_memory_tokens} memory tokens for documents of at most {config.doc_max_length} tokens "
+           f"(ratio {model.compression_rate:g}), K = {config.top_k}.")
   return report.page(title, intro, sections)
 
 

@@ -63,8 +63,8 @@ class Answerer:
 
   Args:
     model, layout, weights: a checkpoint with query reasoner and generator.
-    store: memory tokens made by the same compressor.
-    index: over the store; None loads the one beside it.
+    store: memory tokens made by the same compressor; what is read of each document is what it was opened for (`MemoryStore.first`).
+    index: over the store; None loads the one beside it, which may search with more or fewer memory tokens than are read.
     top_k: K; by default the configuration's.
     max_new_tokens: longest answer.
     stream_every: tokens between two calls of `on_text`.
@@ -81,12 +81,18 @@ class Answerer:
     made_by = fingerprint(weights)
     if store.manifest.compressor != made_by:
       raise StoreError(f"the store was made by compressor {store.manifest.compressor}, this checkpoint's is {made_by}")
+    read = store.manifest.num_memory_tokens
+    self.search_tokens = read
+    if index is None:
+      index, self.search_tokens = index_lib.load(store), index_lib.saved_settings(store)["memory_tokens"]
+    self._asking = layout.first(self.search_tokens)
+    encode = model.first(self.search_tokens).encode_query
+    model, layout = model.first(read), layout.first(read)
     self.model, self.layout, self.weights, self.store = model, layout, weights, store
     self.top_k, self.max_new_tokens = top_k or model.config.top_k, max_new_tokens
     if self.top_k > len(store):
       raise ConfigError(f"top_k={self.top_k} documents of a store with {len(store)}")
-    self._index = index or index_lib.load(store)
-    self._encode = jax.jit(model.encode_query)
+    self._index, self._encode = index, jax.jit(encode)
     greedy = Greedy(model, max_new_tokens, layout.end_ids, layout.pad_id, None if merge else "generator")
     self._generator = weights
     if merge:
@@ -102,8 +108,11 @@ class Answerer:
     return self._found(rows, scores)
 
   def nearest_memories(self, vectors: np.ndarray, k: int) -> np.ndarray:
-    """The memory tokens nearest to flattened queries: [Q, M·D] -> [Q, k, M·D] float32 (the released code's retrieval protocol)."""
-    unit = index_lib.unit_vectors(vectors)
+    """The memory tokens nearest to flattened queries: [Q, M·D] -> [Q, k, M·D] float32 (the released code's retrieval protocol).
+
+    Queries may have more memory tokens than are searched with.
+    """
+    unit = index_lib.unit_vectors(vectors[:, :self.search_tokens * self.store.manifest.width])
     rows, _ = self._index.search(unit, k)
     return self.store.memories(rows.reshape(-1)).astype(np.float32).reshape(*rows.shape, -1)
 
@@ -129,7 +138,8 @@ class Answerer:
     if on_found:
       for place, documents in enumerate(found):
         on_found(place, documents)
-    memories = np.zeros((_padded(len(asked)), max(self.top_k, _padded(rows.shape[1])), *query.shape[1:]), np.float32)
+    memories = np.zeros((_padded(len(asked)), max(self.top_k, _padded(rows.shape[1])), self.model.num_memory_tokens,
+                         self.store.manifest.width), np.float32)
     memories[:len(asked), :rows.shape[1]][rows >= 0] = self.store.memories(rows[rows >= 0])
     clock.append(time.perf_counter())
     texts = self._texts(asked, (rows >= 0).sum(1), memories, on_text)
@@ -138,7 +148,7 @@ class Answerer:
     return [Answer(q.text, text, documents, timings) for q, text, documents in zip(asked, texts, found, strict=True)]
 
   def _queries(self, questions: Sequence[Question]) -> np.ndarray:
-    tokens = [self.layout.query(q.text) for q in questions]
+    tokens = [self._asking.query(q.text) for q in questions]
     tokens += tokens[:1] * (_padded(len(tokens)) - len(tokens))
     query = self._encode(self.weights, pad_tokens(tokens, self.layout.pad_id, _QUERY_BUCKET))
     return np.asarray(query, np.float32)[:len(questions)]
@@ -187,11 +197,11 @@ class Answerer:
 
   def _beginning(self, prompt: np.ndarray, memories: np.ndarray, documents: int) -> KeyValues:
     """What all prompts begin with, read once: the instruction, for good, and then so many documents that all share."""
-    config = self.model.config
-    slot = prompt - config.model.vocab_size
-    places = np.flatnonzero((slot >= 0) & (slot < config.num_memory_tokens))
+    m = self.model.num_memory_tokens
+    slot = prompt - self.model.config.model.vocab_size
+    places = np.flatnonzero((slot >= 0) & (slot < m))
     if documents:
-      return self._read(self._generator, prompt[:places[documents * config.num_memory_tokens - 1] + 1], memories)
+      return self._read(self._generator, prompt[:places[documents * m - 1] + 1], memories)
     if self._instruction is None:
       self._instruction = self._read(self._generator, prompt[:places[0]], None)
     return self._instruction

@@ -113,6 +113,14 @@ class Checkpoint:
     """
     require(self.directory, self.weights, *groups)
 
+  def first(self, m: int | None) -> "Checkpoint":
+    """The same that writes, scores and reads the first m memory tokens of a document (None: all).
+
+    Raises:
+      ConfigError: m is not 1 to M.
+    """
+    return dataclasses.replace(self, model=self.model.first(m), layout=self.layout.first(m))
+
 
 def require(directory: str, weights: dict[str, Any], *groups: str) -> None:
   """Refuses weights that lack a role.

@@ -45,7 +45,7 @@ class CompressReport:
 def manifest_of(model: Clara, weights: dict[str, Any], form: str | None = None, text: bool = True) -> Manifest:
   """What a store made by these weights says of itself; by default its form is the type of the computation."""
   config = model.config
-  return Manifest(fingerprint(weights), config.num_memory_tokens, config.model.width, config.doc_max_length,
+  return Manifest(fingerprint(weights), model.num_memory_tokens, config.model.width, config.doc_max_length,
                   form or config.model.dtype, text)
 
 
@@ -58,7 +58,7 @@ def compress_corpus(model: Clara, layout: Layout, weights: dict[str, Any], docum
   Several processes may work on one corpus, each with devices of its own: every block of `shard_size` documents belongs to one of them.
 
   Args:
-    model, layout, weights: the compressor.
+    model, layout, weights: the compressor; a store that is there and has fewer memory tokens gets as many as it has.
     documents: the corpus; all processes get the same.
     directory: of the store.
     form: of a new store (`forms.NAMES`, except 'pq'); by default the type of the computation, and what it is for one that is there.
@@ -78,6 +78,8 @@ def compress_corpus(model: Clara, layout: Layout, weights: dict[str, Any], docum
   start = time.monotonic()
   if (there := read_manifest(directory)) is not None:
     form, text = form or there.form, there.text if text is None else text
+    if model.memory_tokens is None and there.num_memory_tokens < model.num_memory_tokens:
+      model, layout = model.first(there.num_memory_tokens), layout.first(there.num_memory_tokens)
   store = MemoryStore(directory, manifest_of(model, weights, form, text is not False), writer=process)
   if replace and not store.manifest.text:
     raise ConfigError(f"{directory}: the store keeps no text, so that changed documents cannot be told from others")
@@ -101,7 +103,7 @@ def compress_corpus(model: Clara, layout: Layout, weights: dict[str, Any], docum
 
   def write(chunk: list[Document], order: np.ndarray, parts: list[jax.Array]) -> None:
     nonlocal made
-    memories = np.empty((len(chunk), config.num_memory_tokens, config.model.width), np.float32)
+    memories = np.empty((len(chunk), model.num_memory_tokens, config.model.width), np.float32)
     for first, part in zip(range(0, len(order), batch_size), parts, strict=True):
       chosen = order[first:first + batch_size]
       memories[chosen] = np.asarray(part)[:len(chosen)]

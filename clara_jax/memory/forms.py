@@ -41,6 +41,13 @@ class Form(Protocol):
   def decode(self, codes: np.ndarray) -> np.ndarray:
     """[n, nbytes] uint8 -> [n, M, D], float32 or bfloat16."""
 
+  def first(self, m: int) -> "Form":
+    """The form of the first m memory tokens: its bytes are the first of this one's.
+
+    Raises:
+      ConfigError: they do not end with a byte.
+    """
+
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
@@ -59,13 +66,17 @@ class Plain:
     """Bytes a document."""
     return self.num_memory_tokens * self.width * self._dtype.itemsize
 
+  def first(self, m: int) -> "Plain":
+    """See `Form`."""
+    return dataclasses.replace(self, num_memory_tokens=m)
+
   def encode(self, memories: np.ndarray) -> np.ndarray:
     """See `Form`."""
     return np.ascontiguousarray(memories.astype(self._dtype)).reshape(len(memories), -1).view(np.uint8)
 
   def decode(self, codes: np.ndarray) -> np.ndarray:
     """See `Form`."""
-    return codes.view(self._dtype).reshape(-1, self.num_memory_tokens, self.width)
+    return np.ascontiguousarray(codes).view(self._dtype).reshape(-1, self.num_memory_tokens, self.width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +91,10 @@ class Int8:
   def nbytes(self) -> int:
     """Bytes a document."""
     return self.num_memory_tokens * (self.width + 2)
+
+  def first(self, m: int) -> "Int8":
+    """See `Form`."""
+    return dataclasses.replace(self, num_memory_tokens=m)
 
   def encode(self, memories: np.ndarray) -> np.ndarray:
     """See `Form`."""
@@ -108,6 +123,13 @@ class ProductQuantised:
   def nbytes(self) -> int:
     """Bytes a document."""
     return len(self.codebook)
+
+  def first(self, m: int) -> "ProductQuantised":
+    """See `Form`."""
+    sub_width = self.codebook.shape[2]
+    if m * self.width % sub_width:
+      raise ConfigError(f"memory tokens {m}: {m}·{self.width} is not a multiple of the store's sub-width {sub_width}")
+    return dataclasses.replace(self, num_memory_tokens=m, codebook=self.codebook[:m * self.width // sub_width])
 
   def encode(self, memories: np.ndarray) -> np.ndarray:
     """See `Form`."""

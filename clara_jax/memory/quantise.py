@@ -1,11 +1,17 @@
-"""A store in another, smaller form."""
+"""A smaller store of the same documents: in another form, or with fewer memory tokens.
+
+It is written beside its place, as DIR.part, and moved there when it is whole.
+"""
 
 import dataclasses
+import os
+import shutil
+from collections.abc import Callable
 
 import numpy as np
 
 from clara_jax.memory import forms
-from clara_jax.memory.store import BLOCK, MemoryStore, StoreError, read_manifest
+from clara_jax.memory.store import BLOCK, Manifest, MemoryStore, StoreError, read_manifest
 
 
 def quantise(store: MemoryStore, directory: str, form: str, sub_width: int = 4, segment_size: int = BLOCK) -> MemoryStore:
@@ -19,18 +25,53 @@ def quantise(store: MemoryStore, directory: str, form: str, sub_width: int = 4, 
     segment_size: documents a segment.
 
   Raises:
-    StoreError: the directory holds a store already.
+    StoreError: there is something at the directory already.
     ConfigError: the form does not fit.
   """
-  if read_manifest(directory) is not None:
-    raise StoreError(f"{directory}: is a store already; choose another directory")
+  _check_free(directory)
   manifest = dataclasses.replace(store.manifest, form=form, generation=0)
   codebook = None
   if form == "pq":
     count = forms.training_sample(manifest.num_memory_tokens, manifest.width)
     sample = np.sort(np.random.default_rng(0).permutation(store.rows)[:count])
     codebook = forms.learn_pq(store.memories(sample), sub_width)
-  new = MemoryStore(directory, manifest, codebook=codebook)
-  for rows, memories in store.blocks(segment_size):
-    new.append(store.documents(rows), np.asarray(memories, np.float32))
-  return new
+  to = codebook or forms.make(form, manifest.num_memory_tokens, manifest.width)
+  return _copied(store, directory, manifest, codebook, lambda rows: to.encode(np.asarray(store.memories(rows), np.float32)), segment_size)
+
+
+def truncate(store: MemoryStore, directory: str, memory_tokens: int, segment_size: int = BLOCK) -> MemoryStore:
+  """Copies the first memory tokens of each document into a store of their own; no number changes.
+
+  Args:
+    store: the store.
+    directory: of the new one.
+    memory_tokens: m.
+    segment_size: documents a segment.
+
+  Raises:
+    StoreError: there is something at the directory already, or the store has no m memory tokens.
+    ConfigError: of product-quantised memory tokens, m do not end with a byte.
+  """
+  _check_free(directory)
+  kept = store.first(memory_tokens)
+  codebook = kept.form if isinstance(kept.form, forms.ProductQuantised) else None
+  return _copied(kept, directory, dataclasses.replace(kept.manifest, generation=0), codebook, kept.codes, segment_size)
+
+
+def _check_free(directory: str) -> None:
+  if os.path.exists(directory):
+    what = "is a store already" if read_manifest(directory) else "is there already"
+    raise StoreError(f"{directory}: {what}; choose another directory")
+
+
+def _copied(store: MemoryStore, directory: str, manifest: Manifest, codebook: forms.ProductQuantised | None,
+            codes_of: Callable[[np.ndarray], np.ndarray], segment_size: int) -> MemoryStore:
+  part = f"{directory.rstrip('/')}.part"
+  shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
+  new = MemoryStore(part, manifest, codebook=codebook)
+  for start in range(0, len(store), segment_size):
+    rows = store.rows[start:start + segment_size]
+    new.upsert_codes(store.documents(rows), codes_of(rows))
+  new.close()
+  os.rename(part, directory)
+  return MemoryStore(directory)

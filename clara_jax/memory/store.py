@@ -18,6 +18,7 @@ A document's *row* is its place in that order; it stays the same until `compact`
 import collections
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -107,13 +108,14 @@ class MemoryStore:
     manifest: what the store must hold, to create or extend it; None opens an existing store as it is.
     writer: number of this process among those that write at the same time.
     codebook: of a new product-quantised store.
+    memory_tokens: m; opens an existing store to read the first m memory tokens of each document, as if it had no more.
 
   Raises:
     StoreError: there is no store, or its manifest is another.
   """
 
   def __init__(self, directory: str, manifest: Manifest | None = None, *, writer: int = 0,
-               codebook: forms.ProductQuantised | None = None):
+               codebook: forms.ProductQuantised | None = None, memory_tokens: int | None = None):
     self.directory = directory
     self._folder, self._writer, self._lock = epath.Path(directory), writer, None
     file = self._folder / "manifest.json"
@@ -134,11 +136,27 @@ class MemoryStore:
     self.manifest = manifest
     centres = (self._folder / "codebook.npy").read_bytes() if manifest.form == "pq" else None
     self.form = forms.make(manifest.form, manifest.num_memory_tokens, manifest.width, centres)
+    self._whole = manifest.num_memory_tokens
+    if memory_tokens is not None:
+      if not 1 <= memory_tokens <= self._whole:
+        raise StoreError(f"{directory}: memory tokens {memory_tokens}: expected 1 to {self._whole}, which the store has")
+      self.form = self.form.first(memory_tokens)
+      self.manifest = dataclasses.replace(manifest, num_memory_tokens=memory_tokens)
     self._readers: collections.OrderedDict[str, Any] = collections.OrderedDict()
     self._read_segments()
 
   def __reduce__(self):  # opened again in worker processes
-    return MemoryStore, (self.directory,)
+    m = self.manifest.num_memory_tokens
+    return functools.partial(MemoryStore, memory_tokens=None if m == self._whole else m), (self.directory,)
+
+  @property
+  def whole(self) -> Manifest:
+    """What the store holds, however many memory tokens it was opened for."""
+    return dataclasses.replace(self.manifest, num_memory_tokens=self._whole)
+
+  def first(self, m: int | None) -> "MemoryStore":
+    """The same with the first m memory tokens of each document (None: with all), to read."""
+    return MemoryStore(self.directory, memory_tokens=m)
 
   # ---- what is there ---------------------------------------------------------------------------------------------------------
 
@@ -198,7 +216,7 @@ class MemoryStore:
     out = np.empty((len(rows), self.form.nbytes), np.uint8)
     for segment, places, local in self._parts(rows):
       for place, record in zip(places, self._records(segment, _FILES[1], local), strict=True):
-        out[place] = np.frombuffer(record, np.uint8)
+        out[place] = np.frombuffer(record, np.uint8, self.form.nbytes)
     return out
 
   def blocks(self, size: int = BLOCK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -259,12 +277,18 @@ class MemoryStore:
     expected = (len(documents), self.manifest.num_memory_tokens, self.manifest.width)
     if memories.shape != expected:
       raise StoreError(f"{self.directory}: expected memory tokens of shape {expected}, got {memories.shape}")
+    return self.upsert_codes(documents, self.form.encode(memories))
+
+  def upsert_codes(self, documents: Sequence[Document], codes: np.ndarray) -> np.ndarray:
+    """As `upsert`, with memory tokens that are in the store's form already: [n, nbytes] uint8."""
+    if codes.shape != (len(documents), self.form.nbytes):
+      raise StoreError(f"{self.directory}: expected codes of shape {(len(documents), self.form.nbytes)}, got {codes.shape}")
     if len({d.id for d in documents}) < len(documents):
       raise StoreError(f"{self.directory}: an id comes twice in one call")
     if not self.manifest.text:
       documents = [dataclasses.replace(d, text="") for d in documents]
     records = (json.dumps(dataclasses.asdict(d), ensure_ascii=False).encode() for d in documents)
-    return self._write_segment(records, self.form.encode(memories), keys_of(d.id for d in documents))
+    return self._write_segment(records, codes, keys_of(d.id for d in documents))
 
   def delete(self, ids: Iterable[str]) -> int:
     """Deletes documents; returns how many there were. The files shrink with `compact`."""
@@ -279,6 +303,7 @@ class MemoryStore:
 
     No other process may write; one that reads has to open the store again.
     """
+    self._check_whole()
     old, rows = self._segments_folder(), self.rows
     new = Manifest(**{**dataclasses.asdict(self.manifest), "generation": self.manifest.generation + 1})
     target = _Folder(self._segments_folder(new.generation), self._writer)
@@ -324,12 +349,17 @@ class MemoryStore:
             np.concatenate([np.full(len(segment.deleted), -1), rows]))
 
   def _write_segment(self, records: Iterable[bytes], codes: np.ndarray, keys: np.ndarray, deleted: Sequence[str] = ()) -> np.ndarray:
+    self._check_whole()
     if self._lock is None:
       self._lock = _lock(self._folder / f"writer-{self._writer:03}.lock")
     folder = _Folder(self._segments_folder(), self._writer)
     changed = self._add(folder.write(records, codes, keys, deleted))
     self._keys.put(*changed)
     return changed[1][len(deleted):]
+
+  def _check_whole(self) -> None:
+    if self.manifest.num_memory_tokens < self._whole:
+      raise StoreError(f"{self.directory}: opened for the first {self.manifest.num_memory_tokens} of {self._whole} memory tokens, to read")
 
   def _parts(self, rows: np.ndarray) -> Iterator[tuple["_Segment", np.ndarray, np.ndarray]]:
     """Groups rows by segment: (segment, places among `rows`, rows within the segment)."""

@@ -115,14 +115,15 @@ def _build(kind: str, store: MemoryStore, projection) -> Index:
 
 
 def save(index: Index, kind: str, store: MemoryStore, dimensions: int | None = None) -> None:
-  """Saves an index beside its store."""
+  """Saves an index beside its store; `store` is opened for the memory tokens that it searches (`MemoryStore.first`)."""
   folder = epath.Path(store.directory) / FOLDER
   if folder.exists():
     shutil.rmtree(str(folder))
   folder.mkdir(parents=True)
   index.save(str(folder))
   (folder / "index.json").write_text(json.dumps({
-      "kind": kind, "dimensions": dimensions, "documents": len(index), "generation": store.manifest.generation,
+      "kind": kind, "dimensions": dimensions, "memory_tokens": store.manifest.num_memory_tokens, "documents": len(index),
+      "generation": store.manifest.generation,
       "rows": _digest(index.rows)}))
 
 
@@ -158,11 +159,13 @@ def state(store: MemoryStore) -> str:
 
 
 def saved_settings(store: MemoryStore) -> dict:
-  """`kind` and `dimensions` of the saved index; empty where there is none."""
-  return {name: value for name, value in (_saved(store) or {}).items() if name in ("kind", "dimensions")}
+  """`kind`, `dimensions` and `memory_tokens` (how many of each document it searches) of the saved index; empty where there is none."""
+  return {name: value for name, value in (_saved(store) or {}).items() if name in ("kind", "dimensions", "memory_tokens")}
 
 
 def _load(store: MemoryStore, saved: dict) -> Index:
+  if saved["memory_tokens"] != store.manifest.num_memory_tokens:
+    store = store.first(saved["memory_tokens"])
   folder = str(epath.Path(store.directory) / FOLDER)
   projection = None
   if saved["dimensions"] is not None:
@@ -183,7 +186,8 @@ def bring_up_to_date(kind: str, store: MemoryStore, dimensions: int | None = Non
     (index, number of documents that were added or removed; all of them for a new one).
   """
   saved = _saved(store)
-  like = saved is not None and (saved["kind"], saved["dimensions"], saved["generation"]) == (kind, dimensions, store.manifest.generation)
+  like = saved is not None and (saved["kind"], saved["dimensions"], saved["memory_tokens"], saved["generation"]) == (
+      kind, dimensions, store.manifest.num_memory_tokens, store.manifest.generation)
   if not like or kind == "exact":
     return build(kind, store, dimensions), len(store)
   index = _load(store, saved)
@@ -199,7 +203,10 @@ def bring_up_to_date(kind: str, store: MemoryStore, dimensions: int | None = Non
 
 def _saved(store: MemoryStore) -> dict | None:
   file = epath.Path(store.directory) / FOLDER / "index.json"
-  return json.loads(file.read_text()) if file.exists() else None
+  if not file.exists():
+    return None
+  # An index of before there were fewer memory tokens than all has no field of them.
+  return {"memory_tokens": store.whole.num_memory_tokens, **json.loads(file.read_text())}
 
 
 def _digest(rows: np.ndarray) -> str:

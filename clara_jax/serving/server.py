@@ -154,11 +154,12 @@ class Service:
   async def queries(self, request: Request) -> Response:
     """POST /queries: the released code's protocol."""
     wanted = await self._read(request, schema.QueriesRequest)
-    manifest = self.answerer.store.manifest
-    dimension = manifest.num_memory_tokens * manifest.width
+    whole, searched = self.answerer.store.whole, self.answerer.search_tokens
+    dimension = whole.num_memory_tokens * whole.width
     lengths = {len(q) for q in wanted.queries}
-    if lengths != {dimension}:
-      raise _RefusedError(422, f"queries: expected vectors of M·D = {manifest.num_memory_tokens}·{manifest.width} = {dimension} numbers, "
+    if len(lengths) > 1 or not lengths <= {dimension, searched * whole.width}:
+      fewer = f", or of the first {searched}" if searched < whole.num_memory_tokens else ""
+      raise _RefusedError(422, f"queries: expected vectors of M·D = {whole.num_memory_tokens}·{whole.width} = {dimension} numbers{fewer}, "
                                f"got {sorted(lengths)}")
     self._check_count(wanted.k)
     found = await self._within_time(self.others.submit(

@@ -1,5 +1,7 @@
 """A whole store on the devices, for joint training that retrieves from it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,16 +13,25 @@ from clara_jax.memory.store import MemoryStore
 from clara_jax.ops.nearest import slots_needed
 
 
+def check_store(config: ClaraConfig, store: MemoryStore) -> None:
+  """Refuses a store that a run cannot take candidates from.
+
+  Raises:
+    ConfigError: the store has another M or D.
+  """
+  manifest = store.manifest
+  if (manifest.num_memory_tokens, manifest.width) != (config.num_memory_tokens, config.model.width):
+    raise ConfigError(f"data.store={store.directory!r}: {manifest.num_memory_tokens} memory tokens of width {manifest.width}, expected "
+                      f"{config.num_memory_tokens} of {config.model.width}")
+
+
 def shapes(config: ClaraConfig, data: DataConfig, mesh: Mesh, store: MemoryStore) -> Corpus:
   """The corpus's shapes, with their shardings.
 
   Raises:
     ConfigError: the store has another M or D, or fewer documents than candidates.
   """
-  manifest = store.manifest
-  if (manifest.num_memory_tokens, manifest.width) != (config.num_memory_tokens, config.model.width):
-    raise ConfigError(f"data.store={store.directory!r}: {manifest.num_memory_tokens} memory tokens of width {manifest.width}, expected "
-                      f"{config.num_memory_tokens} of {config.model.width}")
+  check_store(config, store)
   if len(store) < data.candidates:
     raise ConfigError(f"data.store={store.directory!r}: {len(store)} documents, but data.candidates={data.candidates}")
   if config.center_scores:
@@ -30,7 +41,8 @@ def shapes(config: ClaraConfig, data: DataConfig, mesh: Mesh, store: MemoryStore
   by_slot = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
   return Corpus(
       jax.ShapeDtypeStruct((slots, config.num_memory_tokens, config.model.width), jnp.dtype(config.model.dtype), sharding=by_slot),
-      jax.ShapeDtypeStruct((slots,), np.float32, sharding=by_slot), data.candidates)
+      {m: jax.ShapeDtypeStruct((slots,), np.float32, sharding=by_slot) for m in config.nested_memory or (config.num_memory_tokens,)},
+      data.candidates)
 
 
 def place(expected: Corpus, store: MemoryStore) -> Corpus:
@@ -46,8 +58,8 @@ def place(expected: Corpus, store: MemoryStore) -> Corpus:
 
   memories = jax.make_array_from_callback(expected.memories.shape, expected.memories.sharding, memories_of)
 
-  @jax.jit
-  def inverse_norm(x):
-    norm = jnp.linalg.norm(x.astype(jnp.float32).reshape(x.shape[0], -1), axis=-1)
+  @functools.partial(jax.jit, static_argnums=1)
+  def inverse_norm(x, m):
+    norm = jnp.linalg.norm(x[:, :m].astype(jnp.float32).reshape(x.shape[0], -1), axis=-1)
     return jnp.where(norm > 0, 1 / jnp.maximum(norm, 1e-12), 0)
-  return expected.replace(memories=memories, scale=inverse_norm(memories))
+  return expected.replace(memories=memories, scales={m: inverse_norm(memories, m) for m in expected.scales})

@@ -102,12 +102,12 @@ def train(
   """
   settings, data = config.train, config.data
   if sources is None:
-    sources = [divide(rows, data.shards)]
+    sources = [divide(rows, data.shards, data.share_documents)]
   steps = number_of_steps(config, sum(len(shard) for source in sources for shard in source))
   program = Program(config, steps)
-  encoder = RowEncoder(layout, program.stage.data, data, config.clara.top_k, memories)
+  encoder = RowEncoder(layout, program.stage.data, data, config.clara.top_k, memories, settings.accumulate)
   batches = TrainingBatches(sources, encoder, settings.seed, rows_needed(program.batch_sharding, data.batch_size), distributed.maximum)
-  evaluation = evaluation_batches(eval_rows, encoder, data.eval_batch_size) if eval_rows else []
+  evaluation = _evaluation(eval_rows, encoder, config) if eval_rows else {}
   if eval_rows and data.eval_batch_size % batch_ways(program.mesh):
     raise ConfigError(f"data.eval_batch_size={data.eval_batch_size} does not divide over the {batch_ways(program.mesh)} parts of mesh "
                       f"{dict(program.mesh.shape)}")
@@ -155,11 +155,13 @@ def train(
 
     def evaluate():
       with apart():
-        total = None
-        for batch in evaluation:
-          placed = put_batch(batch, program.batch_sharding, data.eval_batch_size, np.arange(data.eval_batch_size))
-          total = metrics_lib.add(total, program.evaluate(state.trainable, frozen, placed))
-        numbers = metrics_lib.values(total)
+        numbers = {}
+        for suffix, prepared in evaluation.items():
+          total = None
+          for batch in prepared:
+            placed = put_batch(batch, program.batch_sharding, data.eval_batch_size, np.arange(data.eval_batch_size))
+            total = metrics_lib.add(total, program.evaluate(state.trainable, frozen, placed))
+          numbers |= {f"{name}{suffix}": value for name, value in metrics_lib.values(total).items()}
       history.append((step, numbers))
       if main:
         reporter.write(step, numbers, "eval")
@@ -235,6 +237,13 @@ def train(
                   time.monotonic() - start, stopped)
 
 
+def _evaluation(rows: Sequence[Row], encoder: RowEncoder, config: RunConfig) -> dict[str, list[Batch]]:
+  """Batches by the suffix of their metrics' names: with all memory tokens none, with the first m of `clara.nested_memory` '_m<m>'."""
+  sizes = config.clara.nested_memory if encoder.kind != "text" else ()
+  made = {"": evaluation_batches(rows, encoder, config.data.eval_batch_size)}
+  return made | {f"_m{m}": evaluation_batches(rows, encoder.first_tokens(m), config.data.eval_batch_size) for m in sizes[:-1]}
+
+
 def special_token_rows(base: Weights, config: ClaraConfig) -> dict[str, jax.Array]:
   """The rows of CLaRa's own tokens, which the base on disk does not have: embedding [M+3, D] and, if it is not tied, head [D, M+3]."""
   first, last = config.model.vocab_size, config.vocab_size
@@ -259,7 +268,7 @@ class _Window:
     self.steps.append((step, ids, numbers["loss"]))
     self.tokens += sum(t.ids.size for t in (batch.prompt.tokens, batch.documents, batch.question) if t is not None)
     if self._counts_flops:
-      shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+      shapes = (batch.memory_tokens, *(x.shape for x in jax.tree.leaves(batch)))
       if shapes not in self._flops_of:
         self._flops_of[shapes] = cost.model_flops(self._program, batch)
       self.flops += self._flops_of[shapes]

@@ -38,6 +38,7 @@ def selection_gradients(model: Clara, state: TrainState, frozen: Weights, batch:
     vanishing: share of rows in which 1 - Σ p² < 0.001 in every slot: no difference between documents reaches their scores.
     All are means over rows.
   """
+  model = model.reading(batch)
   weights = with_temperature({**frozen, **state.trainable}, temperature, state.step)
   estimator, tau = estimator_of(model), model.temperature(weights)
   query = model.encode_query(weights, batch.question)

@@ -70,6 +70,9 @@ class Program:
     if data.batch_size // settings.accumulate % ways:
       raise ConfigError(f"data.batch_size={data.batch_size} / train.accumulate={settings.accumulate} does not divide over the {ways} parts "
                         f"of mesh {dict(self.mesh.shape)}; a larger mesh.tensor makes fewer parts")
+    if data.share_documents > 1 and self.stage.data != "text" and data.batch_size // settings.accumulate % (4 * ways):
+      raise ConfigError(f"data.share_documents={data.share_documents}: data.batch_size={data.batch_size} / train.accumulate="
+                        f"{settings.accumulate} has to be a multiple of 4 times the {ways} parts of mesh {dict(self.mesh.shape)}")
     if config.clara.model.base_quantization != "none" and "base" in self.trained:
       raise ConfigError(f"clara.model.base_quantization={config.clara.model.base_quantization!r}: stage {self.stage.name!r} trains "
                         "the base")
@@ -136,7 +139,7 @@ class Program:
     length = padded_length(clara.decoder_max_length, data.bucket)
     labels = label_width(length - (0 if self.stage.data == "text" else k * (m + 1)), data)
     prompt = Prompt(tokens(b, length=length), array(b, labels), array(b, labels), array(b, labels, dtype=np.float32))
-    documents = memories = question = is_gold = gold_slots = None
+    documents = memories = question = is_gold = gold_slots = slots = None
     if self.stage.data == "given":
       documents = tokens(b, k, length=text(clara.doc_max_length))
     elif self.stage.data == "candidates":
@@ -149,7 +152,10 @@ class Program:
           memories = array(b, data.candidates, m, clara.model.width, dtype=jnp.dtype(clara.model.dtype))
         else:
           documents = tokens(b, data.candidates, length=text(clara.doc_max_length))
-    return Batch(prompt, documents, memories, question, is_gold, gold_slots, array(b, dtype=np.float32))
+    if documents is not None and data.share_documents > 1:  # at worst each row has documents of its own
+      slots = array(*documents.lengths.shape)
+      documents = tokens(documents.lengths.size, length=documents.ids.shape[-1])
+    return Batch(prompt, documents, memories, question, is_gold, gold_slots, array(b, dtype=np.float32), slots, m)
 
   # ---- arrays ----------------------------------------------------------------------------------------------------------------
 

@@ -125,14 +125,18 @@ def given_documents_loss(model: Clara, trainable: Weights, frozen: Weights, batc
   """CE of the answer from K given documents + λ · MSE of document and memory means (paper Eq. for L_SCP; §3.1)."""
   weights = {**frozen, **trainable}
   compress_key, answer_key = (None, None) if rng is None else jax.random.split(rng)
-  lead = batch.documents.ids.shape[:2]
-  documents = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.documents)
+  documents, slots = batch.documents, batch.document_slots
+  if slots is None:
+    slots = jnp.arange(documents.lengths.size).reshape(documents.lengths.shape)
+    documents = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), documents)
   memories, hidden = model.encode(weights, "compressor", documents, compress_key)
   is_memory, _ = model.memory_slot(documents.ids)
   # Rows with fewer documents than others are filled up with documents of length 0.
+  times = jnp.zeros(len(memories)).at[slots.reshape(-1)].add(1.0)
   mse = Mean.of(losses.alignment_mse(hidden, documents.is_real() & ~is_memory, documents.is_real() & is_memory),
-                documents.lengths > 0)
-  states = model.answer_states(weights, batch.prompt, memories.reshape(*lead, *memories.shape[1:]), dropout=answer_key)
+                times * (documents.lengths > 0))
+  read = memories.reshape(*slots.shape, *memories.shape[1:]) if batch.document_slots is None else memories[slots]
+  states = model.answer_states(weights, batch.prompt, read, dropout=answer_key)
   ce, right, _ = answer_terms(model, weights, states, batch.prompt)
   terms = {"ce": ce, "mse": Mean(mse.total * model.config.mse_weight, mse.count)}
   return terms, {"ce": ce, "mse": mse, "answers": Mean.of(right, valid(batch))}
@@ -166,14 +170,17 @@ def candidates(model: Clara, weights: Weights, batch: Batch, query: jax.Array) -
     memories = batch.memories
     if memories is None:
       memories = jax.lax.stop_gradient(model.compress(weights, batch.documents))
+      if batch.document_slots is not None:
+        memories = memories[batch.document_slots]
     count = None if batch.is_gold is None else batch.is_gold.sum(-1)
     return Candidates(memories.astype(model.config.model.dtype), batch.is_gold, count)
   # Which documents are near is no function that a gradient goes through; their scores are, in `select`.
   corpus = jax.lax.stop_gradient(weights["corpus"])
-  flat = corpus.memories.reshape(corpus.memories.shape[0], -1)
+  kept = corpus.memories[:, :query.shape[1]]
+  flat, scale = kept.reshape(kept.shape[0], -1), corpus.scales[query.shape[1]]
   at = jax.lax.stop_gradient(query).reshape(query.shape[0], -1).astype(jnp.float32)
-  slots, _ = nearest(flat, corpus.scale, at, corpus.candidates)
-  memories = take(flat, slots).reshape(*slots.shape, *corpus.memories.shape[1:])
+  slots, _ = nearest(flat, scale, at, corpus.candidates)
+  memories = take(flat, slots).reshape(*slots.shape, *kept.shape[1:])
   gold = batch.gold_slots
   return Candidates(memories.astype(model.config.model.dtype), (slots[:, :, None] == gold[:, None]).any(-1), (gold >= 0).sum(-1))
 

@@ -47,6 +47,7 @@ def train_step(model: Clara, stage: Stage, optimizer: optax.GradientTransformati
   Returns:
     (the new state, metrics: the loss's terms, gradient norm, and the stage's own).
   """
+  model = model.reading(batch)
   rng = jax.random.fold_in(state.rng, state.step)
   frozen = with_temperature(frozen, temperature, state.step)
   # Every C-th row, so that a device's rows stay on it.
@@ -96,6 +97,7 @@ def with_temperature(weights: Weights, temperature: optax.Schedule | None, step:
 
 def evaluation_step(model: Clara, stage: Stage, trainable: Weights, frozen: Weights, batch: Batch) -> Metrics:
   """The stage's metrics and diagnostics, without dropout or update."""
+  model = model.reading(batch)
   terms, metrics = stage.loss(model, trainable, frozen, batch, None)
   if stage.diagnostics:
     metrics = metrics | stage.diagnostics(model, {**frozen, **trainable}, batch)
