@@ -18,10 +18,9 @@ from clara_jax.data.pipeline import RowEncoder, evaluation_batches, pad_tokens
 from clara_jax.data.schemas import DataError, Row
 from clara_jax.data.tokens import Layout
 from clara_jax.evaluation.candidates import Bm25
-from clara_jax.evaluation.likelihood import make_likelihood
 from clara_jax.evaluation.metrics import answer_scores, retrieval_scores
 from clara_jax.evaluation.settings import SETTINGS, Setting
-from clara_jax.inference.generate import make_generate
+from clara_jax.inference.generate import Greedy
 from clara_jax.memory.store import fingerprint
 from clara_jax.model import Clara
 from clara_jax.training import metrics as means
@@ -179,8 +178,7 @@ class _Answers:
     self._compress = jax.jit(model.compress)
     self._score = jax.jit(lambda weights, tokens, memories: model.score(self._query(weights, tokens), memories))
     role: Role | None = "generator" if how.form == "memories" else None
-    self._generate = make_generate(model, max_new_tokens, layout.end_ids, layout.pad_id, role)
-    self._likelihood = make_likelihood(model, layout, role)
+    self._generate = jax.jit(Greedy(model, max_new_tokens, layout.end_ids, layout.pad_id, role).scored)
     self._shapes: set[tuple] = set()
 
   def _query(self, weights, tokens):
@@ -212,12 +210,11 @@ class _Answers:
     else:
       taken = [[r.documents[i] for i in ranked[n, :k]] if ranked is not None else [] for n, r in enumerate(rows)]
       tokens, read, contents = zip(*(self._text_prompt(r.questions[0], d) for r, d in zip(rows, taken, strict=True)), strict=True)
-    answers = np.asarray(self._generate(self._weights, pad_tokens(list(tokens), layout.pad_id, 32), memories))
+    answers, log_p = map(np.asarray, self._generate(self._weights, pad_tokens(list(tokens), layout.pad_id, 32), memories))
     shape = (len(rows), -(-max(map(len, tokens)) // 32), None if memories is None else memories.shape)
     seconds = (time.perf_counter() - begin) / len(rows) if shape in self._shapes else None  # the first one compiles
     self._shapes.add(shape)
-    log_p, count = self._likelihood(self._weights, tokens, [layout.until_end(a, with_end=True) for a in answers], memories)
-    confidence = np.exp(log_p / count)
+    confidence = np.exp(log_p / [len(layout.until_end(a, with_end=True)) for a in answers])
     found = []
     for n in range(len(rows)):
       found.append({"prediction": layout.text(answers[n]), "documents_read": int(read[n]), "context_tokens": int(contents[n]),

@@ -34,6 +34,7 @@ class Decoding:
     stopped: [B] bool, whether a row has ended.
     answer: [B, max_new_tokens] int32; `pad_id` beyond the end.
     lengths: [B] int32, of the prompts.
+    log_p: [B] float32, log-probability of each answer's tokens so far, its end included.
     cache: everything before; the slots of the prompts come first, then one for each token of the answers.
   """
 
@@ -42,6 +43,7 @@ class Decoding:
   stopped: jax.Array
   answer: jax.Array
   lengths: jax.Array
+  log_p: jax.Array
   cache: KeyValues
 
 
@@ -91,9 +93,9 @@ class Greedy:
     read = read._replace(positions=jnp.where(positions < prompt.lengths[:, None], positions, EMPTY))
     cache = extend(cache, read, start)
     last = jnp.take_along_axis(hidden, (prompt.lengths - 1 - start)[:, None, None], axis=1)[:, 0]
-    first = jnp.argmax(model.logits(weights, last), axis=-1).astype(jnp.int32)
+    first, log_p = _best(model.logits(weights, last))
     answer = jnp.full((batch, self.max_new_tokens), self.pad_id, jnp.int32).at[:, 0].set(first)
-    return Decoding(jnp.int32(1), first, self._ends(first), answer, prompt.lengths, cache)
+    return Decoding(jnp.int32(1), first, self._ends(first), answer, prompt.lengths, log_p, cache)
 
   def decode(self, weights: Weights, state: Decoding, until: jax.Array | int) -> Decoding:
     """Goes on until every row has stopped or has `until` tokens."""
@@ -107,21 +109,32 @@ class Greedy:
       hidden, new = model.hidden(weights, self.role, model.embed(weights, s.token[:, None]), positions=position[:, None], cache=s.cache)
       # One slot for all rows, wherever their prompts end: a slice, not a scatter.
       cache = extend(s.cache, new, first_slot + s.step - 1)
-      token = jnp.argmax(model.logits(weights, hidden[:, 0]), axis=-1).astype(jnp.int32)
-      token = jnp.where(s.stopped, self.pad_id, token)
-      return Decoding(s.step + 1, token, s.stopped | self._ends(token), s.answer.at[:, s.step].set(token), s.lengths, cache)
+      token, log_p = _best(model.logits(weights, hidden[:, 0]))
+      token, log_p = jnp.where(s.stopped, self.pad_id, token), jnp.where(s.stopped, s.log_p, s.log_p + log_p)
+      return Decoding(s.step + 1, token, s.stopped | self._ends(token), s.answer.at[:, s.step].set(token), s.lengths, log_p, cache)
 
     return jax.lax.while_loop(unfinished, one, state)
 
   def __call__(self, weights: Weights, prompt: Tokens, memories: jax.Array | None, beginning: KeyValues | None = None) -> jax.Array:
     """Whole answers: [B, max_new_tokens] int32; rows hold one of `end_ids` where they end and `pad_id` after it."""
-    return self.decode(weights, self.prefill(weights, prompt, memories, beginning), self.max_new_tokens).answer
+    return self.scored(weights, prompt, memories, beginning)[0]
+
+  def scored(self, weights: Weights, prompt: Tokens, memories: jax.Array | None, beginning: KeyValues | None = None
+             ) -> tuple[jax.Array, jax.Array]:
+    """(whole answers, [B] log-probability of each one's tokens, its end included)."""
+    state = self.decode(weights, self.prefill(weights, prompt, memories, beginning), self.max_new_tokens)
+    return state.answer, state.log_p
 
   def _ends(self, token):
     return jnp.isin(token, jnp.array(self.end_ids, jnp.int32))
 
   def _embed(self, weights, ids, memories):
     return self.model.embed(weights, ids) if memories is None else self.model.splice(weights, ids, memories)
+
+
+def _best(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """[B, V] -> (the best tokens [B] int32, their log-probabilities [B])."""
+  return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits.max(-1) - jax.nn.logsumexp(logits, axis=-1)
 
 
 def make_generate(model: Clara, max_new_tokens: int, end_ids: tuple[int, ...], pad_id: int, role: Role | None = "generator"):

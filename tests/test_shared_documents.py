@@ -1,0 +1,104 @@
+"""Rows that share their documents: the same loss and gradient, each document compressed once."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from clara_jax.config import ConfigError, LoraConfig
+from clara_jax.data import records
+from clara_jax.data.pipeline import RowEncoder, TrainingBatches
+from clara_jax.data.schemas import DataError, Row
+from clara_jax.sharding import make_mesh, put_batch
+from clara_jax.training import loop
+from clara_jax.training.program import Program
+from tests import tiny
+
+CONFIG = dataclasses.replace(tiny.config(), lora=LoraConfig(rank=2, alpha=4.0, dropout=0.0))
+SHARE = 4
+
+
+def rows(stage: str, count: int = 64) -> list[Row]:
+  """Four or fewer questions one after another with the same documents."""
+  made = tiny.rows(stage)[:count]
+  return [dataclasses.replace(row, documents=made[i // 3 * 3].documents, identifier=str(i)) for i, row in enumerate(made)]
+
+
+def run_config(stage: str, share: int = SHARE, **fields):
+  run = tiny.run_config(stage)
+  data = dataclasses.replace(run.data, batch_size=16, share_documents=share, **fields.pop("data", {}))
+  return dataclasses.replace(run, clara=CONFIG, data=data, train=dataclasses.replace(run.train, **fields))
+
+
+def first_batch(run, positions=None, agree=lambda x: x):
+  kind = "given" if run.train.stage in ("scp", "instruct") else "candidates"
+  encoder = RowEncoder(tiny.layout(lora=CONFIG.lora), kind, run.data, 2, None, run.train.accumulate)
+  source = records.divide(rows(run.train.stage), run.data.shards, SHARE)
+  return next(TrainingBatches([source], encoder, 0, positions, agree))
+
+
+def unshared(batch):
+  """The same rows, every row with documents of its own."""
+  ids, lengths = batch.documents.ids[batch.document_slots], batch.documents.lengths[batch.document_slots]
+  return batch.replace(documents=batch.documents.replace(ids=ids, lengths=lengths), document_slots=None)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("stage", ["scp", "instruct", "joint"])
+def test_one_step_is_that_of_rows_with_documents_of_their_own(stage, devices):
+  run = run_config(stage)
+  given = first_batch(run)
+  assert given.batch.documents.ids.shape[0] <= given.batch.document_slots.size * 3 // 4
+  states = []
+  for batch in (given.batch, unshared(given.batch)):
+    program = Program(run, 4, make_mesh(devices=jax.devices()[:devices]))
+    with program.context():
+      weights = program.place_weights(tiny.weights())
+      state = program.initial_state({g: weights.pop(g) for g in program.trained})
+      placed = put_batch(batch, program.batch_sharding, 16, given.positions)
+      state, metrics = program.step(state, weights, placed)
+      states.append((jax.tree.map(np.asarray, state.trainable), float(metrics["loss"].value), float(metrics["gradient_norm"].value)))
+  (shared, *numbers), (alone, *wanted) = states
+  np.testing.assert_allclose(numbers, wanted, rtol=1e-5)
+  for a, b in zip(*map(jax.tree.leaves, (shared, alone)), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-4)  # Adam's first step is of the size of its rate, whatever the gradient
+
+
+def test_micro_batches_give_the_same_loss():
+  found = []
+  for accumulate in (1, 4):
+    run = run_config("scp", accumulate=accumulate)
+    given = first_batch(run)
+    program = Program(run, 4, make_mesh(devices=jax.devices()[:1]))
+    with program.context():
+      weights = program.place_weights(tiny.weights())
+      state = program.initial_state({g: weights.pop(g) for g in program.trained})
+      _, metrics = program.step(state, weights, put_batch(given.batch, program.batch_sharding, 16, given.positions))
+      found.append((given.ids, float(metrics["loss"].value), float(metrics["gradient_norm"].value)))
+  assert found[0][0] == found[1][0]
+  np.testing.assert_allclose(found[0][1:], found[1][1:], rtol=1e-5)
+
+
+def test_rows_stay_together_and_parts_make_the_whole():
+  run = run_config("scp", data={"shards": 2})
+  whole = first_batch(run)
+  assert all(int(a) // SHARE == int(b) // SHARE for a, b in zip(whole.ids[::SHARE], whole.ids[SHARE - 1::SHARE], strict=True))
+  halves = [first_batch(run, np.arange(8) + 8 * i, lambda x: np.maximum(x, 11)) for i in range(2)]
+  u = [h.batch.documents.lengths.size for h in halves]
+  assert u[0] == u[1]
+  for i, half in enumerate(halves):
+    own = half.batch.document_slots - i * u[0]
+    ids, wanted = half.batch.documents.ids[own], whole.batch.documents.ids[whole.batch.document_slots[8 * i:8 * i + 8]]
+    width = min(ids.shape[-1], wanted.shape[-1])
+    np.testing.assert_array_equal(ids[..., :width], wanted[..., :width])
+
+
+def test_what_does_not_divide_is_refused():
+  with pytest.raises(ConfigError, match="multiple of 4 times the 2 parts"):
+    Program(run_config("scp", accumulate=4), 4, make_mesh(devices=jax.devices()[:2]))
+  with pytest.raises(DataError, match="has to be a multiple of it, and of 4"):
+    first_batch(run_config("scp", share=3))
+  run = run_config("scp")
+  with pytest.raises(DataError, match="rows of clara records are in no order"):
+    loop.train(run, tiny.layout(lora=CONFIG.lora), tiny.weights(), sources=[[tuple(rows("scp"))]], progress=False)
