@@ -2,42 +2,130 @@
 
     python benchmarks/ratios.py --workdir runs/ratios --out docs/ratios.svg
 
-On the generated world of `clara reproduce`: documents of at most 32 tokens, M = 4 memory tokens. The nested checkpoint learns with the first
-1, 2 or 4 of them (`clara.nested_memory`) in all stages, for twice as many steps as each of the three others, which have 1, 2 or 4 and no
-more. Goes on where it was stopped. Prints one JSON object: for each m and metric both means and the difference, nested minus single,
-with its 95 % interval over the test rows of all seeds; and the seconds of training.
+On the quickstart's world and pretrained base: documents of at most 30 tokens, M = 6 memory tokens. The nested checkpoint learns with the
+first 1, 3 or 6 of them (`clara.nested_memory`) in scp, instruct and joint, for twice as many steps as each of the three others, which have
+1, 3 or 6 and no more. Goes on where it was stopped. Prints one JSON object: for each m and metric both means and the difference, nested
+minus single, with its 95 % interval over the test rows of all seeds; and the seconds of training.
 """
 
 import argparse
+import dataclasses
+import importlib.resources
 import json
 import os
 import pathlib
 import re
+import sys
+import time
 
 import numpy as np
 
-from clara_jax.evaluation import report, statistics
-from clara_jax.reproduction.experiments import Experiments, Sizes
+from clara_jax.config import DataConfig, RunConfig, TrainConfig
+from clara_jax.data import schemas
+from clara_jax.data.tokens import Layout
+from clara_jax.data.world import World
+from clara_jax.evaluation import benchmarks, report, statistics
+from clara_jax.interop import checkpoints, hf
+from clara_jax.memory.compress import compress_corpus
+from clara_jax.memory.store import MemoryStore
+from clara_jax.model import Clara
+from clara_jax.quickstart import recipe
+from clara_jax.training import loop
 
-SINGLE = {1: "ratio_32", 2: "ratio_16", 4: "all"}  # m -> the variant of `experiments.SCP`
-METRICS = {"answers": "answers from 5 given documents (EM)", "recall_at_1": "recall@1 of 20 after joint",
-           "recall_at_5": "recall@5 of 20 after joint", "joint_answers": "answers from the 5 best of 20 (EM)"}
+SIZES, LONGER = (1, 3, 6), 2
+STEPS = {"scp": 200, "instruct": 80, "joint": 120}
+RATES = {"scp": 3e-3, "instruct": 2e-3, "joint": 2e-3}
+METRICS = {"answers": "answers from 3 given documents (EM)", "recall_at_1": "recall@1 of 20 after joint",
+           "recall_at_3": "recall@3 of 20 after joint", "joint_answers": "answers from the 3 best of 20 (EM)"}
+PRETRAINED = str(importlib.resources.files("clara_jax") / "pretrained" / "stages" / "pretrain")
+
+
+class Variant:
+  """The three stages and the tests of one checkpoint.
+
+  Args:
+    workdir: of all.
+    seed: of everything but the world and the base.
+    m: its memory tokens; None for the nested one.
+    rows: test rows.
+    scale: factor on steps.
+  """
+
+  def __init__(self, workdir: str, seed: int, m: int | None, rows: int, scale: float):
+    self.name = f"seed_{seed}/{'nested' if m is None else m}"
+    self._workdir, self._seed, self._rows, self._scale = workdir, seed, rows, scale * (LONGER if m is None else 1)
+    self._world = World(recipe.Sizes().world)
+    self._tokenizer = self._world.tokenizer()
+    self._config = dataclasses.replace(recipe.clara_config(len(self._tokenizer)), compression_rate=30 // (m or SIZES[-1]),
+                                       nested_memory=SIZES if m is None else ())
+
+  def result(self) -> dict:
+    """`sizes`: by m, 0 or 1 of each test row for each of METRICS; `training_seconds`."""
+    path = pathlib.Path(self._workdir, f"{self.name}.json")
+    if path.exists():
+      return json.loads(path.read_text())
+    seconds = sum(self._train(stage) for stage in STEPS)
+    before, after = (checkpoints.load(self._directory(stage)) for stage in ("instruct", "joint"))
+    sizes = {}
+    for m in self._config.nested_memory or (self._config.num_memory_tokens,):
+      answers = self._evaluate(before.first(m), recipe.TOP_K, "compressor")
+      found = self._evaluate(after.first(m), recipe.CANDIDATES, "joint")
+      sizes[m] = {"answers": [p["em"] for p in answers], "joint_answers": [p["em"] for p in found],
+                  **{k: [p[k] for p in found] for k in ("recall_at_1", "recall_at_3")}}
+    made = {"sizes": {str(m): v for m, v in sizes.items()}, "training_seconds": seconds}
+    path.write_text(json.dumps(made))
+    return made
+
+  def _directory(self, stage: str) -> str:
+    return os.path.join(self._workdir, self.name, stage)
+
+  def _train(self, stage: str) -> float:
+    """Seconds, compiling included."""
+    done = pathlib.Path(self._directory(stage), "seconds")
+    if done.exists():
+      return float(done.read_text())
+    before = {"scp": None, "instruct": "scp", "joint": "instruct"}[stage]
+    start_from = PRETRAINED if before is None else self._directory(before)
+    checkpoint = checkpoints.load(start_from)
+    weights, memories = checkpoint.weights, None
+    if before is None:  # as many special tokens as this one has
+      plain, _ = checkpoints.open_base(Clara(self._config), PRETRAINED, "base")
+      weights = {"base": hf.with_special_tokens(plain, hf.special_tokens(self._config), self._config)}
+    if stage == "joint":
+      store = os.path.join(self._workdir, self.name, "store")
+      everyone = [schemas.Document(**d) for side in (False, True) for d in self._world.documents(side)]
+      compress_corpus(checkpoint.model, checkpoint.layout, weights, everyone, store, progress=False)
+      memories = MemoryStore(store).lookup()
+    more = {"learning_rate_factors": {"generator": 0.1}} if stage == "joint" else {}
+    train = TrainConfig(stage=stage, steps=max(1, round(STEPS[stage] * self._scale)), learning_rate=RATES[stage], seed=self._seed,
+                        schedule="cosine" if stage == "joint" else "linear", log_every=50, checkpoint_every=10_000, **more)
+    run = RunConfig(self._config, DataConfig(batch_size=32, candidates=recipe.CANDIDATES, bucket=32), train, base=PRETRAINED,
+                    init_from=None if before is None else start_from)
+    rows = [schemas.parse_row(r, f"{stage}:{i}") for i, r in enumerate(recipe._rows(self._world, stage))]
+    print(f"== {self.name} {stage}", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    loop.train(run, Layout(self._tokenizer, self._config), weights, rows, memories=memories, workdir=self._directory(stage),
+               base_sha256=hf.base_hash(checkpoints.open_base(Clara(self._config), PRETRAINED, "base")[0]))
+    done.write_text(str(time.monotonic() - start))
+    return time.monotonic() - start
+
+  def _evaluate(self, checkpoint: checkpoints.Checkpoint, documents: int, setting: str) -> list[dict]:
+    rows = [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(self._world.question_rows(documents, True, self._rows))]
+    return benchmarks.evaluate(checkpoint.model, checkpoint.layout, checkpoint.weights, rows, setting, batch_size=100, max_new_tokens=8,
+                               progress=False).predictions
 
 
 def main() -> None:
   """Trains, evaluates, prints and draws."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--workdir", required=True, metavar="DIR")
-  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
   parser.add_argument("--rows", type=int, default=1000, help="test rows of each seed; default 1000")
   parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, for a trial")
   parser.add_argument("--out", metavar="F.svg", help="the drawing")
   options = parser.parse_args()
-  sizes = Sizes(test_rows=options.rows) if options.scale == 1 else Sizes().scaled(options.scale)
-  found = {}
-  for seed in range(options.seeds):
-    experiments = Experiments(options.workdir, seed, sizes)
-    found[seed] = {name: experiments.every_size(name) for name in ("nested", *SINGLE.values())}
+  found = {seed: {m: Variant(options.workdir, seed, m, options.rows, options.scale).result() for m in (*SIZES, None)}
+           for seed in options.seeds}
   table = compare(found)
   if options.out:
     text = report.figure(lambda axes: draw(axes, table), 10, 3.6, (1, 2))
@@ -45,38 +133,33 @@ def main() -> None:
   print(json.dumps(table, indent=2))
 
 
-def compare(found: dict[int, dict[str, dict]]) -> dict:
+def compare(found: dict[int, dict[int | None, dict]]) -> dict:
   """Means over all rows of all seeds."""
   made = {"rows": 0, "metrics": {}, "largest_loss": {}}
   for metric in METRICS:
     made["metrics"][metric] = {}
-    for m, name in SINGLE.items():
-      single, nested = (np.concatenate([np.asarray(values(r[variant], m)[metric]) for r in found.values()]) for variant in (name, "nested"))
+    for m in SIZES:
+      single, nested = (np.concatenate([np.asarray(r[variant]["sizes"][str(m)][metric]) for r in found.values()]) for variant in (m, None))
       made["rows"] = len(nested)
       difference = statistics.compare(single, nested)
       made["metrics"][metric][m] = {"single": single.mean(), "nested": nested.mean(), "difference": difference.mean,
                                     "low": difference.low, "high": difference.high}
     made["largest_loss"][metric] = min(v["difference"] for v in made["metrics"][metric].values())
-  seconds = {name: float(np.mean([r[name]["training_seconds"] for r in found.values()])) for name in ("nested", *SINGLE.values())}
-  return made | {"training_seconds": seconds, "training_seconds_singles": sum(seconds[name] for name in SINGLE.values()),
-                 "cores": os.cpu_count()}
-
-
-def values(result: dict, m: int) -> dict:
-  """Results of one m; in a file its name is text."""
-  return result["sizes"].get(m) or result["sizes"][str(m)]
+  seconds = {name: float(np.mean([r[m]["training_seconds"] for r in found.values()]))
+             for m, name in ((None, "nested"), *((m, str(m)) for m in SIZES))}
+  return made | {"training_seconds": seconds, "training_seconds_singles": sum(seconds[str(m)] for m in SIZES)}
 
 
 def draw(axes, table: dict) -> None:
   """Answers and recall against m."""
-  for axis, metrics in zip(axes, (("answers", "joint_answers"), ("recall_at_1", "recall_at_5")), strict=True):
+  for axis, metrics in zip(axes, (("answers", "joint_answers"), ("recall_at_1", "recall_at_3")), strict=True):
     for metric, colour in zip(metrics, ("tab:blue", "tab:orange"), strict=True):
       points = table["metrics"][metric]
       for kind, line in (("nested", "-"), ("single", "--")):
         axis.plot(list(points), [p[kind] for p in points.values()], line, marker="o", color=colour,
                   label=f"{METRICS[metric]}, {'one for all' if kind == 'nested' else 'one for each'}")
-    axis.set(xlabel="memory tokens a document (M = 4)", ylim=(0, 1.03), xscale="log")
-    axis.set_xticks(list(SINGLE), list(map(str, SINGLE)))
+    axis.set(xlabel="memory tokens a document (M = 6)", ylim=(0, 1.03), xscale="log")
+    axis.set_xticks(list(SIZES), list(map(str, SIZES)))
     axis.minorticks_off()
     axis.legend(frameon=False, fontsize="small")
 

@@ -251,10 +251,12 @@ def reference(scratch):
   import torch
   torch.set_num_threads(1)
   from torch_reference import Reference
+  from transformers import AutoModelForCausalLM
   config = clara_config()
   adapters = {role: dict(np.load(scratch / f"{role}.npz")) for role in ("compressor", "query_reasoner", "generator")}
   first = config.model.vocab_size
-  return torch, Reference(str(scratch / "hf"), adapters, 16, 32, list(range(first, first + config.num_memory_tokens)))
+  model = AutoModelForCausalLM.from_pretrained(str(scratch / "hf"), dtype=torch.float32, attn_implementation="sdpa")
+  return torch, Reference(model, adapters, 16, 32, list(range(first, first + config.num_memory_tokens)))
 
 
 def torch_batch(torch, reference_, task, encoded, config):

@@ -1,4 +1,4 @@
-"""CLaRa in PyTorch, written plainly with transformers and PEFT: the other side of `speed.py`.
+"""CLaRa in PyTorch, written plainly with transformers and PEFT: the other side of `speed.py` and of `accelerator/`.
 
 It does the work that the released code does (its faults in results are left out): documents are padded to their full length and
 queries to 1,027 tokens, every pass ends in the vocabulary head over all positions, a joint step compresses all its candidates, the
@@ -7,7 +7,6 @@ top-k is dense, and answers come from `model.generate`.
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 QUERY_TOKENS = 1027  # the released code pads questions to so many, memory tokens not counted
 
@@ -16,24 +15,23 @@ class Reference:
   """The three roles as adapters of one model.
 
   Args:
-    base: directory of a Hugging Face model with the special tokens in its vocabulary.
-    adapters: role -> {name: tensor} of PEFT tensors.
-    rank, alpha: of the adapters.
+    model: of transformers, with the special tokens in its vocabulary.
+    adapters: role -> {name: tensor} of PEFT tensors; None: fresh ones.
+    rank, alpha, dropout: of the adapters.
     memory_ids: [M] ids of the memory tokens.
   """
 
-  def __init__(self, base, adapters, rank, alpha, memory_ids):
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
+  def __init__(self, model, adapters, rank, alpha, memory_ids, dropout=0.0):
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM",
                         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
     self.model = get_peft_model(model, config, adapter_name="compressor")
     for role in ("query_reasoner", "generator"):
       self.model.add_adapter(role, config)
     state = self.model.state_dict()
-    for role, tensors in adapters.items():
+    for role, tensors in (adapters or {}).items():
       for name, tensor in tensors.items():
         state[name.replace("lora_A.", f"lora_A.{role}.").replace("lora_B.", f"lora_B.{role}.")].copy_(torch.from_numpy(tensor))
-    self.memory_ids = torch.tensor(memory_ids)
+    self.memory_ids = torch.tensor(memory_ids, device=model.device)
     self.embed = self.model.get_input_embeddings()
 
   def parameters(self, *roles):
@@ -64,7 +62,7 @@ class Reference:
     """Prompt embeddings with the memory slots filled: memories [B, K, M, D]."""
     x = self.embed(ids).clone()
     slots = torch.isin(ids, self.memory_ids)
-    x[slots] = memories.reshape(-1, memories.shape[-1])
+    x[slots] = memories.reshape(-1, memories.shape[-1]).to(x.dtype)
     return x
 
   def cross_entropy(self, ids, mask, labels, memories):
@@ -83,12 +81,13 @@ class Reference:
     shape = (batch["prompt"].shape[0], -1, m, memories.shape[-1])
     return self.cross_entropy(batch["prompt"], batch["prompt_mask"], batch["labels"], memories.reshape(shape)) + 0.1 * mse
 
-  def joint_loss(self, batch, k, temperature=0.02):
-    """Compresses every candidate, scores, selects by the dense straight-through matrix (Algorithm 1)."""
+  def joint_loss(self, batch, k, temperature=0.02, memories=None):
+    """Compresses every candidate (or takes memories [B, N, M, D]), scores, selects by the dense straight-through matrix (Algorithm 1)."""
     b = batch["prompt"].shape[0]
-    with torch.no_grad():
-      memories, _ = self.encode("compressor", batch["documents"], batch["document_mask"])
-    memories = memories.reshape(b, -1, *memories.shape[1:])
+    if memories is None:
+      with torch.no_grad():
+        memories, _ = self.encode("compressor", batch["documents"], batch["document_mask"])
+      memories = memories.reshape(b, -1, *memories.shape[1:])
     query, _ = self.encode("query_reasoner", batch["question"], batch["question_mask"])
     flat = memories.flatten(2)
     scores = torch.nn.functional.cosine_similarity(query.flatten(1)[:, None].float(), flat.float(), dim=-1)
@@ -98,7 +97,7 @@ class Reference:
       hard.append(torch.nn.functional.one_hot(index, scores.shape[1]).float())
       taken = taken + hard[-1]
     hard, soft = torch.stack(hard, 1), torch.stack(soft, 1)
-    selected = torch.einsum("bkn,bnd->bkd", hard + soft - soft.detach(), flat).reshape(b, k, *memories.shape[2:])
+    selected = torch.einsum("bkn,bnd->bkd", (hard + soft - soft.detach()).to(flat.dtype), flat).reshape(b, k, *memories.shape[2:])
     return self.cross_entropy(batch["prompt"], batch["prompt_mask"], batch["labels"], selected)
 
   def step(self, optimizer, parameters, loss):

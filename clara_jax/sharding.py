@@ -209,16 +209,22 @@ def put_batch(batch: Any, sharding: NamedSharding, rows: int, positions: np.ndar
   if jax.process_count() == 1:
     return jax.device_put(batch, sharding)
   def leaf(value):
-    share = fractions.Fraction(len(value), len(positions))
-    p, q = share.numerator, share.denominator
-    here = (positions[::q, None] // q * p + np.arange(p)).reshape(-1)
-    place_of = np.full(int(rows * share), -1)
+    here = positions_of(len(value), positions)
+    place_of = np.full(rows * len(value) // len(positions), -1)
     place_of[here] = np.arange(len(here))
 
     def part(index):
       return value[(place_of[index[0]], *index[1:])]
     return jax.make_array_from_callback((len(place_of), *value.shape[1:]), sharding, part)
   return jax.tree.map(leaf, batch)
+
+
+def positions_of(count: int, positions: np.ndarray) -> np.ndarray:
+  """Places in the whole batch of `count` things that belong to the rows at `positions`: the rows themselves, or p/q times as many documents
+  that they share, p of them for each block of q rows."""
+  share = fractions.Fraction(count, len(positions))
+  p, q = share.numerator, share.denominator
+  return (positions[::q, None] // q * p + np.arange(p)).reshape(-1)
 
 
 def activation_rules() -> Any:

@@ -17,6 +17,7 @@ from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.schemas import DataError, Document, Malformed, Row
 from clara_jax.data.world import write_rows
 from clara_jax.evaluation import benchmarks, candidates, datasets, explain, fidelity, metrics, report, runs, statistics
+from clara_jax.evaluation.likelihood import make_likelihood
 from clara_jax.evaluation.settings import SETTINGS
 from clara_jax.gradients.compare import compare
 from clara_jax.gradients.variants import parse

@@ -265,13 +265,15 @@ def test_commands(folder, capsys):
   assert [d["id"] for d in asked[0]["documents"]] == [d["id"] for d in asked[1]["documents"]]
   scores = {}
   for m in (1, 3, 4):
-    scores[m], err = clara("evaluate", *checkpoint, *rows, "--setting", "joint", "--memory-tokens", m, "--predictions", folder / f"p{m}.jsonl")
+    scores[m], err = clara("evaluate", *checkpoint, *rows, "--setting", "joint", "--memory-tokens", m, "--predictions",
+                           folder / f"p{m}.jsonl")
     assert ("was trained to read 1 or 2 or 4" in err) == (m == 3)
   tokens = [json.loads((folder / f"p{m}.jsonl").read_text().splitlines()[0])["context_tokens"] for m in (1, 4)]
   assert tokens == [2, 8]
   assert run_command(capsys, "evaluate", *checkpoint, *rows, "--setting", "joint", "--predictions", folder / "p1.jsonl")[0] == 2
-  losses = {m: clara("loss", *checkpoint, "--stage", "joint", "--rows", folder / "joint.jsonl", "--memory-tokens", m)[0]["loss"] for m in (1, 4)}
-  assert losses[1] != losses[4] == clara("loss", *checkpoint, "--stage", "joint", "--rows", folder / "joint.jsonl")[0]["loss"]
+  loss = ("loss", *checkpoint, "--stage", "joint", "--rows", folder / "joint.jsonl")
+  losses = {m: clara(*loss, "--memory-tokens", m)[0]["loss"] for m in (1, 4)}
+  assert losses[1] != losses[4] == clara(*loss)[0]["loss"]
   clara("paraphrase", *checkpoint, *documents, "--limit", 2, "--max-new-tokens", 4, "--memory-tokens", 1)
   clara("explain", *checkpoint, *rows[:-4], "--limit", 1, "--max-new-tokens", 4, "--memory-tokens", 1)
   clara("lens", *checkpoint, "--memory-tokens", 1, "Who?")

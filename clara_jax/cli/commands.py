@@ -311,7 +311,8 @@ def _output_file(option: str, path: str | None) -> None:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
   """`clara evaluate`."""
-  settings = list(SETTINGS) if "all" in options.setting else options.setting
+  # 'all': those of one checkpoint; a generator of stage full_text reads no memory tokens.
+  settings = [n for n in SETTINGS if n != "full_text_generator"] if "all" in options.setting else options.setting
   if options.report is None and (len(settings) > 1 or options.also):
     raise ConfigError("several settings or --also: name --report DIR")
   if options.report and options.predictions:

@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--base", metavar="DIR", help="the base model, where the checkpoint's own record does not lead to it")
     reading(sub, "type of computation; default: the checkpoint's")
 
-  def memory_tokens(sub: argparse.ArgumentParser, text: str = "writes, scores and reads the first m memory tokens of each document") -> None:
+  def memory_tokens(sub: argparse.ArgumentParser, text: str = "writes, scores and reads the first m memory tokens of a document") -> None:
     sub.add_argument("--memory-tokens", type=positive, metavar="m", help=f"{text}; default: all")
 
   def positive(text: str) -> int:
@@ -159,8 +159,8 @@ def _parser() -> argparse.ArgumentParser:
   index = command("index", "Builds the search index beside a store, or brings it up to date.")
   index.add_argument("--store", required=True, metavar="DIR")
   index.add_argument("--kind", choices=("scann", "exact"), help="default: that of the index which is there, else scann (millions, CPU)")
-  index.add_argument("--memory-tokens", type=positive, metavar="m", help="searches with the first m memory tokens of each document, whatever "
-                     "is read of them; default: as the index which is there, else all")
+  index.add_argument("--memory-tokens", type=positive, metavar="m", help="searches with the first m memory tokens of a document, whatever "
+                     "is read; default: as the index which is there, else all")
   index.add_argument("--dimensions", type=int, metavar="N", help="searches in so many (PCA), re-ranks on all; 0: in all; "
                      "default: as the index which is there, else all")
 

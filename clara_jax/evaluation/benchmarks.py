@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from clara_jax.batch import Tokens
-from clara_jax.config import ConfigError, DataConfig, Role
+from clara_jax.config import ConfigError, DataConfig
 from clara_jax.data.pipeline import RowEncoder, evaluation_batches, pad_tokens
 from clara_jax.data.schemas import DataError, Row
 from clara_jax.data.tokens import Layout
@@ -164,8 +164,8 @@ def _read(path: str | None, made_by: str) -> dict[str, dict[str, Any]]:
     return {}
   found = read_predictions(path)
   if any(p["made_by"] != made_by for p in found):
-    raise ConfigError(f"{path}: has predictions of another checkpoint, setting, K, --memory-tokens or --max-new-tokens; name another place, "
-                      "or remove it")
+    raise ConfigError(f"{path}: has predictions of another checkpoint, setting, K, --memory-tokens or --max-new-tokens; name another "
+                      "place, or remove it")
   write_predictions(path, found)  # without a line that was cut
   return {p["key"]: p for p in found}
 
@@ -177,8 +177,7 @@ class _Answers:
     self._model, self._layout, self._weights, self._how = model, layout, weights, how
     self._compress = jax.jit(model.compress)
     self._score = jax.jit(lambda weights, tokens, memories: model.score(self._query(weights, tokens), memories))
-    role: Role | None = "generator" if how.form == "memories" else None
-    self._generate = jax.jit(Greedy(model, max_new_tokens, layout.end_ids, layout.pad_id, role).scored)
+    self._generate = jax.jit(Greedy(model, max_new_tokens, layout.end_ids, layout.pad_id, how.reader).scored)
     self._shapes: set[tuple] = set()
 
   def _query(self, weights, tokens):
@@ -245,7 +244,7 @@ class _Answers:
     """As many documents as fit the window, first ones first: (prompt, documents, their tokens)."""
     layout, count = self._layout, len(documents)
     while True:
-      text = "\n\n".join(documents[:count])
+      text = ("\n" if self._how.reader else "\n\n").join(documents[:count])  # a trained reader: as its stage joins them
       try:
         ids = layout.text_prompt(question, text, where=f"question {question!r:.60}").ids
         return ids, count, len(layout.ids(text))

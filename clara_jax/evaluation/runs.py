@@ -99,7 +99,7 @@ def summary_table(summaries: Mapping[str, Mapping[str, Any]], says: Mapping[str,
 def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):
   says = {name: SETTINGS[name].says for name in found if name in SETTINGS} | {name: "joint, of another checkpoint" for name in also}
   ranked = {name: p for name, p in found.items() if any(x.get("pos_index") and "ranked" in x for x in p)}
-  compressed = {name: p for name, p in found.items() if name not in ("no_documents", "full_text")}
+  compressed = {name: p for name, p in found.items() if SETTINGS.get(name, SETTINGS["joint"]).form == "memories"}
   shown = {name: found[name] for name in list(compressed)[:4] or list(found)[:4]}
   lengths = {p["key"]: _gold_tokens(checkpoint, row) for p, row in zip(next(iter(found.values())), rows, strict=True)}
   plots = [report.recall_curve(ranked)] if ranked else []

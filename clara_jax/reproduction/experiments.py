@@ -69,8 +69,6 @@ SCP: dict[str, dict[str, Any] | None] = {
     "paraphrase": {"kinds": ("paraphrase",)},
     "without_mse": {"kinds": ("simple", "complex", "paraphrase"), "mse_weight": 0.0},
     **{f"ratio_{r}": {"kinds": ("simple", "complex", "paraphrase"), "ratio": r} for r in (2, 4, 16, 32)},
-    # Four memory tokens of which the first one or two are enough; every stage takes so many times the steps.
-    "nested": {"kinds": ("simple", "complex", "paraphrase"), "nested_memory": (1, 2, 4), "longer": 2},
 }
 SCP_RATE, JOINT_RATE = 3e-3, 2e-3
 # The paper's joint stage learns twenty times slower than its SCP (5e-6 and 1e-4). Ours learns fast, to end within 150 steps; where the
@@ -130,18 +128,16 @@ class Experiments:
 
   # ---- trainings -------------------------------------------------------------------------------------------------------------
 
-  def _train(self, name, before, rows, ratio=RATIO, mse_weight=0.1, nested_memory=(), longer=1, tau=None, eval_rows=(), memories=None,
-             estimator=None, **train):
+  def _train(self, name, before, rows, ratio=RATIO, mse_weight=0.1, tau=None, eval_rows=(), memories=None, estimator=None, **train):
     workdir = self.base if before is None else self.directory(name)
     finished = os.path.join(workdir, "finished")
     if os.path.exists(finished):
       return workdir
     data = DataConfig(batch_size=BATCH, eval_batch_size=100, candidates=CANDIDATES, bucket=32)
     tokenizer = self.world.tokenizer()
-    config = dataclasses.replace(clara_config(len(tokenizer), ratio), mse_weight=mse_weight, nested_memory=nested_memory)
+    config = dataclasses.replace(clara_config(len(tokenizer), ratio), mse_weight=mse_weight)
     if tau is not None:
       config = dataclasses.replace(config, temperature=tau)
-    train["steps"] = round(train["steps"] * longer)
     settings = TrainConfig(seed=self.seed, log_every=50, checkpoint_every=10_000, **train)
     parsed = [schemas.parse_row(r, f"{name}:{i}") for i, r in enumerate(rows)]
     say(f"\n== seed {self.seed}: {name}")
@@ -152,9 +148,8 @@ class Experiments:
                         base_sha256=base_sha256)
     if result.stopped is not None:  # by SIGTERM; what was done is saved
       raise KeyboardInterrupt
-    with open(finished, "w", encoding="utf-8") as file:
-      file.write(f"{result.seconds:.1f}")
-    return workdir
+    with open(finished, "w", encoding="utf-8"):
+      return workdir
 
   def _before(self, before: str | None, config: ClaraConfig) -> tuple[dict[str, Any], str | None]:
     """Weights to start from. Upon the base, special tokens are as many as the ratio wants, and the adapters are new."""
@@ -240,35 +235,11 @@ class Experiments:
                                                  "gradients": self._log(name, "gradients")}
     return self.result(name, make)
 
-  def every_size(self, name: str) -> dict[str, Any]:
-    """Of a variant and its joint stage, for each m that it was trained with: answers from K given documents, recall and answers among the
-    candidates; by m: {`answers`, `recall_at_1`, `recall_at_5`, `joint_answers`: 0 or 1 of each test row}. And the seconds of training."""
-    def make():
-      given, candidates = self.test_rows(TOP_K), self.test_rows(CANDIDATES)
-      variant = {k: v for k, v in SCP[name].items() if k != "kinds"}
-      before = checkpoints.load(self.instructed(name))
-      after = self.joint(f"joint_{name}", [], scp=name, **variant)
-      after = dataclasses.replace(after, weights={"generator": before.weights["generator"], **after.weights})
-      config = before.model.config
-      sizes = {}
-      for m in config.nested_memory or (config.num_memory_tokens,):
-        answers, found = (self._evaluation(c.first(m), rows, setting).predictions
-                          for c, rows, setting in ((before, given, "compressor"), (after, candidates, "joint")))
-        sizes[m] = {"answers": [p["em"] for p in answers], "joint_answers": [p["em"] for p in found],
-                    **{k: [p[k] for p in found] for k in ("recall_at_1", "recall_at_5")}}
-      seconds = 0.0
-      for stage in ("scp", "instruct", "joint"):
-        with open(os.path.join(self.directory(f"{stage}_{name}"), "finished"), encoding="utf-8") as file:
-          seconds += float(file.read())
-      return {"sizes": sizes, "training_seconds": seconds}
-    return self.result(f"sizes_{name}", make)
-
-  def joint(self, name: str, rows: list[schemas.Row], scp: str = "all", **more: Any) -> checkpoints.Checkpoint:
-    """The joint stage (or another of its data) after an SCP variant and instruct, its candidates from a store; `rows` are evaluated on the
-    way."""
-    instruct = self.instructed(scp)
+  def joint(self, name: str, rows: list[schemas.Row], **more: Any) -> checkpoints.Checkpoint:
+    """The joint stage (or another of its data) after instruct, its candidates from a store; `rows` are evaluated on the way."""
+    instruct = self.instructed("all")
     before = checkpoints.load(instruct)
-    store = os.path.join(self.workdir, f"seed_{self.seed}", "store" if scp == "all" else f"store_{scp}")
+    store = os.path.join(self.workdir, f"seed_{self.seed}", "store")
     everyone = [schemas.Document(**d) for side in (False, True) for d in self.world.documents(side)]
     compress_corpus(before.model, before.layout, before.weights, everyone, store, progress=False)
     settings = {"stage": "joint", "steps": self.sizes.joint, "learning_rate": JOINT_RATE, "eval_every": 25,
@@ -285,11 +256,8 @@ class Experiments:
   def _curve(self, name: str) -> list[tuple[int, float]]:
     return sorted({v["step"]: v["recall_at_1"] for v in self._log(name, "eval") if "recall_at_1" in v}.items())
 
-  def _evaluation(self, checkpoint, rows, setting):
-    return benchmarks.evaluate(checkpoint.model, checkpoint.layout, checkpoint.weights, rows, setting, batch_size=100,
-                               max_new_tokens=NEW_TOKENS, progress=False)
-
   def _evaluate(self, checkpoint, rows, setting, only_simple=False):
     if only_simple:  # two facts may stand in two documents
       rows = [r for r in rows if len(r.gold) == 1 and " and " not in r.answers[0]]
-    return self._evaluation(checkpoint, rows, setting).scores
+    return benchmarks.evaluate(checkpoint.model, checkpoint.layout, checkpoint.weights, rows, setting, batch_size=100,
+                               max_new_tokens=NEW_TOKENS, progress=False).scores

@@ -314,8 +314,17 @@ def pretrain_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batc
                   ) -> tuple[Metrics, Metrics]:
   """Next-token cross entropy of the plain base on prompts with the documents as text."""
   del rng  # the base has no dropout
-  weights = {**frozen, **trainable}
-  states = model.answer_states(weights, batch.prompt, None, role=None)
+  return _text_loss(model, {**frozen, **trainable}, batch, None, None)
+
+
+def full_text_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batch, rng: jax.Array | None
+                   ) -> tuple[Metrics, Metrics]:
+  """CE of the answer where the generator reads the documents as text: the ceiling that memory tokens are held against."""
+  return _text_loss(model, {**frozen, **trainable}, batch, "generator", rng)
+
+
+def _text_loss(model, weights, batch, role, rng):
+  states = model.answer_states(weights, batch.prompt, None, role=role, dropout=rng)
   ce, right, _ = answer_terms(model, weights, states, batch.prompt)
   return {"ce": ce}, {"ce": ce, "answers": Mean.of(right, valid(batch))}
 
@@ -324,6 +333,7 @@ _ROLES_FROM_BASE = {"memory_embedding": (FRESH,), "compressor": (FRESH,), "gener
 _CARRIED = {"memory_embedding": ("memory_embedding",), "compressor": ("compressor",)}
 
 register(Stage("pretrain", ("base",), {"memory_embedding": (FRESH,)}, "text", pretrain_loss))
+register(Stage("full_text", ("generator",), {"memory_embedding": (FRESH,), "generator": (FRESH,)}, "text", full_text_loss))
 register(Stage("scp", ("compressor", "generator", "memory_embedding"), _ROLES_FROM_BASE, "given", given_documents_loss))
 register(Stage("instruct", ("compressor", "generator"), {**_CARRIED, "generator": ("generator",)}, "given",
                given_documents_loss))

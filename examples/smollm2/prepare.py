@@ -8,6 +8,7 @@ DIR has squad/, nq/, multihop/ and wiki/ (JSONL, gzipped). What is written:
     instruct.jsonl  a question with K documents: the gold one and others of the same article or that BM25 takes for it
     joint.jsonl     a question with N candidates of the same kinds, the gold documents marked
     squad.jsonl, hotpotqa.jsonl    test rows with N candidates, of articles that nothing above has
+    squad_given.jsonl              the same questions with K documents, the gold one among them
     passages.jsonl  all paragraphs of the test articles, as documents
 
 Rows that share their documents stand one after another (`data.share_documents` compresses these once).
@@ -26,7 +27,7 @@ from clara_jax.evaluation.candidates import Bm25
 
 TEST_ARTICLES, TEST_SQUAD, TEST_HOTPOTQA = 15, 500, 300
 LISTED = 4  # questions of a list
-LONGEST = 220  # words of a document; longer ones are left out, so that nothing that is asked for is cut off
+LONGEST = 220  # words of a document; longer ones are left out: few of the others are cut at 256 tokens
 
 
 def main() -> None:
@@ -78,11 +79,19 @@ def rows(data: pathlib.Path, passages: int, n: int, k: int, limit: int | None = 
   scp += [{"id": f"told-{i}", "data_type": "paraphrase", "docs": [text], "answers": [text]} for i, text in enumerate(told)]
   hotpot_pool = list(dict.fromkeys(d for row in train_hotpot for d in row["docs"]))
   test_pool = list(dict.fromkeys(d for row in test_hotpot for d in row["docs"]))
+  instruct = squad.rows(k) + [_hotpot(row, k, hotpot_pool, None, rng) for row in train_hotpot]
+  joint = squad.rows(n) + _filled_up(train_hotpot, n, hotpot_pool, rng)
+  # Questions that are tested, whatever their number of candidates.
+  tested = {row["id"] for row in rng.sample(sides["test"].rows(n), TEST_SQUAD)}
+  squad_test, squad_given = ([row for row in sorted(sides["test"].rows(count), key=lambda row: row["id"]) if row["id"] in tested]
+                             for count in (n, k))
   return {
       "scp": scp,
-      "instruct": squad.rows(k) + [_hotpot(row, k, hotpot_pool, None, rng) for row in train_hotpot],
-      "joint": squad.rows(n) + _filled_up(train_hotpot, n, hotpot_pool, rng),
-      "squad": sorted(rng.sample(sides["test"].rows(n), TEST_SQUAD), key=lambda row: row["id"]),
+      # Some rows of HotpotQA have lost their gold documents; nothing is to be learned from these.
+      "instruct": [row for row in instruct if row["pos_index"]],
+      "joint": [row for row in joint if row["pos_index"]],
+      "squad": squad_test,
+      "squad_given": squad_given,
       "hotpotqa": _filled_up(test_hotpot, n, test_pool, rng),
       "passages": [{"id": p["id"], "title": p["title"], "text": p["text"]} for p in sides["test"].paragraphs],
   }

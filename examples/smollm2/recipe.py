@@ -1,0 +1,252 @@
+"""SmolLM2 on real text: scp, instruct and joint with nested memory tokens, what they are held against, and what the test says.
+
+    python examples/smollm2/prepare.py --data DIR --out rows
+    python examples/smollm2/recipe.py --base smollm2/hf --rows rows --workdir runs --out results.json [--seconds 480]
+
+Stages: `scp` -> `instruct` -> `joint`, and from `instruct` also `joint_softmax` (a softmax mixture teaches the retriever) and `contrastive`
+(with labels); `full_text` is the ceiling, LoRA of the same size that reads the documents. configs/smollm2.py has the sizes. With --seconds
+every stage takes the steps that its share of the time allows, measured on the way; else those of the configuration, or --steps.
+Results go to the file after every item, so that what is stopped keeps what it has; the same command goes on.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """A stage of the recipe.
+
+  Attributes:
+    stage: of configs/smollm2.py.
+    rows: its file.
+    before: the training that it starts from; None: the base.
+    share: of the time for training.
+    estimator: of the joint stage.
+  """
+
+  stage: str
+  rows: str
+  before: str | None
+  share: float
+  estimator: str | None = None
+
+
+TRAININGS = {
+    "scp": Training("scp", "scp", None, 0.46),
+    "instruct": Training("instruct", "instruct", "scp", 0.16),
+    "full_text": Training("full_text", "instruct", None, 0.12),
+    "joint": Training("joint", "joint", "instruct", 0.1),
+    "contrastive": Training("contrastive", "joint", "instruct", 0.06),
+    "joint_softmax": Training("joint", "joint", "instruct", 0.1, "softmax"),
+}
+CALIBRATED = 16  # steps that tell how long one takes
+
+# name, training, test rows, setting, memory tokens; in the order of what matters.
+TESTS = (
+    ("answers from memory, ratio 4", "instruct", "squad_given", "compressor", 64),
+    ("answers from text, LoRA", "full_text", "squad_given", "full_text_generator", None),
+    ("retrieval before joint", "instruct", "squad", "compressor_queries", 64),
+    ("joint", "joint", "squad", "joint", 64),
+    *((f"answers from memory, ratio {256 // m}", "instruct", "squad_given", "compressor", m) for m in (16, 4, 32, 8)),
+    ("contrastive", "contrastive", "squad", "joint", 64),
+    ("joint, softmax mixtures", "joint_softmax", "squad", "joint", 64),
+    ("joint, HotpotQA", "joint", "hotpotqa", "joint", 64),
+    ("retrieval before joint, HotpotQA", "instruct", "hotpotqa", "compressor_queries", 64),
+    ("answers from text, LoRA, HotpotQA", "full_text", "hotpotqa", "full_text_generator", None),
+    *((f"joint, ratio {256 // m}", "joint", "squad", "joint", m) for m in (16, 4)),
+    ("no documents, base", None, "squad_given", "no_documents", None),
+    ("answers from text, base", None, "squad_given", "full_text", None),
+)
+
+
+class Recipe:
+  """The trainings and tests in one directory.
+
+  Args:
+    base: SmolLM2 as a Hugging Face directory.
+    rows: what prepare.py wrote.
+    workdir: of the runs.
+    out: the JSON file.
+    overrides: `--config.a.b=value` for every stage.
+    limit: rows of each file, for a trial.
+    evaluate: test rows of each file.
+    batch_size: of the tests.
+  """
+
+  def __init__(self, base: str, rows: str, workdir: str, out: str, overrides: list[str], limit: int | None = None,
+               evaluate: int | None = None, batch_size: int = 100):
+    self.base, self.rows, self.workdir, self.out = base, pathlib.Path(rows), pathlib.Path(workdir), pathlib.Path(out)
+    self.overrides, self.limit, self.evaluated, self.batch_size = overrides, limit, evaluate, batch_size
+    self.found: dict[str, Any] = json.loads(self.out.read_text()) if self.out.exists() else {"trainings": {}, "tests": {}}
+
+  def write(self) -> None:
+    """Writes what there is."""
+    part = self.out.with_name(f"{self.out.name}.part")
+    part.write_text(json.dumps(self.found, indent=2))
+    part.replace(self.out)
+
+  # ---- training --------------------------------------------------------------------------------------------------------------
+
+  def train(self, name: str, seconds: float | None, steps: int | None) -> None:
+    """One training, in `seconds` or `steps`."""
+    import jax
+
+    from clara_jax.cli import configs
+    from clara_jax.data import records
+    from clara_jax.data.tokens import Layout
+    from clara_jax.interop import checkpoints, families, hf, native
+    from clara_jax.model import Clara
+    from clara_jax.training import loop
+    training = TRAININGS[name]
+    given = [f"--config.base={self.base}", *self.overrides]
+    config = configs.load(f"{ROOT}/configs/smollm2.py:{training.stage}", given)
+    if training.estimator:
+      config = dataclasses.replace(config, estimator=training.estimator)
+    if training.before:
+      opened = checkpoints.open_checkpoint(str(self.workdir / training.before), self.base)
+      opened.config = config.clara
+      before, layout = opened.weights, opened.layout()
+      config = dataclasses.replace(config, init_from=str(self.workdir / training.before))
+    else:
+      layout = Layout(self.base, config.clara, end_ids=families.end_ids(native.hf_files(self.base)))
+      plain, special = checkpoints.open_base(Clara(config.clara), self.base, "base")
+      before = {"base": hf.with_special_tokens(plain, special or hf.special_tokens(config.clara), config.clara)}
+    config = dataclasses.replace(config, clara=layout.config)
+    source, = records.open_sources((str(self.rows / f"{training.rows}.jsonl"),), 1, together=config.data.share_documents)
+    source = [shard[:self.limit] for shard in source]
+    start = time.monotonic()
+
+    def run(number: int, **more: Any) -> loop.Result:
+      settings = dataclasses.replace(config.train, steps=number, **{k: v for k, v in more.items() if k == "log_every"})
+      return loop.train(dataclasses.replace(config, train=settings), layout, before, sources=[source], progress=False,
+                        **{k: v for k, v in more.items() if k != "log_every"})
+    each = None
+    if seconds is not None:
+      each = seconds_of_step(lambda on_report: run(CALIBRATED, log_every=1, on_report=on_report))
+      left = seconds - (time.monotonic() - start) * 1.5  # what was compiled is read back, or compiled again
+      steps = max(CALIBRATED, int(left / each))
+      print(f"{name}: {each:.3f} s a step, {steps} steps", file=sys.stderr, flush=True)
+    losses = []
+    result = run(steps or config.train.steps, workdir=str(self.workdir / name), base_sha256=None,
+                 on_report=lambda step, metrics: losses.append({"step": step, **metrics}))
+    with open(self.workdir / name / "finished", "w", encoding="utf-8"):
+      pass
+    speeds = [x["samples_per_second"] for x in losses]
+    self.found["trainings"][name] = {
+        "steps": result.metrics["step"], "batch_size": config.data.batch_size, "rows": len(source[0]), "seconds": time.monotonic() - start,
+        "seconds_a_step": each, "samples_per_second": max(speeds), "tokens_per_second": max(x["tokens_per_second"] for x in losses),
+        "mfu": max((x["mfu"] for x in losses if "mfu" in x), default=None), "device": jax.devices()[0].device_kind,
+        "losses": [{k: round(x[k], 4) for k in ("step", "loss", "ce", "answers", "recall_at_1") if k in x} for x in losses]}
+    self.write()
+
+  # ---- tests -----------------------------------------------------------------------------------------------------------------
+
+  def test(self, name: str, training: str | None, file: str, setting: str, m: int | None) -> None:
+    """One test: mean scores with their intervals."""
+    from clara_jax.data import schemas
+    from clara_jax.evaluation import benchmarks, statistics
+    from clara_jax.interop import checkpoints
+    start = time.monotonic()
+    checkpoint = checkpoints.load(str(self.workdir / training), self.base) if training else checkpoints.load(self.base, dtype=self.dtype)
+    if training in ("contrastive",):  # it trains the query reasoner alone
+      before = checkpoints.load(str(self.workdir / TRAININGS[training].before), self.base)
+      checkpoint = dataclasses.replace(checkpoint, weights={"generator": before.weights["generator"], **checkpoint.weights})
+    config = checkpoint.model.config
+    m = min(m, config.num_memory_tokens) if m else None
+    if m and m not in (config.nested_memory or (config.num_memory_tokens,)):
+      self.found["tests"][name] = {"skipped": f"{m} memory tokens were not trained, {list(config.nested_memory)} were"}
+      return self.write()
+    checkpoint = checkpoint.first(m)
+    rows = schemas.read_rows([str(self.rows / f"{file}.jsonl")])[:self.evaluated]
+    predictions = benchmarks.evaluate(checkpoint.model, checkpoint.layout, checkpoint.weights, rows, setting, batch_size=self.batch_size,
+                                      max_new_tokens=24, progress=False, weights_sha256=name).predictions
+    scores = {metric: dataclasses.asdict(statistics.mean([p[metric] for p in predictions]))
+              for metric in ("em", "f1", "cover_em", "recall_at_1", "recall_at_5") if metric in predictions[0]}
+    self.found["tests"][name] = {"training": training, "rows": file, "setting": setting, "memory_tokens": m, **scores,
+                                 "seconds": time.monotonic() - start,
+                                 "examples": [{k: p[k] for k in ("question", "answers", "prediction")} for p in predictions[:10]]}
+    self.write()
+
+  @property
+  def dtype(self) -> str | None:
+    """Of the computations, where the overrides name one."""
+    return next((o.rpartition("=")[2] for o in self.overrides if o.startswith("--config.clara.model.dtype=")), None)
+
+  # ---- all -------------------------------------------------------------------------------------------------------------------
+
+  def run(self, seconds: float | None, steps: int | None, only: tuple[str, ...] = (), for_tests: float = 0.35,
+          tests: tuple[tuple, ...] = TESTS) -> None:
+    """All that is not there yet; each training gets its share of `seconds`, of which `for_tests` is kept for the tests."""
+    end = None if seconds is None else time.monotonic() + seconds
+    for name, training in TRAININGS.items():
+      if only and name not in only or (self.workdir / name / "finished").exists():
+        continue
+      budget = None if seconds is None else seconds * (1 - for_tests) * training.share
+      self._guarded("trainings", name, lambda name=name, budget=budget: self.train(name, budget, steps))
+    for name, training, *test in tests:
+      if only and training not in only or name in self.found["tests"]:
+        continue
+      if training and not (self.workdir / training / "finished").exists():
+        continue
+      if end is not None and time.monotonic() > end - 15:
+        self.found["tests"].setdefault(name, {"skipped": "no time was left"})
+        self.write()
+        continue
+      self._guarded("tests", name, lambda name=name, training=training, test=test: self.test(name, training, *test))
+
+  def _guarded(self, kind: str, name: str, item: Callable[[], None]) -> None:
+    """An item that fails is written down, and the next one goes on."""
+    print(f"{kind}: {name}", file=sys.stderr, flush=True)
+    try:
+      item()
+    except Exception as error:
+      self.found[kind][name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
+      self.write()
+      print(f"{kind}: {name}: {self.found[kind][name]['failed']}", file=sys.stderr, flush=True)
+
+
+def seconds_of_step(run: Callable[[Callable[[int, dict], None]], Any]) -> float:
+  """Mean seconds of a step by a short run that reports each step, without those in which something was compiled (far above the median)."""
+  times = [time.monotonic()]
+  run(lambda step, metrics: times.append(time.monotonic()))
+  seconds = sorted(b - a for a, b in zip(times, times[1:], strict=False))
+  median = seconds[len(seconds) // 2]
+  usual = [s for s in seconds if s < 4 * median]
+  return sum(usual) / len(usual)
+
+
+def main() -> None:
+  """Runs what is not there yet and prints the file."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--base", required=True, metavar="DIR")
+  parser.add_argument("--rows", required=True, metavar="DIR")
+  parser.add_argument("--workdir", required=True, metavar="DIR")
+  parser.add_argument("--out", required=True, metavar="F.json")
+  parser.add_argument("--seconds", type=float)
+  parser.add_argument("--steps", type=int)
+  parser.add_argument("--only", nargs="+", default=(), choices=list(TRAININGS), metavar="TRAINING")
+  parser.add_argument("--limit", type=int, help="training rows of each file, for a trial")
+  parser.add_argument("--evaluate", type=int, metavar="N", help="test rows of each file; default: all")
+  parser.add_argument("--test-batch-size", type=int, default=100)
+  options, overrides = parser.parse_known_args()
+  from clara_jax.compilation import keep_programs
+  keep_programs()
+  pathlib.Path(options.workdir).mkdir(parents=True, exist_ok=True)
+  recipe = Recipe(os.path.abspath(options.base), options.rows, os.path.abspath(options.workdir), options.out, overrides, options.limit,
+                  options.evaluate, options.test_batch_size)
+  recipe.run(options.seconds, options.steps, tuple(options.only))
+  print(options.out)
+
+
+if __name__ == "__main__":
+  main()
