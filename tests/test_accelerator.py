@@ -61,8 +61,8 @@ def test_train(tmp_path):
   assert set(found["adapters"]["bytes"]) == {f"joint-{role}.tar.xz" for role in ("compressor", "generator", "query_reasoner")}
   language = json.loads((tmp_path / "language.json").read_text())
   assert len(language["trainings"]) == 6 and all(v["steps"] == 2 for v in language["trainings"].values())
-  assert {v["setting"] for v in language["tests"].values()} == {"compressor", "full_text_generator", "compressor_queries", "joint",
-                                                                 "no_documents", "full_text"}
+  settings = {"compressor", "full_text_generator", "compressor_queries", "joint", "no_documents", "full_text"}
+  assert {v["setting"] for v in language["tests"].values()} == settings
   assert "| joint_softmax | 2 |" in python(FOLDER / "tables.py", tmp_path)
 
 

@@ -239,6 +239,12 @@ def test_questions_without_documents_and_dense_retrievers(tmp_path, monkeypatch)
   rows = [Row(("b",), ("yes",), (), (0,), "qa", "1", False, ("y",)), Row(("c",), ("no",), (), (), "qa", "2")]
   found, summary = made(rows, corpus, 2, "normal", "encoder:encode")
   assert found[0]["docs"][0] == "b\nbbb" and found[0]["pos_index"] == [0] and found[1]["doc_ids"][0] == "z" and summary.recall_at_count == 1
+  for name, says in (("nothing", "no such directory of a sentence-transformers model"), (str(tmp_path), "has no modules.json")):
+    with pytest.raises(ConfigError, match=f"--retriever {re.escape(name)}: {says}"):
+      candidates.open_retriever(name, ["a"])
+  (tmp_path / "modules.json").write_text("[")
+  with pytest.raises(ConfigError, match=r"--retriever .*modules.json: Expecting value"):
+    candidates.open_retriever(str(tmp_path), ["a"])
   with pytest.raises(ConfigError, match="--retriever nothing:here"):
     made(rows, corpus, 2, "normal", "nothing:here")
   with pytest.raises(DataError, match="4 candidates a row, but the corpus has 3 documents"):

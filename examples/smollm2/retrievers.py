@@ -2,8 +2,8 @@
 
     python examples/smollm2/retrievers.py --rows rows/squad.jsonl --model all-MiniLM-L6-v2
 
-Prints one JSON object: recall@1 and recall@5 of BM25 (over each row's candidates) and of a sentence-transformers model, with intervals, over
-rows that have gold documents.
+Prints one JSON object: recall@1 and recall@5 of BM25 (over each row's candidates) and of a sentence-transformers model, with intervals,
+over rows that have gold documents.
 """
 
 import argparse
