@@ -24,9 +24,9 @@ class Reference:
   def __init__(self, model, adapters, rank, alpha, memory_ids, dropout=0.0):
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM",
                         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
-    self.model = get_peft_model(model, config, adapter_name="compressor")
+    self.model = get_peft_model(model, config, adapter_name="compressor", autocast_adapter_dtype=False)  # in the model's type, as ours
     for role in ("query_reasoner", "generator"):
-      self.model.add_adapter(role, config)
+      self.model.add_adapter(role, config, autocast_adapter_dtype=False)
     state = self.model.state_dict()
     for role, tensors in (adapters or {}).items():
       for name, tensor in tensors.items():

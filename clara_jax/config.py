@@ -234,7 +234,8 @@ class DataConfig:
     shards: a batch consists of that many equal parts, each from files of its own, so that a process opens only the files of its
       part. Which rows a step sees depends on it and on the seed, not on how many processes there are.
     share_documents: so many rows that follow each other in a file stay together in the shuffle, and a document that several rows of a
-      batch have is compressed once, with the loss as it would be (not for rows of `clara records`, which are read at random).
+      batch have is compressed once; without dropout the loss is as it would be. A file's last such run is filled up with its first rows.
+      Not for rows of `clara records`, which are read at random.
     length_window: rows of that many batches are sorted by length before they are cut into batches, which are then shuffled.
     workers: processes that tokenise ahead; 0 does it in this one.
     prefetch: windows that are made ahead (by each worker).

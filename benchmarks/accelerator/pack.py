@@ -18,7 +18,7 @@ import tarfile
 
 LIMIT = 60 * 2**20
 # What a machine with JAX for CUDA, Flax, Optax, Orbax, transformers, PyTorch and PEFT lacks; each is asked for with --no-deps.
-WHEELS = ("grain", "array_record", "ml_collections", "gguf", "bm25s", "importlib_resources", "zipp", "more-itertools")
+WHEELS = ("grain", "portpicker", "array_record", "ml_collections", "gguf", "bm25s", "importlib_resources", "zipp", "more-itertools")
 PASSAGES = 12_000  # of Wikipedia's: as many as are told again
 
 

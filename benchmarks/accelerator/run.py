@@ -23,7 +23,7 @@ from typing import Any
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 NEEDED = ("jax", "flax", "optax", "orbax", "grain", "array_record", "ml_collections", "etils", "transformers", "tokenizers", "safetensors",
-          "torch", "peft", "bm25s", "gguf", "pytest")
+          "torch", "peft", "bm25s", "gguf", "pytest", "chex", "cloudpickle", "portpicker", "psutil", "yaml", "jinja2")
 SIDES = {"checks": ("checks",), "speed": ("speed-jax", "speed-torch"), "train": ("train",)}
 TORCH_SHARE = 0.4  # of the time for `speed`
 # The programs of `train` are small: compiled in seconds rather than tuned for a minute each.
@@ -101,6 +101,8 @@ def all_sides(options: argparse.Namespace) -> int:
   environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
   if options.part == "checks":  # two processes on one card: a run that is killed, and this one
     environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    if not options.smoke:  # what is compared to the bit was compiled twice
+      environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {QUICK} --xla_gpu_deterministic_ops=true".strip()
   else:
     environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.92"
   status = 0

@@ -221,7 +221,8 @@ def index(options: argparse.Namespace) -> dict[str, Any]:
   store = MemoryStore(options.store)
   there = index_lib.saved_settings(store)
   kind = options.kind or there.get("kind", "scann")
-  dimensions = (options.dimensions if options.dimensions is not None else there.get("dimensions")) or None
+  same = options.memory_tokens in (None, there.get("memory_tokens"))
+  dimensions = (options.dimensions if options.dimensions is not None else there.get("dimensions") if same else None) or None
   store = store.first(options.memory_tokens or there.get("memory_tokens"))
   built, changed = index_lib.bring_up_to_date(kind, store, dimensions)
   index_lib.save(built, kind, store, dimensions)

@@ -191,11 +191,15 @@ class RowEncoder:
       return max((len(r[field]) for r in rows if field in r), default=0)
     documents = [d for r in rows for d in r.get("documents", ())]
     labels = max(len(r["prompt"].ids) - self._label_start(r["prompt"], train) for r in rows)
-    different = 0
-    if self._shares(rows[0], train):
-      different = max(len(_once([rows[i] for i in places], longest("documents"))[0]) for places in self._micro_batches(len(rows)))
+    different = self.different(rows, longest("documents")) if train else 0
     return np.array([max(len(r["prompt"].ids) for r in rows), labels, longest("documents"), max(map(len, documents), default=0),
                      longest("question"), different], np.int32)
+
+  def different(self, rows: Sequence[dict], most: int) -> int:
+    """Different documents of a part's micro-batch, at most, where rows share them and are filled up to `most` documents; else 0."""
+    if not self._shares(rows[0], True):
+      return 0
+    return max(len(_once([rows[i] for i in places], most)[0]) for places in self._micro_batches(len(rows)))
 
   def _shares(self, row: dict, train: bool) -> bool:
     return train and self.together > 1 and "documents" in row
@@ -385,6 +389,9 @@ class TrainingBatches:
     drawn = [self.memory_tokens(first + i) for i in range(len(batches))]
     batches = [rows if m is None else [self._encoder.first(r, m) for r in rows] for rows, m in zip(batches, drawn, strict=True)]
     sizes = self._agree(np.stack([self._encoder.sizes(rows) for rows in batches]))
+    if self._encoder.together > 1:  # once more: rows are filled up with empty documents to what all have agreed on
+      different = [[self._encoder.different(rows, int(size[2]))] for rows, size in zip(batches, sizes, strict=True)]
+      sizes = np.concatenate([sizes[:, :-1], self._agree(np.array(different, np.int32))], axis=1)
     self._waiting = list(zip(batches, sizes, drawn, strict=True))
 
   def close(self) -> None:

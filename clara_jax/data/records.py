@@ -138,6 +138,7 @@ def divide(rows: Sequence[Row], shards: int, together: int = 1) -> list[Sequence
   """Rows in memory, dealt out to that many shards, `together` at a time."""
   if together == 1:
     return [rows[s::shards] for s in range(shards)]
+  rows = [*rows, *rows[:-len(rows) % together]]  # the last run is filled up with the first rows
   return [[rows[i] for i in range(len(rows)) if i // together % shards == s] for s in range(shards)]
 
 

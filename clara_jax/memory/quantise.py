@@ -59,6 +59,8 @@ def truncate(store: MemoryStore, directory: str, memory_tokens: int, segment_siz
 
 
 def _check_free(directory: str) -> None:
+  if "://" in directory:
+    raise StoreError(f"{directory}: a store is written to a local or mounted directory")
   if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
     what = "is a store already" if read_manifest(directory) else "is there already"
     raise StoreError(f"{directory}: {what}; choose another directory")
@@ -67,7 +69,10 @@ def _check_free(directory: str) -> None:
 def _copied(store: MemoryStore, directory: str, manifest: Manifest, codebook: forms.ProductQuantised | None,
             codes_of: Callable[[np.ndarray], np.ndarray], segment_size: int) -> MemoryStore:
   part = f"{directory.rstrip('/')}.part"
-  shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
+  if os.path.exists(part):
+    if os.path.samefile(part, store.directory) or read_manifest(part) is None:
+      raise StoreError(f"{part}: is in the way; remove it, or choose another directory than {directory}")
+    shutil.rmtree(part)  # of a run that was stopped
   new = MemoryStore(part, manifest, codebook=codebook)
   for start in range(0, len(store), segment_size):
     rows = store.rows[start:start + segment_size]

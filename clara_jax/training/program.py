@@ -70,7 +70,8 @@ class Program:
     if data.batch_size // settings.accumulate % ways:
       raise ConfigError(f"data.batch_size={data.batch_size} / train.accumulate={settings.accumulate} does not divide over the {ways} parts "
                         f"of mesh {dict(self.mesh.shape)}; a larger mesh.tensor makes fewer parts")
-    if data.share_documents > 1 and self.stage.data != "text" and data.batch_size // settings.accumulate % (4 * ways):
+    brings = self.stage.data == "given" or self.stage.data == "candidates" and not data.store
+    if data.share_documents > 1 and brings and data.batch_size // settings.accumulate % (4 * ways):
       raise ConfigError(f"data.share_documents={data.share_documents}: data.batch_size={data.batch_size} / train.accumulate="
                         f"{settings.accumulate} has to be a multiple of 4 times the {ways} parts of mesh {dict(self.mesh.shape)}")
     if config.clara.model.base_quantization != "none" and "base" in self.trained:

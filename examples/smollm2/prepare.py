@@ -20,6 +20,7 @@ import gzip
 import json
 import pathlib
 import random
+import urllib.parse
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -64,14 +65,15 @@ def rows(data: pathlib.Path, passages: int, n: int, k: int, limit: int | None = 
   test_hotpot, train_hotpot = hotpot[:TEST_HOTPOTQA], hotpot[TEST_HOTPOTQA:][:limit]
   # Articles that answer a question of the test are of no training row.
   held_out |= {row["titles"][g] for row in test_hotpot for g in row["pos_index"]}
-  train_hotpot = [row for row in train_hotpot if not held_out & set(row["titles"])]
+  elsewhere = held_out | {urllib.parse.unquote(title) for title in held_out}  # SQuAD has titles as they stand in addresses
+  train_hotpot = [row for row in train_hotpot if not elsewhere & set(row["titles"])]
 
   sides = {side: _Squad(paragraphs, [q for q in questions if (q["title"] in held_out) == (side == "test")], n, k)
            for side in ("train", "test")}
-  natural = [q for q in _read(data / "nq" / "nq_passage_qa.jsonl.gz") if q["title"] not in held_out and _fits(q["text"])][:limit]
+  natural = [q for q in _read(data / "nq" / "nq_passage_qa.jsonl.gz") if q["title"] not in elsewhere and _fits(q["text"])][:limit]
   squad = sides["train"]
   told = [f"{p['title']}\n{p['text']}" for p in _read(data / "wiki" / "passages.jsonl.gz")
-          if p["title"] not in held_out and _fits(p["text"])]
+          if p["title"] not in elsewhere and _fits(p["text"])]
   told = rng.sample(told, min(passages, limit or len(told), len(told)))
   scp = [row for group in squad.by_paragraph() for row in _scp(group)]
   scp += [{"id": q["id"], "question": q["question"], "golden_answers": q["golden_answers"], "docs": [f"{q['title']}\n{q['text']}"]}

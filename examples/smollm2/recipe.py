@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -107,6 +108,7 @@ class Recipe:
     from clara_jax.interop import checkpoints, families, hf, native
     from clara_jax.model import Clara
     from clara_jax.training import loop
+    from clara_jax.training.checkpoint import is_checkpoint, read_config
     training = TRAININGS[name]
     given = [f"--config.base={self.base}", *self.overrides]
     config = configs.load(f"{ROOT}/configs/smollm2.py:{training.stage}", given)
@@ -130,20 +132,29 @@ class Recipe:
       settings = dataclasses.replace(config.train, steps=number, **{k: v for k, v in more.items() if k == "log_every"})
       return loop.train(dataclasses.replace(config, train=settings), layout, before, sources=[source], progress=False,
                         **{k: v for k, v in more.items() if k != "log_every"})
-    each = None
-    if seconds is not None:
+    each, end = None, None if seconds is None else start + seconds
+    if is_checkpoint(str(self.workdir / name)):  # it was stopped, and goes on to the end that it had
+      steps = read_config(str(self.workdir / name))[0].train.steps
+    elif seconds is not None:
       each = seconds_of_step(lambda on_report: run(CALIBRATED, log_every=1, on_report=on_report))
-      left = seconds - (time.monotonic() - start) * 1.5  # what was compiled is read back, or compiled again
-      steps = max(CALIBRATED, int(left / each))
-      print(f"{name}: {each:.3f} s a step, {steps} steps", file=sys.stderr, flush=True)
-    losses = []
-    result = run(steps or config.train.steps, workdir=str(self.workdir / name), base_sha256=None,
+      compiling = time.monotonic() - start - CALIBRATED * each  # at worst the same again
+      steps = max(CALIBRATED, int((end - time.monotonic() - compiling) / each))
+      print(f"{name}: {each:.3f} s a step, {compiling:.0f} s to start and compile, {steps} steps", file=sys.stderr, flush=True)
+    losses, asked = [], False
+
+    def in_time(step: int, ids: list[str]) -> None:
+      nonlocal asked
+      if end is not None and time.monotonic() > end and not asked:
+        asked = True
+        os.kill(os.getpid(), signal.SIGTERM)  # the run saves and returns
+    result = run(steps or config.train.steps, workdir=str(self.workdir / name), base_sha256=None, on_step=in_time,
                  on_report=lambda step, metrics: losses.append({"step": step, **metrics}))
     with open(self.workdir / name / "finished", "w", encoding="utf-8"):
       pass
     speeds = [x["samples_per_second"] for x in losses]
     self.found["trainings"][name] = {
-        "steps": result.metrics["step"], "batch_size": config.data.batch_size, "rows": len(source[0]), "seconds": time.monotonic() - start,
+        "steps": result.metrics["step"], "batch_size": config.data.batch_size, "rows": len(source[0]), "planned": steps,
+        "seconds": time.monotonic() - start,
         "seconds_a_step": each, "samples_per_second": max(speeds), "tokens_per_second": max(x["tokens_per_second"] for x in losses),
         "mfu": max((x["mfu"] for x in losses if "mfu" in x), default=None), "device": jax.devices()[0].device_kind,
         "losses": [{k: round(x[k], 4) for k in ("step", "loss", "ce", "answers", "recall_at_1") if k in x} for x in losses]}
@@ -171,7 +182,7 @@ class Recipe:
     predictions = benchmarks.evaluate(checkpoint.model, checkpoint.layout, checkpoint.weights, rows, setting, batch_size=self.batch_size,
                                       max_new_tokens=24, progress=False, weights_sha256=name).predictions
     scores = {metric: dataclasses.asdict(statistics.mean([p[metric] for p in predictions]))
-              for metric in ("em", "f1", "cover_em", "recall_at_1", "recall_at_5") if metric in predictions[0]}
+              for metric in ("em", "f1", "cover_em", "recall_at_1", "recall_at_5", "documents_read") if metric in predictions[0]}
     self.found["tests"][name] = {"training": training, "rows": file, "setting": setting, "memory_tokens": m, **scores,
                                  "seconds": time.monotonic() - start,
                                  "examples": [{k: p[k] for k in ("question", "answers", "prediction")} for p in predictions[:10]]}
@@ -185,21 +196,26 @@ class Recipe:
   # ---- all -------------------------------------------------------------------------------------------------------------------
 
   def run(self, seconds: float | None, steps: int | None, only: tuple[str, ...] = (), for_tests: float = 0.35,
-          tests: tuple[tuple, ...] = TESTS) -> None:
-    """All that is not there yet; each training gets its share of `seconds`, of which `for_tests` is kept for the tests."""
-    end = None if seconds is None else time.monotonic() + seconds
+          tests: tuple[tuple, ...] = TESTS, end: float | None = None) -> None:
+    """All that is not there yet; each training gets its share of `seconds`, of which `for_tests` is kept for the tests, and nothing goes on
+    beyond `end` (`time.monotonic()`)."""
+    end = end if seconds is None or end else time.monotonic() + seconds
     for name, training in TRAININGS.items():
       if only and name not in only or (self.workdir / name / "finished").exists():
         continue
-      budget = None if seconds is None else seconds * (1 - for_tests) * training.share
+      budget = None if seconds is None else min(seconds * (1 - for_tests) * training.share, end - time.monotonic())
+      if budget is not None and budget < 5:
+        self.found["trainings"][name] = {"failed": "no time was left"}
+        self.write()
+        continue
       self._guarded("trainings", name, lambda name=name, budget=budget: self.train(name, budget, steps))
     for name, training, *test in tests:
-      if only and training not in only or name in self.found["tests"]:
+      if only and training not in only or "em" in self.found["tests"].get(name, {}):
         continue
       if training and not (self.workdir / training / "finished").exists():
         continue
-      if end is not None and time.monotonic() > end - 15:
-        self.found["tests"].setdefault(name, {"skipped": "no time was left"})
+      if end is not None and time.monotonic() > end - 30:
+        self.found["tests"][name] = {"skipped": "no time was left"}
         self.write()
         continue
       self._guarded("tests", name, lambda name=name, training=training, test=test: self.test(name, training, *test))
@@ -216,13 +232,13 @@ class Recipe:
 
 
 def seconds_of_step(run: Callable[[Callable[[int, dict], None]], Any]) -> float:
-  """Mean seconds of a step by a short run that reports each step, without those in which something was compiled (far above the median)."""
+  """Seconds of a step by a short run that reports each step: the mean of the faster half, for in the others something may have been
+  compiled."""
   times = [time.monotonic()]
   run(lambda step, metrics: times.append(time.monotonic()))
   seconds = sorted(b - a for a, b in zip(times, times[1:], strict=False))
-  median = seconds[len(seconds) // 2]
-  usual = [s for s in seconds if s < 4 * median]
-  return sum(usual) / len(usual)
+  faster = seconds[:max(1, len(seconds) // 2)]
+  return sum(faster) / len(faster)
 
 
 def main() -> None:
