@@ -149,6 +149,8 @@ class Recipe:
         os.kill(os.getpid(), signal.SIGTERM)  # the run saves and returns
     result = run(steps or config.train.steps, workdir=str(self.workdir / name), base_sha256=None, on_step=in_time,
                  on_report=lambda step, metrics: losses.append({"step": step, **metrics}))
+    if result.stopped is not None and not asked:  # by somebody else; what was done is saved
+      raise KeyboardInterrupt
     with open(self.workdir / name / "finished", "w", encoding="utf-8"):
       pass
     speeds = [x["samples_per_second"] for x in losses]
