@@ -101,7 +101,7 @@ class Variant:
                         schedule="cosine" if stage == "joint" else "linear", log_every=50, checkpoint_every=10_000, **more)
     run = RunConfig(self._config, DataConfig(batch_size=32, candidates=recipe.CANDIDATES, bucket=32), train, base=PRETRAINED,
                     init_from=None if before is None else start_from)
-    rows = [schemas.parse_row(r, f"{stage}:{i}") for i, r in enumerate(recipe._rows(self._world, stage))]
+    rows = [schemas.parse_row(r, f"{stage}:{i}") for i, r in enumerate(recipe.stage_rows(self._world, stage))]
     print(f"== {self.name} {stage}", file=sys.stderr, flush=True)
     start = time.monotonic()
     loop.train(run, Layout(self._tokenizer, self._config), weights, rows, memories=memories, workdir=self._directory(stage),

@@ -220,8 +220,16 @@ def put_batch(batch: Any, sharding: NamedSharding, rows: int, positions: np.ndar
 
 
 def positions_of(count: int, positions: np.ndarray) -> np.ndarray:
-  """Places in the whole batch of `count` things that belong to the rows at `positions`: the rows themselves, or p/q times as many documents
-  that they share, p of them for each block of q rows."""
+  """Places in the whole batch of what belongs to some of its rows: the rows themselves, or p/q times as many documents that they share, p
+  of them for each block of q rows.
+
+  Args:
+    count: how many things there are.
+    positions: [n], of the rows; whole blocks, ascending.
+
+  Returns:
+    [count].
+  """
   share = fractions.Fraction(count, len(positions))
   p, q = share.numerator, share.denominator
   return (positions[::q, None] // q * p + np.arange(p)).reshape(-1)

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 # Largest differences. Golden: of losses; of gradients, by the largest number of each tensor; float32 at highest precision, and bfloat16.
-ALLOWED = {"float32": {"loss": 1e-4, "gradient": 1e-3}, "bfloat16": {"loss": 0.05, "gradient": 0.25}}
+ALLOWED = {"float32": {"loss": 1e-4, "gradient": 1e-3}, "bfloat16": {"loss": 0.01, "gradient": 0.2}}
+# The least share of tokens before the first other one; in bfloat16 ties of a random model fall otherwise.
+NEEDED_CONTINUATIONS = {"float32": 1.0, "bfloat16": 0.5}
 ALLOWED_TOP_K, ALLOWED_RESUME = 1e-4, 0.0
 ALLOWED_ATTENTION = {"float32": 1e-4, "bfloat16": 0.03}
 STEPS = 6
@@ -102,7 +104,7 @@ def continuations(golden: pathlib.Path, dtype: str) -> dict[str, Any]:
     prompts = [layout.answer_prompt(q, 2).ids for q in inputs["STAGE2_QUESTIONS"]]
     made = test_generate.continuations(model, weights, layout, prompts, memories)
   same = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(y)) for x, y in zip(made, wanted, strict=True)]
-  share, needed = sum(same) / sum(map(len, wanted)), 1.0 if dtype == "float32" else 0.0  # a random model: in bfloat16 ties are close
+  share, needed = sum(same) / sum(map(len, wanted)), NEEDED_CONTINUATIONS[dtype]
   return {"found": share, "allowed": needed, "passed": share >= needed}
 
 

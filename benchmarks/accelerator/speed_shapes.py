@@ -101,14 +101,19 @@ def weights_of(sizes: Sizes) -> dict:
   return jax.block_until_ready(jax.jit(Clara(clara_config(sizes)).init)(jax.random.key(0)))
 
 
-def jax_items(sizes: Sizes) -> Iterator[tuple[str, Callable[[], dict]]]:
-  """(name, item), what matters most first."""
-  yield "compress", lambda: jax_compress(sizes, sizes.compress)
-  yield "scp", lambda: jax_step(sizes, "scp", sizes.scp)
-  yield "joint from the store", lambda: jax_step(sizes, "joint", sizes.joint, from_store=True)
-  yield "joint compressed in the step", lambda: jax_step(sizes, "joint", sizes.joint_in_step)
+def on_both_sides(sizes: Sizes, compress: Callable, step: Callable, answer: Callable) -> Iterator[tuple[str, Callable[[], dict]]]:
+  """(name, item) of what a side's functions run, what matters most first."""
+  yield "compress", lambda: compress(sizes, sizes.compress)
+  yield "scp", lambda: step(sizes, "scp", sizes.scp)
+  yield "joint from the store", lambda: step(sizes, "joint", sizes.joint, from_store=True)
+  yield "joint compressed in the step", lambda: step(sizes, "joint", sizes.joint_in_step)
   for batch in sizes.answers:
-    yield f"answer batch {batch}", lambda batch=batch: jax_answer(sizes, batch, False)
+    yield f"answer batch {batch}", lambda batch=batch: answer(sizes, batch, False)
+
+
+def jax_items(sizes: Sizes) -> Iterator[tuple[str, Callable[[], dict]]]:
+  """(name, item) in order."""
+  yield from on_both_sides(sizes, jax_compress, jax_step, jax_answer)
   yield "compress attention=cudnn", lambda: jax_compress(sizes, sizes.compress, attention="cudnn")
   yield "scp attention=cudnn", lambda: jax_step(sizes, "scp", sizes.scp, attention="cudnn")
   yield "answer merged batch 1", lambda: jax_answer(sizes, 1, True)
@@ -306,12 +311,7 @@ def reference_of(sizes: Sizes):
 
 def torch_items(sizes: Sizes) -> Iterator[tuple[str, Callable[[], dict]]]:
   """The same names as `jax_items`, where there is another side."""
-  yield "compress", lambda: torch_compress(sizes, sizes.compress)
-  yield "scp", lambda: torch_step(sizes, "scp", sizes.scp)
-  yield "joint from the store", lambda: torch_step(sizes, "joint", sizes.joint, from_store=True)
-  yield "joint compressed in the step", lambda: torch_step(sizes, "joint", sizes.joint_in_step)
-  for batch in sizes.answers:
-    yield f"answer batch {batch}", lambda batch=batch: torch_answer(sizes, batch, False)
+  yield from on_both_sides(sizes, torch_compress, torch_step, torch_answer)
   for batch in sizes.answers:
     yield f"answer merged batch {batch}", lambda batch=batch: torch_answer(sizes, batch, True)
   yield f"search {sizes.vectors} x {DIMENSION}", lambda: torch_search(sizes)

@@ -98,7 +98,7 @@ class Layout:
     return other
 
   def first_ids(self, ids: np.ndarray, m: int) -> np.ndarray:
-    """An encoder input or prompt with all M memory tokens, as it is with the first m."""
+    """An encoder input or prompt with all M memory tokens, [L] int32, as it is with the first m: [<= L]."""
     slot = ids - self.config.model.vocab_size
     return ids[(slot < m) | (slot >= self.config.num_memory_tokens)]
 

@@ -155,7 +155,13 @@ class MemoryStore:
     return dataclasses.replace(self.manifest, num_memory_tokens=self._whole)
 
   def first(self, m: int | None) -> "MemoryStore":
-    """The same with the first m memory tokens of each document (None: with all), to read."""
+    """The same with the first m memory tokens of each document (None: with all), to read.
+
+    Raises:
+      StoreError: m is not 1 to M.
+    """
+    if self.manifest.num_memory_tokens == (self._whole if m is None else m):
+      return self
     return MemoryStore(self.directory, memory_tokens=m)
 
   # ---- what is there ---------------------------------------------------------------------------------------------------------

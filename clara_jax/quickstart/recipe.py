@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -73,7 +74,8 @@ def clara_config(vocab_size: int) -> ClaraConfig:
       decoder_max_length=512, top_k=TOP_K, nested_dropout=0.9)
 
 
-def _rows(world: World, name: str):
+def stage_rows(world: World, name: str) -> Iterable[dict[str, Any]]:
+  """Training rows of a stage, as a JSONL file has them."""
   if name == "pretrain":
     questions = (r for r in world.scp_rows(versions=1, complex_share=0.0) if r["data_type"] == "qa")
     return itertools.chain(world.lookup_rows(versions=1), questions, world.note_rows(most=4))
@@ -125,7 +127,7 @@ class _Stages:
     start = time.monotonic()
     before = BEFORE[name]
     data, train = _stage(name, self.sizes, self.seed)
-    rows = [schemas.parse_row(r, f"{name}:{i}") for i, r in enumerate(_rows(self.world, name))]
+    rows = [schemas.parse_row(r, f"{name}:{i}") for i, r in enumerate(stage_rows(self.world, name))]
     weights: dict[str, Any] = {}
     base_sha256 = None
     base = self.directory("pretrain") if before else None

@@ -164,8 +164,7 @@ def saved_settings(store: MemoryStore) -> dict:
 
 
 def _load(store: MemoryStore, saved: dict) -> Index:
-  if saved["memory_tokens"] != store.manifest.num_memory_tokens:
-    store = store.first(saved["memory_tokens"])
+  store = store.first(saved["memory_tokens"])
   folder = str(epath.Path(store.directory) / FOLDER)
   projection = None
   if saved["dimensions"] is not None:

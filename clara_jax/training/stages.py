@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from clara_jax.batch import Batch, Prompt
+from clara_jax.batch import Batch, Prompt, Tokens
 from clara_jax.config import ConfigError, TrainConfig
 from clara_jax.model import Clara, Weights
 from clara_jax.ops import estimators, losses
@@ -120,23 +120,28 @@ def valid(batch: Batch) -> jax.Array:
   return jnp.ones(batch.prompt.labels.shape[0]) if batch.valid is None else batch.valid
 
 
+def of_rows(batch: Batch, memories: jax.Array) -> jax.Array:
+  """Memory tokens of a batch's documents, [U, M, D] or [B, K, M, D] in any leading shape -> those of each row's, [B, K, M, D] (or N)."""
+  if batch.document_slots is not None:
+    return memories[batch.document_slots]
+  return memories.reshape(*batch.documents.lengths.shape, *memories.shape[-2:])
+
+
 def given_documents_loss(model: Clara, trainable: Weights, frozen: Weights, batch: Batch, rng: jax.Array | None
                          ) -> tuple[Metrics, Metrics]:
   """CE of the answer from K given documents + λ · MSE of document and memory means (paper Eq. for L_SCP; §3.1)."""
   weights = {**frozen, **trainable}
   compress_key, answer_key = (None, None) if rng is None else jax.random.split(rng)
-  documents, slots = batch.documents, batch.document_slots
-  if slots is None:
-    slots = jnp.arange(documents.lengths.size).reshape(documents.lengths.shape)
-    documents = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), documents)
+  ids, lengths = batch.documents.ids, batch.documents.lengths
+  documents = Tokens(ids.reshape(-1, ids.shape[-1]), lengths.reshape(-1))
   memories, hidden = model.encode(weights, "compressor", documents, compress_key)
   is_memory, _ = model.memory_slot(documents.ids)
-  # Rows with fewer documents than others are filled up with documents of length 0.
-  times = jnp.zeros(len(memories)).at[slots.reshape(-1)].add(1.0)
-  mse = Mean.of(losses.alignment_mse(hidden, documents.is_real() & ~is_memory, documents.is_real() & is_memory),
-                times * (documents.lengths > 0))
-  read = memories.reshape(*slots.shape, *memories.shape[1:]) if batch.document_slots is None else memories[slots]
-  states = model.answer_states(weights, batch.prompt, read, dropout=answer_key)
+  # Rows with fewer documents than others are filled up with documents of length 0; one that several rows have counts for each.
+  counted = documents.lengths > 0
+  if batch.document_slots is not None:
+    counted *= jnp.zeros(len(memories)).at[batch.document_slots.reshape(-1)].add(1.0)
+  mse = Mean.of(losses.alignment_mse(hidden, documents.is_real() & ~is_memory, documents.is_real() & is_memory), counted)
+  states = model.answer_states(weights, batch.prompt, of_rows(batch, memories), dropout=answer_key)
   ce, right, _ = answer_terms(model, weights, states, batch.prompt)
   terms = {"ce": ce, "mse": Mean(mse.total * model.config.mse_weight, mse.count)}
   return terms, {"ce": ce, "mse": mse, "answers": Mean.of(right, valid(batch))}
@@ -169,9 +174,7 @@ def candidates(model: Clara, weights: Weights, batch: Batch, query: jax.Array) -
   if "corpus" not in weights:
     memories = batch.memories
     if memories is None:
-      memories = jax.lax.stop_gradient(model.compress(weights, batch.documents))
-      if batch.document_slots is not None:
-        memories = memories[batch.document_slots]
+      memories = of_rows(batch, jax.lax.stop_gradient(model.compress(weights, batch.documents)))
     count = None if batch.is_gold is None else batch.is_gold.sum(-1)
     return Candidates(memories.astype(model.config.model.dtype), batch.is_gold, count)
   # Which documents are near is no function that a gradient goes through; their scores are, in `select`.

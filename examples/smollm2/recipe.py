@@ -171,7 +171,7 @@ class Recipe:
     from clara_jax.interop import checkpoints
     start = time.monotonic()
     checkpoint = checkpoints.load(str(self.workdir / training), self.base) if training else checkpoints.load(self.base, dtype=self.dtype)
-    if training in ("contrastive",):  # it trains the query reasoner alone
+    if training == "contrastive":  # it trains the query reasoner alone
       before = checkpoints.load(str(self.workdir / TRAININGS[training].before), self.base)
       checkpoint = dataclasses.replace(checkpoint, weights={"generator": before.weights["generator"], **checkpoint.weights})
     config = checkpoint.model.config
