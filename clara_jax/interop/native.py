@@ -110,30 +110,32 @@ def write_weights(directory: str, weights: Mapping[str, Any], step: int = 0, has
   manager.close()
   waiting: list[ts.Future] = []
   hashes: dict[str, str] = {}
-  for path, leaf in flat.items():
-    stacked = len(leaf.shape) == 3
-    # Column-major chunks: a linear weight comes transposed from Hugging Face's order and goes to disk without being turned.
-    store = ts.open({
-        "driver": "zarr", "kvstore": _kvstore(folder / str(step) / "weights", path), "create": True, "delete_existing": True,
-        "metadata": {"shape": list(leaf.shape), "chunks": [1 if stacked and i == 0 else min(max(n, 1), _CHUNK)
-                                                           for i, n in enumerate(leaf.shape)],
-                     "dtype": leaf.dtype.name if leaf.dtype.name == "bfloat16" else leaf.dtype.str, "compressor": None,
-                     "order": "F" if stacked else "C"}}).result()
-    layered = path[1:2] == ("layers",)
-    for layer in range(leaf.shape[0]) if layered else (None,):
-      whole = (slice(None),) * len(leaf.shape)
-      index = (slice(layer, layer + 1), *whole[1:]) if layered else whole
-      value = leaf[index]
-      if path[0] == hashed:
-        name = base_name(path[1:], layer)
-        tensor = value[0] if layered else value
-        hashes[name] = tensor_hash(tensor.T if base_place(name).transpose else tensor)
-      if len(waiting) >= _IN_FLIGHT:
-        waiting.pop(0).result()
-      waiting.append(store[index].write(value))
-      on_written(value.nbytes)
-  for future in waiting:
-    future.result()
+  try:
+    for path, leaf in flat.items():
+      stacked = len(leaf.shape) == 3
+      # Column-major chunks: a linear weight comes transposed from Hugging Face's order and goes to disk without being turned.
+      store = ts.open({
+          "driver": "zarr", "kvstore": _kvstore(folder / str(step) / "weights", path), "create": True, "delete_existing": True,
+          "metadata": {"shape": list(leaf.shape), "chunks": [1 if stacked and i == 0 else min(max(n, 1), _CHUNK)
+                                                             for i, n in enumerate(leaf.shape)],
+                       "dtype": leaf.dtype.name if leaf.dtype.name == "bfloat16" else leaf.dtype.str, "compressor": None,
+                       "order": "F" if stacked else "C"}}).result()
+      layered = path[1:2] == ("layers",)
+      for layer in range(leaf.shape[0]) if layered else (None,):
+        whole = (slice(None),) * len(leaf.shape)
+        index = (slice(layer, layer + 1), *whole[1:]) if layered else whole
+        value = leaf[index]
+        if path[0] == hashed:
+          name = base_name(path[1:], layer)
+          tensor = value[0] if layered else value
+          hashes[name] = tensor_hash(tensor.T if base_place(name).transpose else tensor)
+        if len(waiting) >= _IN_FLIGHT:
+          waiting.pop(0).result()
+        waiting.append(store[index].write(value))
+        on_written(value.nbytes)
+  finally:  # whoever removes the directory after an error must not race with a write
+    for future in waiting:
+      future.result()
   return tree_hash(hashes) if hashed else None
 
 
