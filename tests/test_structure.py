@@ -19,7 +19,7 @@ from tests import tiny
 
 ROOT = pathlib.Path(clara_jax.__file__).parent
 FLOORS = [
-    {"axes", "config", "batch"}, {"data"}, {"ops"}, {"nn"}, {"model", "sharding", "distributed", "compilation"},
+    {"axes", "config", "batch", "io"}, {"data"}, {"ops"}, {"nn"}, {"model", "sharding", "distributed", "compilation"},
     {"training", "inference", "memory", "retrieval"},
     {"interop"}, {"evaluation"}, {"synthesis"}, {"serving"}, {"quickstart"}, {"reproduction"}, {"gradients"}, {"cli"},
     {"__main__", "__init__"},

@@ -224,8 +224,7 @@ def index(options: argparse.Namespace) -> dict[str, Any]:
   same = options.memory_tokens in (None, there.get("memory_tokens"))
   dimensions = (options.dimensions if options.dimensions is not None else there.get("dimensions") if same else None) or None
   store = store.first(options.memory_tokens or there.get("memory_tokens"))
-  built, changed = index_lib.bring_up_to_date(kind, store, dimensions)
-  index_lib.save(built, kind, store, dimensions)
+  built, changed = index_lib.update(store, kind, dimensions)
   full = store.manifest.num_memory_tokens * store.manifest.width
   return {"documents": len(built), "changed": changed, "dimension": dimensions or full,
           "memory_tokens": store.manifest.num_memory_tokens, "bytes": index_lib.saved_bytes(options.store),
@@ -234,6 +233,8 @@ def index(options: argparse.Namespace) -> dict[str, Any]:
 
 def store(options: argparse.Namespace) -> dict[str, Any]:
   """`clara store ACTION`."""
+  if options.action == "repair":
+    return MemoryStore(options.store, damaged=True).repair()
   opened = MemoryStore(options.store)
   if options.action == "verify":
     return opened.verify()

@@ -145,10 +145,11 @@ def _parser() -> argparse.ArgumentParser:
   several_processes(compress)
 
   store = command("store", "Looks at a store or changes it.")
-  store.add_argument("action", choices=("info", "verify", "delete", "compact", "quantise", "truncate"),
+  store.add_argument("action", choices=("info", "verify", "delete", "compact", "quantise", "truncate", "repair"),
                      help="info: what it is and holds; verify: reads all of it, checks checksums, counts and ids; delete: documents by id; "
                           "compact: removes what was deleted or replaced from the files; quantise: copies it in another form; "
-                          "truncate: copies the first m memory tokens of each document")
+                          "truncate: copies the first m memory tokens of each document; repair: gives up segments that are damaged, so "
+                          "that their documents can be compressed again")
   store.add_argument("--store", required=True, metavar="DIR")
   store.add_argument("--ids", metavar="F", help="delete: a file with one id a line")
   store.add_argument("--to", metavar="DIR", help="quantise, truncate: the new store")

@@ -13,7 +13,8 @@ from clara_jax.config import ConfigError
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.tokens import Layout
 from clara_jax.inference.generate import Greedy, make_stream
-from clara_jax.memory.store import MemoryStore, StoreError, fingerprint
+from clara_jax.memory.compress import check_compressor
+from clara_jax.memory.store import MemoryStore
 from clara_jax.model import Clara
 from clara_jax.nn import linear
 from clara_jax.nn.decoder import KeyValues
@@ -78,9 +79,7 @@ class Answerer:
   def __init__(self, model: Clara, layout: Layout, weights: dict[str, Any], store: MemoryStore, *,
                index: index_lib.Index | None = None, top_k: int | None = None, max_new_tokens: int = 64, stream_every: int = 4,
                merge: bool = False):
-    made_by = fingerprint(weights)
-    if store.manifest.compressor != made_by:
-      raise StoreError(f"the store was made by compressor {store.manifest.compressor}, this checkpoint's is {made_by}")
+    check_compressor(store, model, weights)
     read = store.manifest.num_memory_tokens
     self.search_tokens = read
     if index is None:

@@ -7,6 +7,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import multiprocessing
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clara_jax.config import ConfigError, MeshConfig
+from clara_jax.config import ClaraConfig, ConfigError, MeshConfig
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.schemas import Document
 from clara_jax.data.tokens import Layout
@@ -44,9 +45,37 @@ class CompressReport:
 
 def manifest_of(model: Clara, weights: dict[str, Any], form: str | None = None, text: bool = True) -> Manifest:
   """What a store made by these weights says of itself; by default its form is the type of the computation."""
-  config = model.config
-  return Manifest(fingerprint(weights), model.num_memory_tokens, config.model.width, config.doc_max_length,
-                  form or config.model.dtype, text)
+  config, parts = model.config, fingerprints(model.config, weights)
+  return Manifest(hashlib.sha256("".join(parts.values()).encode()).hexdigest()[:16], model.num_memory_tokens, config.model.width,
+                  config.doc_max_length, form or config.model.dtype, text, parts=parts, dtype=config.model.dtype)
+
+
+def check_compressor(store: MemoryStore, model: Clara, weights: dict[str, Any]) -> None:
+  """Refuses a store that other weights have made.
+
+  Raises:
+    StoreError: saying what differs.
+  """
+  store.manifest.same_compressor(_like(store.manifest, manifest_of(model, weights), weights), store.directory)
+
+
+def _like(there: Manifest, manifest: Manifest, weights: dict[str, Any]) -> Manifest:
+  """A store of version 2 names its compressor by a hash of all rows."""
+  if not there.parts and fingerprint(weights, GROUPS) == there.compressor:
+    return dataclasses.replace(manifest, compressor=there.compressor)
+  return manifest
+
+
+def fingerprints(config: ClaraConfig, weights: dict[str, Any]) -> dict[str, str]:
+  """Hashes of the weights that shape memory tokens, by group: of the base, the words' rows of the embedding and that of `<ENC>`, and the
+  layers; the rows of the other special tokens are never read, and differ between formats."""
+  base = weights["base"]
+  table, first = np.asarray(jax.device_get(base["embedding"])), config.model.vocab_size
+  encode = first + config.num_memory_tokens + 1  # after <MEM…> and <AE>
+  groups = {"embedding": {"embedding": [table[:first], table[encode]]},
+            "layers": {"layers": {k: v for k, v in base.items() if k not in ("embedding", "head")}},
+            **{name: {name: weights[name]} for name in ("memory_embedding", "compressor")}}
+  return {name: fingerprint(group, tuple(group)) for name, group in groups.items()}
 
 
 def compress_corpus(model: Clara, layout: Layout, weights: dict[str, Any], documents: Iterable[Document], directory: str, *,
@@ -80,7 +109,8 @@ def compress_corpus(model: Clara, layout: Layout, weights: dict[str, Any], docum
     form, text = form or there.form, there.text if text is None else text
     if model.memory_tokens is None and there.num_memory_tokens < model.num_memory_tokens:
       model, layout = model.first(there.num_memory_tokens), layout.first(there.num_memory_tokens)
-  store = MemoryStore(directory, manifest_of(model, weights, form, text is not False), writer=process)
+  manifest = manifest_of(model, weights, form, text is not False)
+  store = MemoryStore(directory, _like(there, manifest, weights) if there else manifest, writer=process)
   if replace and not store.manifest.text:
     raise ConfigError(f"{directory}: the store keeps no text, so that changed documents cannot be told from others")
   devices = make_mesh(mesh, jax.local_devices())

@@ -10,8 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from clara_jax import io
 from clara_jax.memory import forms
-from clara_jax.memory.store import BLOCK, Manifest, MemoryStore, StoreError, read_manifest
+from clara_jax.memory.store import BLOCK, VERSION, Manifest, MemoryStore, StoreError, read_manifest
+
+_COPY = ("copy", "quantises or truncates it")
 
 
 def quantise(store: MemoryStore, directory: str, form: str, sub_width: int = 4, segment_size: int = BLOCK) -> MemoryStore:
@@ -29,14 +32,15 @@ def quantise(store: MemoryStore, directory: str, form: str, sub_width: int = 4, 
     ConfigError: the form does not fit.
   """
   _check_free(directory)
-  manifest = dataclasses.replace(store.manifest, form=form, generation=0)
+  manifest = dataclasses.replace(store.manifest, form=form, generation=0, version=VERSION)
   codebook = None
-  if form == "pq":
-    count = forms.training_sample(manifest.num_memory_tokens, manifest.width)
-    sample = np.sort(np.random.default_rng(0).permutation(store.rows)[:count])
-    codebook = forms.learn_pq(store.memories(sample), sub_width)
-  to = codebook or forms.make(form, manifest.num_memory_tokens, manifest.width)
-  return _copied(store, directory, manifest, codebook, lambda rows: to.encode(np.asarray(store.memories(rows), np.float32)), segment_size)
+  with store.reading(*_COPY):
+    if form == "pq":
+      count = forms.training_sample(manifest.num_memory_tokens, manifest.width)
+      sample = np.sort(np.random.default_rng(0).permutation(store.rows)[:count])
+      codebook = forms.learn_pq(store.memories(sample), sub_width)
+    to = codebook or forms.make(form, manifest.num_memory_tokens, manifest.width)
+    return _copied(store, directory, manifest, codebook, lambda rows: to.encode(np.asarray(store.memories(rows), np.float32)), segment_size)
 
 
 def truncate(store: MemoryStore, directory: str, memory_tokens: int, segment_size: int = BLOCK) -> MemoryStore:
@@ -55,7 +59,8 @@ def truncate(store: MemoryStore, directory: str, memory_tokens: int, segment_siz
   _check_free(directory)
   kept = store.first(memory_tokens)
   codebook = kept.form if isinstance(kept.form, forms.ProductQuantised) else None
-  return _copied(kept, directory, dataclasses.replace(kept.manifest, generation=0), codebook, kept.codes, segment_size)
+  with kept.reading(*_COPY):
+    return _copied(kept, directory, dataclasses.replace(kept.manifest, generation=0, version=VERSION), codebook, kept.codes, segment_size)
 
 
 def _check_free(directory: str) -> None:
@@ -70,8 +75,10 @@ def _copied(store: MemoryStore, directory: str, manifest: Manifest, codebook: fo
             codes_of: Callable[[np.ndarray], np.ndarray], segment_size: int) -> MemoryStore:
   part = f"{directory.rstrip('/')}.part"
   if os.path.exists(part):
-    if os.path.samefile(part, store.directory) or read_manifest(part) is None:
+    if os.path.samefile(part, store.directory) or not (os.path.isdir(part) and os.path.exists(os.path.join(part, "writer-000.lock"))):
       raise StoreError(f"{part}: is in the way; remove it, or choose another directory than {directory}")
+    if who := io.holder(os.path.join(part, "writer-000.lock")):
+      raise StoreError(f"{part}: another process writes there ({who})")
     shutil.rmtree(part)  # of a run that was stopped
   new = MemoryStore(part, manifest, codebook=codebook)
   for start in range(0, len(store), segment_size):

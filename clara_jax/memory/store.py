@@ -2,30 +2,35 @@
 
     DIR/manifest.json                        what made it, M, D, form, generation
     DIR/codebook.npy                         of a product-quantised store
+    DIR/ledger-0-003.jsonl                   the segments of generation 0 that writer 003 has written, with checksums of their records
     DIR/segments-0/000017-003/segment.json   number of documents, ids that are deleted, checksums of the files beside it
                              /documents.array_record   id, title and text of each document, as JSON
                              /memories.array_record    its memory tokens, in the store's form (`forms.py`)
                              /keys.npy       [n, 2] uint64, hashes of the ids
+    DIR/store.lock, writer-003.lock, …       who is at work
 
 A segment is written by one process (003 is its number) and never changed. It counts when its segment.json is there, which is written
-last: a store that was interrupted goes on with the documents that it lacks. The order of the segments is the order of time: an id
-that comes again replaces the earlier document, an id that a later segment deletes is gone. `compact` writes what is left into the
-segments of the next generation and then changes the manifest, which makes it the one that counts.
+last: a store that was interrupted goes on with the documents that it lacks. The ledger tells what must be there. The order of the
+segments is the order of time: an id that comes again replaces the earlier document, an id that a later segment deletes is gone.
+`compact` writes what is left into the segments of the next generation and then changes the manifest, which makes it the one that counts.
 
 A document's *row* is its place in that order; it stays the same until `compact`. Ids are known by a 128-bit hash.
+
+All who add segments, or read a store at length (`index`, `quantise`, `truncate`), share store.lock; `delete` and `compact` hold it alone.
+Whoever does not get it is refused, and told who has it. What another has written in the meantime is read before anything is added.
 """
 
 import collections
+import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
-import io
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,10 +38,11 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
+from clara_jax import io
 from clara_jax.data.schemas import Document
 from clara_jax.memory import forms
 
-VERSION = 2
+VERSION = 3
 BLOCK = 4096  # documents that are read at once when a whole store is walked through
 _GROUP = 8192  # bytes that are compressed, checked and read together; a larger document stands alone
 _OPEN_FILES = 128
@@ -59,8 +65,11 @@ class Manifest:
     doc_max_length: tokens of a document, the rest was cut off.
     form: of the memory tokens (`forms.NAMES`).
     text: whether the documents' text is kept.
-    version: of this layout.
+    version: of this layout; 2 had no ledger.
     generation: of the segments that count.
+    parts: hashes of the weights by group, to say in what another compressor differs.
+    dtype: that they were computed in.
+    codebook: SHA-256 of codebook.npy.
   """
 
   compressor: str
@@ -71,11 +80,33 @@ class Manifest:
   text: bool = True
   version: int = VERSION
   generation: int = 0
+  parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  dtype: str = ""
+  codebook: str = ""
 
   @property
   def compression_rate(self) -> float:
     """Tokens of the longest document for each memory token."""
     return self.doc_max_length / self.num_memory_tokens
+
+  def same_compressor(self, other: "Manifest", directory: str) -> None:
+    """Refuses memory tokens of another compressor.
+
+    Args:
+      other: what a checkpoint would write.
+      directory: of the store, for the error.
+
+    Raises:
+      StoreError: saying what differs.
+    """
+    if self.compressor == other.compressor:
+      return
+    said = f"{directory}: the store was made by compressor {self.compressor}, this checkpoint's is {other.compressor}"
+    if self.dtype and other.dtype and self.dtype != other.dtype:
+      raise StoreError(f"{said}: it was computed in {self.dtype}, this one computes in {other.dtype}; name --dtype {self.dtype}, or make "
+                       "a store with this one")
+    differing = [name for name in other.parts if self.parts and self.parts.get(name) != other.parts[name]]
+    raise StoreError(said + (f": other weights in {', '.join(differing)}" if differing else ""))
 
 
 def read_manifest(directory: str) -> Manifest | None:
@@ -84,8 +115,8 @@ def read_manifest(directory: str) -> Manifest | None:
   return _read_manifest(file) if file.exists() else None
 
 
-def fingerprint(weights: dict[str, Any], groups: Sequence[str] = ("base", "memory_embedding", "compressor")) -> str:
-  """A content hash of groups of weights, by default of those that shape memory tokens."""
+def fingerprint(weights: dict[str, Any], groups: Sequence[str]) -> str:
+  """A content hash of groups of weights."""
   digest = hashlib.sha256()
   for group in groups:
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights[group]):
@@ -105,45 +136,59 @@ class MemoryStore:
 
   Args:
     directory: where it is.
-    manifest: what the store must hold, to create or extend it; None opens an existing store as it is.
+    manifest: what the store must hold, to create or extend it: it is locked for this writer until `close`. None opens an existing store
+      as it is; a change locks it for as long as the change takes.
     writer: number of this process among those that write at the same time.
     codebook: of a new product-quantised store.
     memory_tokens: m; opens an existing store to read the first m memory tokens of each document, as if it had no more.
+    damaged: opens an existing store without its segments, for `repair`.
 
   Raises:
-    StoreError: there is no store, or its manifest is another.
+    StoreError: there is no store, its manifest is another, segments of it are missing, or another process is at work on it.
   """
 
   def __init__(self, directory: str, manifest: Manifest | None = None, *, writer: int = 0,
-               codebook: forms.ProductQuantised | None = None, memory_tokens: int | None = None):
+               codebook: forms.ProductQuantised | None = None, memory_tokens: int | None = None, damaged: bool = False):
     self.directory = directory
-    self._folder, self._writer, self._lock = epath.Path(directory), writer, None
-    file = self._folder / "manifest.json"
-    if file.exists():
-      found = _read_manifest(file)
-      for field in dataclasses.fields(Manifest):
-        if manifest is not None and field.name != "generation" and getattr(found, field.name) != getattr(manifest, field.name):
-          raise StoreError(f"{directory}: the store has {field.name}={getattr(found, field.name)!r}, this run would write "
-                           f"{getattr(manifest, field.name)!r}; choose another --store")
-      manifest = found
-    elif manifest is None:
-      raise StoreError(f"{directory}: not a memory store (no manifest.json); make one with clara compress")
-    else:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      if codebook is not None:
-        _write(self._folder / "codebook.npy", codebook.to_bytes())
-      _write(file, json.dumps(dataclasses.asdict(manifest), indent=2).encode())
-    self.manifest = manifest
-    centres = (self._folder / "codebook.npy").read_bytes() if manifest.form == "pq" else None
-    self.form = forms.make(manifest.form, manifest.num_memory_tokens, manifest.width, centres)
-    self._whole = manifest.num_memory_tokens
-    if memory_tokens is not None:
-      if not 1 <= memory_tokens <= self._whole:
-        raise StoreError(f"{directory}: memory tokens {memory_tokens}: expected 1 to {self._whole}, which the store has")
-      self.form = self.form.first(memory_tokens)
-      self.manifest = dataclasses.replace(manifest, num_memory_tokens=memory_tokens)
+    self._folder, self._writer = epath.Path(directory), writer
+    self._locks: list[io.Lock] = []  # a name of one's own, a share in the store
+    self._alone = False
     self._readers: collections.OrderedDict[str, Any] = collections.OrderedDict()
-    self._read_segments()
+    file = self._folder / "manifest.json"
+    if manifest is not None:
+      if "://" in directory:
+        raise StoreError(f"{directory}: a store is written to a local or mounted directory")
+      os.makedirs(directory, exist_ok=True)
+      self._locks = self._lock()
+    try:
+      if file.exists():
+        found = _read_manifest(file)
+        if manifest is not None:
+          _same(found, manifest, directory)
+        manifest = found
+      elif manifest is None:
+        raise StoreError(f"{directory}: not a memory store (no manifest.json); make one with clara compress")
+      else:
+        (self._folder / f"segments-{manifest.generation}").mkdir(exist_ok=True)
+        centres = codebook.to_bytes() if codebook is not None else b""
+        if codebook is not None:
+          io.write(self._folder / "codebook.npy", centres)
+        manifest = dataclasses.replace(manifest, codebook=hashlib.sha256(centres).hexdigest() if codebook is not None else "")
+        _write_manifest(file, manifest)
+      centres = self._codebook(manifest)
+      self.form = forms.make(manifest.form, manifest.num_memory_tokens, manifest.width, centres)
+      self.manifest = manifest
+      self._whole = manifest.num_memory_tokens
+      if memory_tokens is not None:
+        if not 1 <= memory_tokens <= self._whole:
+          raise StoreError(f"{directory}: memory tokens {memory_tokens}: expected 1 to {self._whole}, which the store has")
+        self.form = self.form.first(memory_tokens)
+        self.manifest = dataclasses.replace(manifest, num_memory_tokens=memory_tokens)
+      if not damaged:
+        self._read_segments()
+    except BaseException:
+      self.close()
+      raise
 
   def __reduce__(self):  # opened again in worker processes
     m = self.manifest.num_memory_tokens
@@ -240,16 +285,17 @@ class MemoryStore:
     return MemoryLookup(self)
 
   def verify(self) -> dict[str, int]:
-    """Reads everything once: checksums, counts, ids.
+    """Reads everything once: the ledgers, checksums, counts, ids.
 
     Raises:
-      StoreError: naming the file that is damaged.
+      StoreError: naming the file that is damaged or missing.
     """
+    if self.manifest.version > 2:
+      for writer in sorted({int(s.folder.name.split("-")[1]) for s in self._segments}):
+        if not (ledger := self._segment_folder().ledger(writer)).exists():
+          raise StoreError(f"{ledger}: is missing: whether all segments of writer {writer} are there cannot be told")
     for segment in self._segments:
-      record = json.loads((segment.folder / "segment.json").read_text())
-      for name, expected in record["checksums"].items():
-        if (found := _checksum(segment.folder / name)) != expected:
-          raise StoreError(f"{segment.folder / name}: its checksum is {found}, expected {expected}")
+      segment.verify()
     for start in range(0, len(self), BLOCK):
       rows = self.rows[start:start + BLOCK]
       ids = [d.id for d in self.documents(rows)]
@@ -273,10 +319,11 @@ class MemoryStore:
     Raises:
       StoreError: an id is there already, or another process writes with this writer's number.
     """
-    there = np.flatnonzero(self.locate([d.id for d in documents]) >= 0)
-    if len(there):
-      raise StoreError(f"{self.directory}: the id {documents[there[0]].id!r} is there already; upsert replaces a document")
-    return self.upsert(documents, memories)
+    with self._writing():
+      there = np.flatnonzero(self.locate([d.id for d in documents]) >= 0)
+      if len(there):
+        raise StoreError(f"{self.directory}: the id {documents[there[0]].id!r} is there already; upsert replaces a document")
+      return self.upsert(documents, memories)
 
   def upsert(self, documents: Sequence[Document], memories: np.ndarray) -> np.ndarray:
     """As `append`; an id that is there is replaced."""
@@ -293,43 +340,96 @@ class MemoryStore:
       raise StoreError(f"{self.directory}: an id comes twice in one call")
     if not self.manifest.text:
       documents = [dataclasses.replace(d, text="") for d in documents]
-    records = (json.dumps(dataclasses.asdict(d), ensure_ascii=False).encode() for d in documents)
-    return self._write_segment(records, codes, keys_of(d.id for d in documents))
+    records = [json.dumps(dataclasses.asdict(d), ensure_ascii=False).encode() for d in documents]
+    with self._writing():
+      return self._write_segment(records, codes, keys_of(d.id for d in documents))
 
   def delete(self, ids: Iterable[str]) -> int:
     """Deletes documents; returns how many there were. The files shrink with `compact`."""
     ids = list(dict.fromkeys(ids))
-    there = [i for i, row in zip(ids, self.locate(ids), strict=True) if row >= 0]
-    if there:
-      self._write_segment((), np.zeros((0, self.form.nbytes), np.uint8), keys_of(()), deleted=there)
+    with self._writing(alone=True):
+      there = [i for i, row in zip(ids, self.locate(ids), strict=True) if row >= 0]
+      if there:
+        self._write_segment((), np.zeros((0, self.form.nbytes), np.uint8), keys_of(()), deleted=there)
     return len(there)
 
   def compact(self, segment_size: int = BLOCK) -> None:
     """Writes the documents that are left, in order, into new segments, and removes the old ones. Rows are counted anew.
 
-    No other process may write; one that reads has to open the store again.
+    A process that reads the store has to open it again.
+
+    Raises:
+      StoreError: another process writes, or reads at length; says which.
     """
-    self._check_whole()
-    old, rows = self._segments_folder(), self.rows
-    new = Manifest(**{**dataclasses.asdict(self.manifest), "generation": self.manifest.generation + 1})
-    target = _Folder(self._segments_folder(new.generation), self._writer)
-    if target.path.exists():
-      shutil.rmtree(os.fspath(target.path))  # of a compaction that was stopped
-    for start in range(0, len(rows), segment_size):
-      chosen = rows[start:start + segment_size]
-      records = [json.dumps(dataclasses.asdict(d), ensure_ascii=False).encode() for d in self.documents(chosen)]
-      target.write(records, self.codes(chosen), keys_of(json.loads(r)["id"] for r in records))
-    target.path.mkdir(parents=True, exist_ok=True)
-    _write(self._folder / "manifest.json", json.dumps(dataclasses.asdict(new), indent=2).encode())
-    self.manifest = new
-    self._close_readers()
-    shutil.rmtree(os.fspath(old), ignore_errors=True)
-    self._read_segments()
+    with self._writing(alone=True):
+      rows = self.rows
+      new = dataclasses.replace(self.manifest, generation=self.manifest.generation + 1, version=VERSION)
+      self._remove_other_generations()
+      target = self._segment_folder(new.generation)
+      target.path.mkdir()
+      target.begin()
+      for start in range(0, len(rows), segment_size):
+        chosen = rows[start:start + segment_size]
+        records = [json.dumps(dataclasses.asdict(d), ensure_ascii=False).encode() for d in self.documents(chosen)]
+        target.write(records, self.codes(chosen), keys_of(json.loads(r)["id"] for r in records))
+      _write_manifest(self._folder / "manifest.json", new)
+      self.manifest = new
+      self._close_readers()
+      self._remove_other_generations()
+      self._read_segments()
+
+  def repair(self) -> dict[str, int]:
+    """Moves segments that are damaged to DIR/damaged and takes those that are missing off the ledger, so that their documents can be
+    compressed again. A document that such a segment deleted is back, one that it replaced is the earlier one.
+
+    Returns:
+      `lost`: documents of these segments; `segments`: how many they were.
+    """
+    with self._writing(alone=True, damaged=True):
+      folder = self._segment_folder()
+      lost = segments = 0
+      for entry, problem in folder.problems():
+        print(f"store repair: {problem}", file=sys.stderr, flush=True)
+        lost, segments = lost + entry.documents, segments + 1
+        if entry.folder.exists():
+          aside = self._folder / "damaged"
+          aside.mkdir(exist_ok=True)
+          shutil.move(os.fspath(entry.folder), os.fspath(aside / f"{entry.folder.name}-{int(time.time())}"))
+      self._close_readers()
+      folder.rewrite_ledgers()
+      self._read_segments()
+    return {"lost": lost, "segments": segments}
+
+  @contextlib.contextmanager
+  def reading(self, name: str, what: str) -> Iterator[None]:
+    """Keeps others from compacting or deleting, for a reader that takes long; it first reads what was written meanwhile.
+
+    Args:
+      name: of the reader; two of one name do not work at the same time.
+      what: another of this name does, for the error.
+
+    Raises:
+      StoreError: another process compacts, or reads under this name.
+    """
+    locks = self._lock(f"{name}.lock", f"{self.directory}: another process {what}")
+    try:
+      self._refresh()
+      yield
+    finally:
+      for lock in locks:
+        lock.release()
 
   # ---- files -----------------------------------------------------------------------------------------------------------------
 
-  def _segments_folder(self, generation: int | None = None) -> Any:
-    return self._folder / f"segments-{self.manifest.generation if generation is None else generation}"
+  def _segment_folder(self, generation: int | None = None) -> "_Folder":
+    return _Folder(self._folder, self.manifest.generation if generation is None else generation, self._writer, self.manifest.version)
+
+  def _remove_other_generations(self) -> None:
+    """What a compaction left that was stopped, or has left behind."""
+    for path in self._folder.iterdir():
+      kind, *rest = path.name.removesuffix(".jsonl").split("-")
+      if kind in ("segments", "ledger") and rest and rest[0] != str(self.manifest.generation):
+        shutil.rmtree(os.fspath(path)) if path.is_dir() else path.unlink()
 
   def _read_segments(self) -> None:
     self._segments: list[_Segment] = []
@@ -337,12 +437,94 @@ class MemoryStore:
     self._end, self._rows = 0, None
     self._keys = _Keys()
     keys, rows = [], []
-    for segment in _Folder(self._segments_folder(), self._writer).segments():
+    for segment in self._segment_folder().segments():
       more_keys, more_rows = self._add(segment)
       keys.append(more_keys)
       rows.append(more_rows)
     if keys:
       self._keys.put(np.concatenate(keys), np.concatenate(rows))
+
+  def _refresh(self) -> None:
+    """Takes in what others have written since this store was opened."""
+    found = _read_manifest(self._folder / "manifest.json")
+    if found.generation != self.manifest.generation or self._segment_folder().names() != [s.folder.name for s in self._segments]:
+      self._close_readers()
+      self.manifest = dataclasses.replace(self.manifest, generation=found.generation, version=found.version)
+      self._read_segments()
+
+  def _codebook(self, manifest: Manifest) -> bytes | None:
+    if manifest.form != "pq":
+      return None
+    file = self._folder / "codebook.npy"
+    try:
+      content = file.read_bytes()
+    except OSError as error:
+      raise StoreError(f"{file}: not readable: {error.strerror}") from None
+    if manifest.codebook and (found := hashlib.sha256(content).hexdigest()) != manifest.codebook:
+      raise StoreError(f"{file}: its checksum is {found}, expected {manifest.codebook}")
+    return content
+
+  # ---- locks -----------------------------------------------------------------------------------------------------------------
+
+  def _lock(self, name: str | None = None, what: str = "") -> list[io.Lock]:
+    """A name of one's own, and a share in the store."""
+    name = name or f"writer-{self._writer:03}.lock"
+    what = what or f"{self.directory}: another process writes to this store with this number; give each a --process of its own"
+    try:
+      own = io.Lock(self._folder / name)
+    except io.LockedError as error:
+      raise StoreError(f"{what} ({error})") from None
+    try:
+      return [own, io.Lock(self._folder / "store.lock", shared=True)]
+    except io.LockedError as error:
+      own.release()
+      raise StoreError(f"{self.directory}: the store is being changed ({error}); try again when that has ended") from None
+
+  @contextlib.contextmanager
+  def _writing(self, alone: bool = False, damaged: bool = False) -> Iterator[None]:
+    """Around every change: locked, and with what others have written. `damaged`: what is there need not be whole."""
+    if self.manifest.num_memory_tokens < self._whole:
+      raise StoreError(f"{self.directory}: opened for the first {self.manifest.num_memory_tokens} of {self._whole} memory tokens, to read")
+    if "://" in self.directory:
+      raise StoreError(f"{self.directory}: a store is written to a local or mounted directory")
+    if self._alone or self._locks and not alone:
+      yield
+      return
+    if kept := bool(self._locks):
+      own, shared = self._locks
+    else:
+      busy = f"{self.directory}: another process is at work on this store" if alone else ""
+      own, shared = self._locks = self._lock(what=busy)
+    exclusive = None
+    try:
+      if alone:
+        shared.release()
+        try:
+          exclusive = io.Lock(self._folder / "store.lock")
+        except io.LockedError as error:
+          others = [who for f in sorted(self._folder.glob("*.lock"), key=lambda f: f.name)
+                    if f.name != os.path.basename(own.path) and (who := io.holder(f))]
+          raise StoreError(f"{self.directory}: another process is at work on this store ({'; '.join(others) or error}); try again when "
+                           "that has ended") from None
+        self._alone = True
+      if (alone or not kept) and not damaged:
+        self._refresh()
+      if self.manifest.version < VERSION:
+        self._segment_folder().rewrite_ledgers()
+        self.manifest = dataclasses.replace(self.manifest, version=VERSION)
+        _write_manifest(self._folder / "manifest.json", self.manifest)
+      yield
+    finally:
+      if exclusive is not None:
+        exclusive.release()
+        self._alone = False
+      if not kept:
+        self._locks = []
+        own.release()
+        shared.release()
+      elif alone:
+        self._locks = [own, io.Lock(self._folder / "store.lock", shared=True, wait=True)]
+        self._refresh()
 
   def _add(self, segment: "_Segment") -> tuple[np.ndarray, np.ndarray]:
     """Takes a segment in; returns its keys with their rows, -1 for deleted ones."""
@@ -355,17 +537,9 @@ class MemoryStore:
             np.concatenate([np.full(len(segment.deleted), -1), rows]))
 
   def _write_segment(self, records: Iterable[bytes], codes: np.ndarray, keys: np.ndarray, deleted: Sequence[str] = ()) -> np.ndarray:
-    self._check_whole()
-    if self._lock is None:
-      self._lock = _lock(self._folder / f"writer-{self._writer:03}.lock")
-    folder = _Folder(self._segments_folder(), self._writer)
-    changed = self._add(folder.write(records, codes, keys, deleted))
+    changed = self._add(self._segment_folder().write(records, codes, keys, deleted))
     self._keys.put(*changed)
     return changed[1][len(deleted):]
-
-  def _check_whole(self) -> None:
-    if self.manifest.num_memory_tokens < self._whole:
-      raise StoreError(f"{self.directory}: opened for the first {self.manifest.num_memory_tokens} of {self._whole} memory tokens, to read")
 
   def _parts(self, rows: np.ndarray) -> Iterator[tuple["_Segment", np.ndarray, np.ndarray]]:
     """Groups rows by segment: (segment, places among `rows`, rows within the segment)."""
@@ -398,9 +572,9 @@ class MemoryStore:
   def close(self) -> None:
     """Closes the files and lets another process write with this number."""
     self._close_readers()
-    if self._lock is not None:
-      self._lock.close()
-      self._lock = None
+    for lock in self._locks:
+      lock.release()
+    self._locks = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,55 +582,160 @@ class _Segment:
   folder: Any
   documents: int
   deleted: tuple[str, ...] = ()
+  checksums: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def keys(self) -> np.ndarray:
     if not self.documents:
       return keys_of(())
     path = self.folder / _FILES[2]
     try:
+      self._check(_FILES[2])
       keys = np.load(os.fspath(path))
     except (OSError, ValueError) as error:
-      raise StoreError(f"{path}: not readable: {error}") from None
+      raise StoreError(str(error) if isinstance(error, StoreError) else f"{path}: not readable: {error}") from None
     if keys.shape != (self.documents, 2):
       raise StoreError(f"{path}: expected shape {(self.documents, 2)}, got {keys.shape}")
     return keys
 
+  def verify(self) -> None:
+    for name in self.checksums:
+      self._check(name)
+
+  def _check(self, name: str) -> None:
+    try:
+      found = io.checksum(self.folder / name)
+    except OSError as error:
+      raise StoreError(f"{self.folder / name}: not readable: {error.strerror}") from None
+    if found != self.checksums[name]:
+      raise StoreError(f"{self.folder / name}: its checksum is {found}, expected {self.checksums[name]}")
+
 
 @dataclasses.dataclass(frozen=True)
 class _Folder:
-  """The segments of one generation."""
+  """The segments of one generation, and the ledgers that say which there are."""
 
-  path: Any
+  store: Any
+  generation: int
   writer: int
+  version: int = VERSION
 
-  def segments(self) -> list[_Segment]:
-    """Those that count, in the order of time."""
+  @property
+  def path(self) -> Any:
+    return self.store / f"segments-{self.generation}"
+
+  def ledger(self, writer: int) -> Any:
+    return self.store / f"ledger-{self.generation}-{writer:03}.jsonl"
+
+  def names(self) -> list[str]:
+    """Of the segments that are there, in the order of time."""
     if not self.path.exists():
       return []
-    found = []
-    for folder in sorted(self.path.iterdir(), key=lambda f: f.name):
-      record = folder / "segment.json"
-      if record.exists():
-        values = json.loads(record.read_text())
-        found.append(_Segment(folder, values["documents"], tuple(values["deleted"])))
+    return sorted(f.name for f in self.path.iterdir() if (f / "segment.json").exists())
+
+  def segments(self) -> list[_Segment]:
+    """Those that count, in the order of time.
+
+    Raises:
+      StoreError: one is missing or its record is damaged.
+    """
+    if self.version > 2 and not self.path.exists():
+      raise StoreError(f"{self.path}: is missing, with all documents of this store")
+    entries = self._entries()
+    names = self.names()
+    for name in sorted(set(entries) - set(names)):
+      raise StoreError(f"{self.path / name}: is missing: {entries[name]['documents']} documents of this store are gone; clara store repair "
+                       "takes it off the books, so that they can be compressed again")
+    return [self._read(name, entries.get(name)) for name in names]
+
+  def problems(self) -> Iterator[tuple[_Segment, str]]:
+    """Segments that are missing or damaged, and what is wrong with them."""
+    self.path.mkdir(exist_ok=True)
+    entries = self._entries(damaged=True)
+    for name in sorted({*entries, *self.names()}):
+      count = entries.get(name, {}).get("documents", 0)
+      try:
+        if not (self.path / name / "segment.json").exists():
+          raise StoreError(f"{self.path / name}: is missing")
+        self._read(name, entries.get(name)).verify()
+      except StoreError as error:
+        yield _Segment(self.path / name, count), str(error)
+
+  def rewrite_ledgers(self) -> None:
+    """From the segments that are there."""
+    lines: dict[int, list[bytes]] = {}
+    for name in self.names():
+      segment = self._read(name, None)
+      lines.setdefault(int(name.split("-")[1]), []).append(self._entry(segment, io.checksum(self.path / name / "segment.json")))
+    for file in self.store.glob(f"ledger-{self.generation}-*.jsonl"):
+      if int(file.name.removesuffix(".jsonl").split("-")[2]) not in lines:
+        file.unlink()
+    for writer, entries in lines.items():
+      io.write(self.ledger(writer), b"".join(entries))
+
+  def _entries(self, damaged: bool = False) -> dict[str, dict[str, Any]]:
+    """What the ledgers say, by segment. A line that a kill has cut tells of a segment that may be there or not."""
+    found = {}
+    for file in self.store.glob(f"ledger-{self.generation}-*.jsonl"):
+      for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+        try:
+          entry = io.unsealed(line)
+          found[entry["segment"]] = entry
+        except (io.DamagedError, ValueError) as error:
+          if not damaged:
+            raise StoreError(f"{file}:{number}: the ledger is damaged ({error}); clara store repair writes it anew from what is there"
+                             ) from None
     return found
+
+  def _read(self, name: str, entry: Mapping[str, Any] | None) -> _Segment:
+    file = self.path / name / "segment.json"
+    content = file.read_bytes()
+    try:
+      if entry is not None and hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise io.DamagedError("is not what the ledger says")
+      values = io.unsealed(content) if self.version > 2 and (entry is None or io.is_sealed(content)) else json.loads(content)
+      return _Segment(file.parent, values["documents"], tuple(values["deleted"]), values["checksums"])
+    except (ValueError, KeyError, TypeError) as error:
+      raise StoreError(f"{file}: damaged: {error}") from None
+
+  def _entry(self, segment: _Segment, sha256: str) -> bytes:
+    return io.sealed({"segment": segment.folder.name, "documents": segment.documents, "deleted": len(segment.deleted), "sha256": sha256})
+
+  def begin(self) -> None:
+    """The ledger is there before the first segment."""
+    ledger = self.ledger(self.writer)
+    if ledger.exists():
+      io.cut_back(os.fspath(ledger))
+    else:
+      io.write(ledger, b"")
 
   def write(self, records: Iterable[bytes], codes: np.ndarray, keys: np.ndarray, deleted: Sequence[str] = ()) -> _Segment:
     """One more segment."""
-    numbers = [int(f.name.split("-")[0]) for f in self.path.iterdir() if (f / "segment.json").exists()] if self.path.exists() else []
+    self.begin()
+    numbers = [int(name.split("-")[0]) for name in self.names()]
     folder = self.path / f"{max(numbers, default=-1) + 1:06}-{self.writer:03}"
     if folder.exists():
       shutil.rmtree(os.fspath(folder))  # its segment.json was never written
     folder.mkdir(parents=True)
-    checksums = {}
-    if len(codes):
-      _write_records(folder / _FILES[0], records, 1)
-      _write_records(folder / _FILES[1], (code.tobytes() for code in codes), max(1, _GROUP // codes.shape[1]))
-      np.save(os.fspath(folder / _FILES[2]), keys)
-      checksums = {name: _checksum(folder / name) for name in _FILES}
-    record = {"documents": len(codes), "deleted": list(deleted), "checksums": checksums}
-    _write(folder / "segment.json", json.dumps(record).encode())
-    return _Segment(folder, len(codes), tuple(deleted))
+    try:
+      checksums = {}
+      if len(codes):
+        _write_records(folder / _FILES[0], records, 1)
+        _write_records(folder / _FILES[1], (code.tobytes() for code in codes), max(1, _GROUP // codes.shape[1]))
+        np.save(os.fspath(folder / _FILES[2]), keys)
+        checksums = {name: io.checksum(folder / name) for name in _FILES}
+      content = io.sealed({"documents": len(codes), "deleted": list(deleted), "checksums": checksums})
+      segment = _Segment(folder, len(codes), tuple(deleted), checksums)
+      entry = self._entry(segment, hashlib.sha256(content).hexdigest())
+      io.write(folder / "segment.json", content)
+    except BaseException:
+      shutil.rmtree(os.fspath(folder), ignore_errors=True)
+      raise
+    descriptor = os.open(os.fspath(self.ledger(self.writer)), os.O_WRONLY | os.O_APPEND)
+    try:
+      io.append(descriptor, entry)
+    finally:
+      os.close(descriptor)
+    return segment
 
 
 class _Keys:
@@ -551,36 +830,40 @@ class MemoryLookup:
 
 
 def _read_manifest(file: Any) -> Manifest:
-  values = json.loads(file.read_text())
-  if values.get("version") != VERSION:
-    raise StoreError(f"{file}: a store of version {values.get('version')}, expected {VERSION}; compress the corpus again")
-  return Manifest(**values)
+  content = file.read_bytes()
+  try:
+    values = io.unsealed(content) if io.is_sealed(content) else json.loads(content)
+    version = values.get("version")
+    if version == VERSION and not io.is_sealed(content):
+      raise io.DamagedError("has no checksum at its end")
+  except (ValueError, AttributeError) as error:
+    raise StoreError(f"{file}: damaged: {error}") from None
+  if version not in (2, VERSION):
+    raise StoreError(f"{file}: a store of version {version}, expected {VERSION}; compress the corpus again")
+  try:
+    return Manifest(**values)
+  except TypeError as error:
+    raise StoreError(f"{file}: damaged: {error}") from None
+
+
+def _write_manifest(file: Any, manifest: Manifest) -> None:
+  io.write(file, io.sealed(dataclasses.asdict(manifest)))
+
+
+def _same(found: Manifest, wanted: Manifest, directory: str) -> None:
+  """Refuses to extend a store with what another run would write."""
+  found.same_compressor(wanted, directory)
+  for name in ("num_memory_tokens", "width", "doc_max_length", "form", "text"):
+    if getattr(found, name) != getattr(wanted, name):
+      raise StoreError(f"{directory}: the store has {name}={getattr(found, name)!r}, this run would write {getattr(wanted, name)!r}; "
+                       "choose another --store")
 
 
 def _write_records(path: Any, records: Iterable[bytes], group: int) -> None:
   writer = array_record_module.ArrayRecordWriter(os.fspath(path), f"group_size:{group},zstd:3")
-  for record in records:
-    writer.write(record)
-  writer.close()
-
-
-def _checksum(path: Any) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(file: Any, content: bytes) -> None:
-  part = file.parent / f"{file.name}.{uuid.uuid4().hex}.part"
-  part.write_bytes(content)
-  part.replace(file)
-
-
-def _lock(path: Any) -> io.IOBase:
-  """Held until the file is closed or its process ends, however it ends."""
-  file = open(os.fspath(path), "ab")
   try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    file.close()
-    raise StoreError(f"{path}: another process writes to this store with this number; give each a --process of its own") from None
-  return file
+    for record in records:
+      writer.write(record)
+    writer.close()
+  except RuntimeError as error:  # of a full disk, say
+    raise OSError(f"{path}: {error}") from None

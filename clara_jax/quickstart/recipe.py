@@ -217,8 +217,7 @@ def run(workdir: str, *, from_scratch: bool = False, seed: int = 0, sizes: Sizes
   start = time.monotonic()
   memory_store = MemoryStore(store)
   kind = "scann" if index_lib.available("scann") else "exact"
-  index = index_lib.build(kind, memory_store)
-  index_lib.save(index, kind, memory_store)
+  index, _ = index_lib.update(memory_store, kind)
   stages.seconds["index"] = round(time.monotonic() - start, 1)
   answerer = Answerer(after.model, after.layout, after.weights, memory_store, index=index, max_new_tokens=4)
   shown = [r for r in world.question_rows(1, True, 40, seed=7)]

@@ -1,18 +1,22 @@
 """Search behind one protocol: unit vectors in, the store's rows and cosines out.
 
 Vectors are flattened memory tokens, normalised; the inner product is then the score of the paper (Eq. 3.1). An index lies beside its
-store, in DIR/index, and says of which rows it is.
+store and says of which rows it is:
+
+    DIR/index/index.json      kind, settings, a digest of the rows, the folder of its files with their checksums
+             /000003/         that folder; a new index gets the next one, and counts when index.json names it
 """
 
 import hashlib
 import importlib.util
 import json
 import shutil
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 
+from clara_jax import io
 from clara_jax.memory.store import MemoryStore
 
 KINDS = ("exact", "scann")
@@ -115,21 +119,46 @@ def _build(kind: str, store: MemoryStore, projection) -> Index:
 
 
 def save(index: Index, kind: str, store: MemoryStore, dimensions: int | None = None) -> None:
-  """Saves an index beside its store; `store` is opened for the memory tokens that it searches (`MemoryStore.first`)."""
-  folder = epath.Path(store.directory) / FOLDER
-  if folder.exists():
-    shutil.rmtree(str(folder))
-  folder.mkdir(parents=True)
-  index.save(str(folder))
-  (folder / "index.json").write_text(json.dumps({
-      "kind": kind, "dimensions": dimensions, "memory_tokens": store.manifest.num_memory_tokens, "documents": len(index),
-      "generation": store.manifest.generation,
-      "rows": _digest(index.rows)}))
+  """Saves an index beside its store, in the place of the one that is there; `store` is opened for the memory tokens that it searches
+  (`MemoryStore.first`)."""
+  top = epath.Path(store.directory) / FOLDER
+  top.mkdir(exist_ok=True)
+  number = max((int(f.name) for f in top.iterdir() if f.name.isdigit()), default=-1) + 1
+  folder = top / f"{number:06}"
+  folder.mkdir()
+  try:
+    index.save(str(folder))
+    files = sorted(f for f in folder.iterdir() if not f.is_dir())
+    io.write(top / "index.json", json.dumps({
+        "kind": kind, "dimensions": dimensions, "memory_tokens": store.manifest.num_memory_tokens, "documents": len(index),
+        "generation": store.manifest.generation, "rows": _digest(index.rows), "folder": folder.name,
+        "checksums": {f.name: io.checksum(f) for f in files}}))
+  except BaseException:
+    shutil.rmtree(str(folder), ignore_errors=True)
+    raise
+  for old in top.iterdir():
+    if old.name not in ("index.json", folder.name):
+      shutil.rmtree(str(old), ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
 
 
 def saved_bytes(store: str) -> int:
   """Size of the saved index on disk."""
-  return sum(file.stat().length for file in (epath.Path(store) / FOLDER).iterdir())
+  return sum(file.stat().length for folder in [epath.Path(store) / FOLDER, *(epath.Path(store) / FOLDER).iterdir()] if folder.is_dir()
+             for file in folder.iterdir() if not file.is_dir())
+
+
+def _files(store: MemoryStore, saved: dict) -> str:
+  """The folder of a saved index, whole.
+
+  Raises:
+    MissingIndexError: naming the file that is damaged.
+  """
+  folder = epath.Path(store.directory) / FOLDER / saved.get("folder", ".")
+  for name, expected in saved.get("checksums", {}).items():
+    file = folder / name
+    if not file.exists() or io.checksum(file) != expected:
+      raise MissingIndexError(f"{file}: is {'damaged' if file.exists() else 'missing'}; run clara index again")
+  return str(folder)
 
 
 def load(store: MemoryStore) -> Index:
@@ -165,7 +194,7 @@ def saved_settings(store: MemoryStore) -> dict:
 
 def _load(store: MemoryStore, saved: dict) -> Index:
   store = store.first(saved["memory_tokens"])
-  folder = str(epath.Path(store.directory) / FOLDER)
+  folder = _files(store, saved)
   projection = None
   if saved["dimensions"] is not None:
     from clara_jax.retrieval import projection as projections
@@ -178,8 +207,24 @@ def _load(store: MemoryStore, saved: dict) -> Index:
   return index if projection is None else projections.ProjectedIndex(index, projection, _vectors_of(store))
 
 
+def update(store: MemoryStore, kind: str, dimensions: int | None = None) -> tuple[Index, int]:
+  """Brings the saved index up to date, or builds it, and saves it; nobody else changes the store meanwhile.
+
+  Returns:
+    (index, number of documents that were added or removed; all of them for a new one).
+
+  Raises:
+    StoreError: another process is at it, or compacts the store.
+    MissingIndexError, ConfigError: see `build`.
+  """
+  with store.reading("index", "builds its index"):
+    built, changed = bring_up_to_date(kind, store, dimensions)
+    save(built, kind, store, dimensions)
+  return built, changed
+
+
 def bring_up_to_date(kind: str, store: MemoryStore, dimensions: int | None = None) -> tuple[Index, int]:
-  """The saved index with the store's changes, or a new one where there is none or much has changed.
+  """The saved index with the store's changes, or a new one where there is none, it is damaged, or much has changed.
 
   Returns:
     (index, number of documents that were added or removed; all of them for a new one).
@@ -189,7 +234,10 @@ def bring_up_to_date(kind: str, store: MemoryStore, dimensions: int | None = Non
       kind, dimensions, store.manifest.num_memory_tokens, store.manifest.generation)
   if not like or kind == "exact":
     return build(kind, store, dimensions), len(store)
-  index = _load(store, saved)
+  try:
+    index = _load(store, saved)
+  except MissingIndexError:
+    return build(kind, store, dimensions), len(store)
   gone, new = np.setdiff1d(index.rows, store.rows), np.setdiff1d(store.rows, index.rows)
   if len(gone) + len(new) > CHANGED * len(store):
     return build(kind, store, dimensions), len(store)
@@ -200,12 +248,18 @@ def bring_up_to_date(kind: str, store: MemoryStore, dimensions: int | None = Non
   return index, len(gone) + len(new)
 
 
-def _saved(store: MemoryStore) -> dict | None:
+def _saved(store: MemoryStore) -> dict[str, Any] | None:
+  """What index.json says; None where there is none, or it is damaged: an index can be made again."""
   file = epath.Path(store.directory) / FOLDER / "index.json"
   if not file.exists():
     return None
   # An index of before there were fewer memory tokens than all has no field of them.
-  return {"memory_tokens": store.whole.num_memory_tokens, **json.loads(file.read_text())}
+  saved = {"memory_tokens": store.whole.num_memory_tokens}
+  try:
+    saved |= json.loads(file.read_text())
+  except (ValueError, TypeError):
+    return None
+  return saved if {"kind", "dimensions", "documents", "generation", "rows"} <= saved.keys() else None
 
 
 def _digest(rows: np.ndarray) -> str:

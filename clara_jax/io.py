@@ -1,0 +1,197 @@
+"""Files that can be relied upon: whole or not there, with checksums, and locked while somebody writes.
+
+Nothing here waits for the disk (fsync): what is promised holds when processes end, however they end, not when the power does.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_SUM = '"sum": "'
+_SUM_LENGTH = 16
+
+
+class DamagedError(ValueError):
+  """A line is not what was written."""
+
+
+class LockedError(OSError):
+  """Somebody else holds a lock; the message says who."""
+
+
+def write(file: Any, content: bytes | str) -> None:
+  """Writes a file (a path of `pathlib` or `epath`) beside its name and renames it: it is there as a whole, or as it was before."""
+  content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+  part = file.parent / f"{file.name}.{uuid.uuid4().hex}.part"
+  try:
+    part.write_bytes(content)
+    part.replace(file)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      part.unlink(missing_ok=True)
+    raise
+
+
+def checksum(file: Any) -> str:
+  """SHA-256 of a file."""
+  with file.open("rb") as opened:
+    return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+# ---- lines of JSON, each with its own checksum ---------------------------------------------------------------------------------
+
+
+def sealed(value: Mapping[str, Any]) -> bytes:
+  """A JSON object as one line, its checksum as its last field."""
+  text = json.dumps(dict(value), ensure_ascii=False).encode("utf-8", "replace")
+  comma = b", " if len(text) > 2 else b""
+  return text[:-1] + comma + f'{_SUM}{_digest(text)}"}}\n'.encode()
+
+
+def unsealed(line: bytes) -> dict[str, Any]:
+  """What `sealed` was given.
+
+  Raises:
+    DamagedError: the line has no checksum, or another.
+  """
+  line = line.rstrip(b"\n")
+  end = len(line) - len(_SUM) - _SUM_LENGTH - 2
+  if end < 1 or line[end:end + len(_SUM)] != _SUM.encode():
+    raise DamagedError("has no checksum at its end")
+  text = line[:end].removesuffix(b", ") + b"}"
+  if line[end + len(_SUM):] != f'{_digest(text)}"}}'.encode():
+    raise DamagedError("its checksum does not fit")
+  return json.loads(text)
+
+
+def is_sealed(line: bytes) -> bool:
+  """Whether a line ends with a checksum, right or wrong."""
+  line = line.rstrip(b"\n")
+  return line[-len(_SUM) - _SUM_LENGTH - 2:].startswith(_SUM.encode())
+
+
+def _digest(text: bytes) -> str:
+  return hashlib.blake2b(text, digest_size=_SUM_LENGTH // 2).hexdigest()
+
+
+def append(descriptor: int, data: bytes) -> None:
+  """Appends to a file that was opened with O_APPEND, all or nothing: what a full disk cut is cut back."""
+  end = os.fstat(descriptor).st_size
+  rest = memoryview(data)
+  try:
+    while rest:
+      rest = rest[os.write(descriptor, rest):]
+  except BaseException:
+    os.ftruncate(descriptor, end)
+    raise
+
+
+def cut_back(path: str) -> None:
+  """Removes the line at a file's end that a kill has cut."""
+  with open(path, "rb+") as file:
+    end = file.seek(0, os.SEEK_END)
+    while end:
+      start = max(0, end - 65536)
+      file.seek(start)
+      if (found := file.read(end - start).rfind(b"\n")) >= 0:
+        end = start + found + 1
+        break
+      end = start
+    file.truncate(end)
+
+
+# ---- locks ---------------------------------------------------------------------------------------------------------------------
+
+
+class Lock:
+  """A lock on a file, held until it is released or its process ends, however it ends. It works among the processes of one machine, and
+  among machines where their common file system has flock.
+
+  Args:
+    path: of the file; it says who holds it and is left there.
+    shared: whether others may hold it, too, if they also share it.
+    wait: until it can be had.
+
+  Raises:
+    LockedError: another holds it; says who.
+  """
+
+  def __init__(self, path: Any, shared: bool = False, wait: bool = False):
+    self.path, self._shared = os.fspath(path), shared
+    self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+      fcntl.flock(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+      told = _told(self._descriptor)
+      os.close(self._descriptor)
+      self._descriptor = -1
+      if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+        raise
+      raise LockedError(told) from None
+    if not shared:
+      self._tell()
+
+  def _tell(self) -> None:
+    since = datetime.datetime.now().isoformat(" ", "seconds")
+    command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])[:120]
+    told = f"process {os.getpid()} on {socket.gethostname()}, since {since}: {command}\n"
+    os.ftruncate(self._descriptor, 0)
+    os.pwrite(self._descriptor, told.encode("utf-8", "replace"), 0)
+
+  def release(self) -> None:
+    """Lets others have it."""
+    if self._descriptor >= 0:
+      if not self._shared:
+        with contextlib.suppress(OSError):
+          os.ftruncate(self._descriptor, 0)
+      os.close(self._descriptor)
+      self._descriptor = -1
+
+  def __enter__(self) -> "Lock":
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.release()
+
+  def __del__(self):
+    if getattr(self, "_descriptor", -1) >= 0:
+      os.close(self._descriptor)
+
+
+def holder(path: Any) -> str | None:
+  """Who holds the lock on a file, None where nobody does."""
+  try:
+    descriptor = os.open(os.fspath(path), os.O_RDONLY)
+  except FileNotFoundError:
+    return None
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return None
+  except OSError:
+    return _told(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _told(descriptor: int) -> str:
+  return os.pread(descriptor, 400, 0).decode("utf-8", "replace").strip() or "another process"
+
+
+@contextlib.contextmanager
+def locked(path: Any, refusal: type[Exception], what: str) -> Iterator[Lock]:
+  """Holds a lock; raises `refusal` with `what` and the holder where it is taken."""
+  try:
+    lock = Lock(path)
+  except LockedError as error:
+    raise refusal(f"{what} ({error})") from None
+  with lock:
+    yield lock
