@@ -3,6 +3,7 @@
 Nothing here waits for the disk (fsync): what is promised holds when processes end, however they end, not when the power does.
 """
 
+import concurrent.futures
 import contextlib
 import datetime
 import errno
@@ -13,7 +14,7 @@ import os
 import socket
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _SUM = '"sum": "'
@@ -45,6 +46,45 @@ def checksum(file: Any) -> str:
   """SHA-256 of a file."""
   with file.open("rb") as opened:
     return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+SUMS = "checksums.json"
+
+
+def seal_folder(folder: Any, but: Sequence[str] = ()) -> None:
+  """Writes FOLDER/checksums.json, with the checksums of all files below, `but` for those of some names."""
+  files = [f for f in _files(folder) if f.name not in (SUMS, *but)]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    sums = dict(zip([os.path.relpath(str(f), str(folder)) for f in files], pool.map(checksum, files), strict=True))
+  write(folder / SUMS, sealed(sums))
+
+
+def _files(folder: Any) -> Iterator[Any]:
+  for file in sorted(folder.iterdir(), key=str):
+    if file.is_dir():
+      yield from _files(file)
+    else:
+      yield file
+
+
+def damage(folder: Any) -> str | None:
+  """What is wrong with a folder that was sealed: 'FILE is missing', say. None where it is whole, or was never sealed."""
+  try:
+    sums = unsealed((folder / SUMS).read_bytes())
+  except FileNotFoundError:
+    return None
+  except (ValueError, OSError) as error:
+    return f"{folder / SUMS} {error}"
+
+  def one(name):
+    try:
+      return None if checksum(folder / name) == sums[name] else f"{folder / name} is damaged (its checksum does not fit)"
+    except FileNotFoundError:
+      return f"{folder / name} is missing"
+    except OSError as error:
+      return f"{folder / name}: {error.strerror}"
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return next((found for found in pool.map(one, sums) if found), None)
 
 
 # ---- lines of JSON, each with its own checksum ---------------------------------------------------------------------------------

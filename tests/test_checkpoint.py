@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import numpy as np
 import pytest
 
 from clara_jax.config import ConfigError
+from clara_jax.data.pipeline import TrainingBatches
+from clara_jax.interop import native
 from clara_jax.training import loop, program
-from clara_jax.training.checkpoint import Checkpointer, CheckpointError
+from clara_jax.training.checkpoint import Checkpointer, CheckpointError, claim
 from tests import tiny
 
 
@@ -44,6 +48,105 @@ def test_a_broken_last_step_is_passed_over(straight, tmp_path, capsys, harm):
   assert [p.name.split("-")[0] for p in (tmp_path / "run" / "broken").iterdir()] == ["4"]
   for a, b in zip(jax.tree.leaves(straight.weights), jax.tree.leaves(again.weights), strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+def test_a_flipped_bit_is_passed_over_and_named(straight, tmp_path, capsys):
+  """One bit in any file of a step: another step is gone on from, and a reader of the weights is told the file."""
+  run(tmp_path / "run", stop_at=4)
+  step = tmp_path / "run" / "checkpoints" / "4"
+  weights = Checkpointer(str(tmp_path / "run"), read_only=True).weights()
+  files = sorted(f for f in step.rglob("*") if f.is_file())
+  random = np.random.default_rng(0)
+  for file in files:
+    whole = file.read_bytes()
+    damaged = bytearray(whole)
+    damaged[int(random.integers(len(whole)))] ^= 1 << int(random.integers(8))
+    file.write_bytes(damaged)
+    if file.name in ("_CHECKPOINT_METADATA", "commit_success.txt"):  # Orbax writes them last; they decide nothing
+      jax.tree.map(np.testing.assert_array_equal, Checkpointer(str(tmp_path / "run"), read_only=True).weights(), weights)
+      file.write_bytes(whole)
+      continue
+    with pytest.raises(CheckpointError, match="step 4 is damaged: .*checkpoints/4/"):
+      Checkpointer(str(tmp_path / "run"), read_only=True).weights()
+    with pytest.raises(CheckpointError, match="step 4 is damaged: .*checkpoints/4/"):
+      native.open_weights(str(tmp_path / "run"))
+    if file is not files[-1]:
+      file.write_bytes(whole)
+  again = run(tmp_path / "run")
+  assert "step 4 cannot be read and is passed over" in capsys.readouterr().err
+  for a, b in zip(jax.tree.leaves(straight.weights), jax.tree.leaves(again.weights), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_other_inputs_are_refused(tmp_path):
+  rows = tmp_path / "rows.jsonl"
+  rows.write_text("".join(json.dumps(r) + "\n" for r in tiny.raw_rows("contrastive")))
+
+  def go(weights, path=str(rows), base="1", **options):
+    config = tiny.run_config("contrastive", steps=4, checkpoint_every=2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=(path,)))
+    return loop.train(config, tiny.layout(), weights, tiny.rows("contrastive"), workdir=str(tmp_path / "run"), progress=False,
+                      base_sha256=base, **options)
+
+  weights = tiny.weights()
+  go(weights, stop_at=2)
+  record = (tmp_path / "run" / "config.json").read_text()
+  with pytest.raises(CheckpointError, match="another content of base"):
+    go(weights, base="2")
+  with pytest.raises(CheckpointError, match="another content of init_from"):
+    go(weights | {"compressor": weights["generator"]})
+  content = rows.read_text()
+  rows.write_text(content + content)
+  with pytest.raises(CheckpointError, match=r"another content of data\.rows"):
+    go(weights)
+  rows.write_text(content)
+  assert (tmp_path / "run" / "config.json").read_text() == record
+  with pytest.raises(CheckpointError, match=r"another run is at work here \(process \d+ on "), claim(str(tmp_path / "run")):
+    go(weights)
+  starts = tmp_path / "run" / "starts.jsonl"
+  starts.write_text(starts.read_text() + '{"time": 17')
+  metrics = tmp_path / "run" / "metrics.jsonl"
+  metrics.write_text(metrics.read_text() + '{"step": 2, "ki')
+  rows.rename(tmp_path / "moved.jsonl")
+  assert go(weights, os.path.relpath(tmp_path / "moved.jsonl")).metrics["step"] == 4
+  assert [json.loads(line)["step"] for line in starts.read_text().splitlines()] == [0, 2]
+  assert all(json.loads(line) for line in metrics.read_text().splitlines())
+
+
+@pytest.mark.parametrize("when", ["before the step", "within", "after"])
+def test_an_interruption_anywhere_loses_and_doubles_nothing(straight, tmp_path, monkeypatch, when):
+  """Position and state are saved together: the run that goes on ends as the one that was not interrupted."""
+  count = 0
+
+  def interrupted(where):
+    nonlocal count
+    count += where == when
+    if where == when and count == 3:
+      signal.raise_signal(signal.SIGINT)
+
+  following = TrainingBatches.__next__
+  monkeypatch.setattr(TrainingBatches, "__next__", lambda self: (interrupted("before the step"), following(self), interrupted("within"))[1])
+  with pytest.raises(KeyboardInterrupt):
+    config = tiny.run_config("contrastive", steps=6, checkpoint_every=2, keep_checkpoints=5, log_every=1)
+    loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("contrastive"), workdir=str(tmp_path), progress=False,
+               on_step=lambda *_: interrupted("after"))
+  monkeypatch.undo()
+  assert Checkpointer(str(tmp_path), read_only=True).latest_step() == 3
+  again = run(tmp_path)
+  for a, b in zip(jax.tree.leaves(straight.weights), jax.tree.leaves(again.weights), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_second_interruption_stops_at_once(tmp_path):
+  """… and what was saved before stands."""
+  def twice(step, _):
+    if step == 3:
+      signal.raise_signal(signal.SIGINT)
+      signal.raise_signal(signal.SIGINT)
+  with pytest.raises(KeyboardInterrupt):
+    config = tiny.run_config("contrastive", steps=6, checkpoint_every=2, log_every=1)
+    loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("contrastive"), workdir=str(tmp_path), progress=False, on_step=twice)
+  assert Checkpointer(str(tmp_path), read_only=True).latest_step() in (2, 3)
 
 
 def test_nothing_to_read_is_an_error(tmp_path):

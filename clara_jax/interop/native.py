@@ -10,11 +10,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
+from clara_jax import io
 from clara_jax.config import ModelConfig
 from clara_jax.interop import families, lazy
 from clara_jax.interop.keymap import Path, base_name, base_place
@@ -79,6 +81,8 @@ def open_weights(directory: str) -> dict[str, Any]:
   if step is None:
     raise CheckpointError(f"{directory}: has no saved step yet")
   folder = _absolute(directory) / "checkpoints" / str(step) / "weights"
+  if jax.process_index() == 0 and (found := io.damage(folder.parent)):  # one process reads all of it, the others only their parts
+    raise CheckpointError(f"{directory}: step {step} is damaged: {found}")
   try:
     keys = json.loads((folder / "_METADATA").read_text())["tree_metadata"].values()
     paths = [tuple(part["key"] for part in key["key_metadata"]) for key in keys]
@@ -136,6 +140,7 @@ def write_weights(directory: str, weights: Mapping[str, Any], step: int = 0, has
   finally:  # whoever removes the directory after an error must not race with a write
     for future in waiting:
       future.result()
+  io.seal_folder(folder / str(step), but=("_CHECKPOINT_METADATA",))
   return tree_hash(hashes) if hashed else None
 
 

@@ -75,7 +75,8 @@ def _copied(store: MemoryStore, directory: str, manifest: Manifest, codebook: fo
             codes_of: Callable[[np.ndarray], np.ndarray], segment_size: int) -> MemoryStore:
   part = f"{directory.rstrip('/')}.part"
   if os.path.exists(part):
-    if os.path.samefile(part, store.directory) or not (os.path.isdir(part) and os.path.exists(os.path.join(part, "writer-000.lock"))):
+    if os.path.samefile(part, store.directory) or not (
+        os.path.exists(os.path.join(part, "writer-000.lock")) or os.path.exists(os.path.join(part, "manifest.json"))):
       raise StoreError(f"{part}: is in the way; remove it, or choose another directory than {directory}")
     if who := io.holder(os.path.join(part, "writer-000.lock")):
       raise StoreError(f"{part}: another process writes there ({who})")

@@ -276,6 +276,11 @@ class MemoryStore:
       rows = self.rows[start:start + size]
       yield rows, self.memories(rows)
 
+  def identity(self) -> str:
+    """A hash of what the store holds."""
+    segments = [(s.folder.name, s.deleted, sorted(s.checksums.items())) for s in self._segments]
+    return hashlib.sha256(repr((self.manifest.compressor, self.manifest.generation, segments)).encode()).hexdigest()
+
   def nbytes(self) -> int:
     """Bytes of the memory tokens' files."""
     return sum((s.folder / _FILES[1]).stat().length for s in self._segments if s.documents)

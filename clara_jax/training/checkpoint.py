@@ -2,10 +2,12 @@
 
     DIR/config.json           what it is: format, stage, the run's configuration, where its base is and its hash, the origin
     DIR/tokenizer/            the tokenizer, CLaRa's special tokens included
-    DIR/checkpoints/STEP/     weights (all groups but a base that is not trained), optimizer, progress (position in the data, time)
+    DIR/checkpoints/STEP/     weights (all groups but a base that is not trained), optimizer, progress (position in the data, time),
+                              checksums.json of all these files
     DIR/metrics.jsonl         one line a report
+    DIR/run.lock              who trains here
 
-A step is written beside and renamed, so that an interrupted save leaves no half checkpoint.
+A step is written beside and renamed, with its checksums, so that an interrupted save leaves no half checkpoint.
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from clara_jax import distributed
+from clara_jax import distributed, io
 from clara_jax.config import ConfigError, RunConfig, from_config_dict, to_json
 from clara_jax.training.step import TrainState
 
@@ -44,8 +46,23 @@ def is_checkpoint(directory: str) -> bool:
     return False
 
 
+def claim(directory: str) -> io.Lock | None:
+  """Keeps a directory for this run, as long as the process lives; a remote one is not locked (None).
+
+  Raises:
+    CheckpointError: another run is at work there; says which.
+  """
+  if "://" in str(directory):
+    return None
+  os.makedirs(directory, exist_ok=True)
+  try:
+    return io.Lock(os.path.join(directory, "run.lock"))
+  except io.LockedError as error:
+    raise CheckpointError(f"{directory}: another run is at work here ({error})") from None
+
+
 def write_config(directory: str, config: RunConfig, base_sha256: str | None = None, source: Mapping[str, Any] | None = None,
-                 stage: str | None = None, relative_to: str | None = None) -> None:
+                 stage: str | None = None, relative_to: str | None = None, inputs: Mapping[str, str] | None = None) -> None:
   """Writes DIR/config.json. Local paths are named relative to DIR, so that all can be moved together.
 
   Args:
@@ -55,21 +72,26 @@ def write_config(directory: str, config: RunConfig, base_sha256: str | None = No
     source: where a converted checkpoint came from.
     stage: what it is, where that is no stage of training ('base').
     relative_to: where DIR will be, if it is to be renamed.
+    inputs: hashes of what a run reads, by field of the configuration.
 
   Raises:
     CheckpointError: DIR belongs to another run.
   """
   folder = epath.Path(directory)
   folder.mkdir(parents=True, exist_ok=True)
-  check_config(directory, config)
+  check_config(directory, config, base_sha256, inputs)
   run = _portable(directory, config, relative_to)
   values = {"format": FORMAT, "version": VERSION, "stage": stage or config.train.stage, "base": run["base"],
-            "base_sha256": base_sha256, "source": dict(source) if source else None, "run": run}
-  (folder / "config.json").write_text(json.dumps(values, indent=2))
+            "base_sha256": base_sha256, "source": dict(source) if source else None,
+            "inputs": dict(inputs or {}), "run": run}
+  io.write(folder / "config.json", json.dumps(values, indent=2))
 
 
-def check_config(directory: str, config: RunConfig) -> None:
+def check_config(directory: str, config: RunConfig, base_sha256: str | None = None, inputs: Mapping[str, str] | None = None) -> None:
   """Refuses to go on in a directory where another run has saved a step.
+
+  Args:
+    directory, config, base_sha256, inputs: as `write_config`. Where the content of an input is known on both sides, its path may change.
 
   Raises:
     CheckpointError: naming the fields that differ.
@@ -79,7 +101,13 @@ def check_config(directory: str, config: RunConfig) -> None:
   if not is_checkpoint(directory) or not steps.exists() or not any(p.name.isdigit() for p in steps.iterdir()):
     return
   before = json.loads(to_json(read_config(directory)[0]))  # through the dataclass: fields that are new here have their defaults
-  if changed := _differences(before, json.loads(json.dumps(_portable(directory, config)))):
+  record, inputs = read_record(directory), {"base": base_sha256, **(inputs or {})}
+  known = {name: (was, inputs[name]) for name, was in {"base": record.get("base_sha256"), **record.get("inputs", {})}.items()
+           if was and inputs.get(name)}
+  if other := [name for name, (was, now) in known.items() if was != now]:
+    raise CheckpointError(f"{directory}: holds a run that began with another content of {', '.join(other)} (the files have changed since); "
+                          "choose another --workdir, or bring them back")
+  if changed := _differences(before, json.loads(json.dumps(_portable(directory, config))), free=(*_FREE_FIELDS, *known)):
     raise CheckpointError(f"{directory}: holds a run with another configuration ({', '.join(changed)}); choose another --workdir")
 
 
@@ -97,11 +125,11 @@ _FREE_FIELDS = ("train.log_every", "train.checkpoint_every", "train.keep_checkpo
                 "data.workers", "data.max_malformed")
 
 
-def _differences(before: Any, now: Any, path: str = "") -> list[str]:
-  if path in _FREE_FIELDS:
+def _differences(before: Any, now: Any, path: str = "", free: Sequence[str] = _FREE_FIELDS) -> list[str]:
+  if path in free:
     return []
   if isinstance(before, dict) and isinstance(now, dict):
-    return [d for key in {**before, **now} for d in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+    return [d for key in {**before, **now} for d in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."), free)]
   return [] if before == now else [f"{path}: {before!r} -> {now!r}"]
 
 
@@ -127,19 +155,25 @@ def read_config(directory: str) -> tuple[RunConfig, str | None]:
 
 
 def read_record(directory: str) -> dict[str, Any]:
-  """All of config.json: format, version, stage, base, base_sha256, source, run."""
+  """All of config.json: format, version, stage, base, base_sha256, source, inputs, run."""
   return json.loads((epath.Path(directory) / "config.json").read_text())
 
 
 def note_start(directory: str, step: int, write: bool) -> float:
   """Notes in DIR/starts.jsonl that the run was (re)started; returns when it was first."""
   file = epath.Path(directory) / "starts.jsonl"
-  lines = file.read_text().splitlines() if file.exists() else []
+  notes = []
+  for line in file.read_bytes().decode("utf-8", "replace").splitlines() if file.exists() else []:
+    try:
+      note = json.loads(line)
+      notes.append({**note, "time": float(note["time"])})
+    except (ValueError, KeyError, TypeError):  # a line that was cut tells nothing that a run needs
+      continue
   now = time.time()
   if write:
     note = {"time": round(now, 3), "step": step, "processes": jax.process_count(), "devices": jax.device_count()}
-    file.write_text("".join(line + "\n" for line in [*lines, json.dumps(note)]))
-  return json.loads(lines[0])["time"] if lines else now
+    io.write(file, "".join(json.dumps(n) + "\n" for n in [*notes, note]))
+  return notes[0]["time"] if notes else now
 
 
 class Checkpointer:
@@ -161,7 +195,9 @@ class Checkpointer:
     if best:
       policies.append(ocp.checkpoint_managers.BestN(
           get_metric_fn=lambda metrics: metrics[best], reverse=best.endswith("loss"), n=1, keep_checkpoints_without_metrics=False))
+    self._saving: list[int] = []
     options = ocp.CheckpointManagerOptions(
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         create=not read_only, read_only=read_only, best_fn=(lambda metrics: metrics[best]) if best else None,
         best_mode="min" if best and best.endswith("loss") else "max",
         preservation_policy=None if read_only else ocp.checkpoint_managers.AnyPreservationPolicy(policies))
@@ -189,6 +225,7 @@ class Checkpointer:
       metrics: of the last evaluation, to choose the best step by.
     """
     metrics = {self._best: float(metrics[self._best])} if self._best and metrics and self._best in metrics else None
+    self._saving.append(int(state.step))
     self._manager.save(int(state.step), metrics=metrics, args=ocp.args.Composite(
         weights=ocp.args.PyTreeSave({**carried, **state.trainable}),
         optimizer=ocp.args.StandardSave(_optimizer(state)),
@@ -196,7 +233,22 @@ class Checkpointer:
 
   def save_weights(self, step: int, weights: dict[str, Any]) -> None:
     """Saves weights alone: a checkpoint to use, not to go on from."""
+    self._saving.append(step)
     self._manager.save(step, args=ocp.args.Composite(weights=ocp.args.PyTreeSave(weights)))
+
+  def _seal(self) -> None:
+    """In Orbax's thread, when all files of a step are written; then it gets its final name."""
+    step = str(self._saving.pop(0))
+    if distributed.is_main():
+      for folder in [f for f in self._path.iterdir() if f.name.split(".")[0] == step]:
+        io.seal_folder(folder, but=("_CHECKPOINT_METADATA",))  # Orbax writes into it once more; nothing that is read depends on it
+
+  def damage(self, step: int) -> str | None:
+    """What is wrong with a step's files; one process reads them for all."""
+    found = io.damage(self._path / str(step)) if distributed.is_main() else None
+    if distributed.maximum(np.array(found is not None)):
+      return found or "its files are damaged"
+    return None
 
   def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """(the last step that can be read, in the shapes and shardings of `state`; its progress).
@@ -209,6 +261,8 @@ class Checkpointer:
     broken: dict[int, Exception] = {}
     for step in reversed(self.all_steps()):
       try:
+        if found := self.damage(step):
+          raise CheckpointError(found)
         restored = self._manager.restore(step, args=ocp.args.Composite(
             weights=_restore_weights(state.trainable, ocp.checkpoint_utils.construct_restore_args(state.trainable)),
             optimizer=ocp.args.StandardRestore(_optimizer(state)),
@@ -238,6 +292,8 @@ class Checkpointer:
     step = self._manager.latest_step()
     if step is None:
       raise CheckpointError(f"{self._directory}: has no saved step yet")
+    if found := self.damage(step):
+      raise CheckpointError(f"{self._directory}: step {step} is damaged: {found}")
     tree = dict(self._manager.item_metadata(step)["weights"].tree)
     shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), tree)
     on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)

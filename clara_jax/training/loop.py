@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 import signal
 import sys
 import threading
@@ -15,19 +16,20 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from clara_jax import distributed
+from clara_jax import distributed, io
 from clara_jax.batch import Batch
 from clara_jax.config import ClaraConfig, ConfigError, RunConfig
+from clara_jax.data import records
 from clara_jax.data.pipeline import MemoryLookup, RowEncoder, TrainingBatches, evaluation_batches
 from clara_jax.data.records import divide
 from clara_jax.data.schemas import Row
 from clara_jax.data.tokens import Layout
-from clara_jax.memory.store import MemoryStore
+from clara_jax.memory.store import MemoryStore, fingerprint
 from clara_jax.model import Weights
 from clara_jax.sharding import batch_ways, put_batch, rows_needed
 from clara_jax.training import corpus, cost, optim
 from clara_jax.training import metrics as metrics_lib
-from clara_jax.training.checkpoint import Checkpointer, check_config, note_start, write_config
+from clara_jax.training.checkpoint import Checkpointer, CheckpointError, claim, note_start, write_config
 from clara_jax.training.program import Program
 
 STATUS_SECONDS = 60
@@ -124,12 +126,10 @@ def train(
     if "base" in frozen:
       carried["special_tokens"] = jax.jit(functools.partial(special_token_rows, config=config.clara))(frozen["base"])
 
-    checkpointer, watch = None, metrics_lib.Stopwatch(time.time())
+    checkpointer, lock, watch = None, None, metrics_lib.Stopwatch(time.time())
     if workdir is not None:
-      check_config(workdir, config)  # by every process, so that all say the same
-      distributed.barrier("the record is checked")
+      lock = _admitted(workdir, config, before, base_sha256)
       if main:
-        write_config(workdir, config, base_sha256)
         layout.tokenizer.save_pretrained(str(folder / "tokenizer"))
       distributed.barrier("the record is written")
       checkpointer = Checkpointer(workdir, settings.keep_checkpoints, settings.keep_best)
@@ -145,6 +145,7 @@ def train(
     history: list[tuple[int, dict[str, float]]] = []
     last: dict[str, float] = {}
     step, end = int(state.step), min(steps, stop_at or steps)
+    position = batches.get_state()  # of the state: what an interruption saves belongs together
     start, stopped, finished = time.monotonic(), None, False
     window, profile = _Window(program, peak is not None), _Profile(folder if main else None)
 
@@ -185,7 +186,7 @@ def train(
 
     def save():
       with apart():
-        checkpointer.save(state, carried, {"data": batches.get_state(), "productive_seconds": watch.productive},
+        checkpointer.save(state, carried, {"data": position, "productive_seconds": watch.productive},
                           history[-1][1] if history and history[-1][0] == step else None)
 
     try:
@@ -200,6 +201,7 @@ def train(
             reporter.write(step, metrics_lib.values(program.gradients(state, frozen, batch)), "gradients")
         compiled, called = program.step._cache_size(), time.monotonic()
         state, numbers = program.step(state, frozen, batch)
+        position = batches.get_state()
         if program.step._cache_size() > compiled:  # a batch of a new shape
           watch.discount(time.monotonic() - called)
         step += 1
@@ -220,8 +222,11 @@ def train(
       if evaluation and stopped is None and (not history or history[-1][0] != step):
         evaluate()
       finished = True
+      if signals.interrupted:
+        raise KeyboardInterrupt
     except KeyboardInterrupt:
-      stopped = int(state.step)
+      # A second Ctrl-C may come within a step, whose state is then neither the old nor the new one.
+      stopped = stopped if stopped is not None or state.step.is_deleted() else int(state.step)
       raise
     finally:
       if checkpointer and (finished or stopped is not None):
@@ -232,9 +237,47 @@ def train(
           print(f"stopped at step {stopped}; the same command goes on from there", file=sys.stderr)
       batches.close()
       reporter.close()
+      if lock is not None:
+        lock.release()
     frozen.pop("corpus", None)
     return Result({**frozen, **state.trainable}, {"step": step, **last, **(history[-1][1] if history else {})}, history,
                   time.monotonic() - start, stopped)
+
+
+def _admitted(workdir: str, config: RunConfig, before: Weights, base_sha256: str | None) -> io.Lock | None:
+  """Locks the directory, compares the run with the one that was there, and records it; one process does it for all.
+
+  Raises:
+    CheckpointError: another run is at work, or this is not the run that was there.
+  """
+  lock = problem = None
+  if distributed.is_main():
+    try:
+      lock = claim(workdir)
+      write_config(workdir, config, base_sha256, inputs=_inputs(config, before, base_sha256))
+    except CheckpointError as error:
+      problem = error
+  if distributed.maximum(np.array(problem is not None)):
+    if lock is not None:
+      lock.release()
+    raise problem or CheckpointError(f"{workdir}: process 0 refuses to go on there")
+  return lock
+
+
+def _inputs(config: RunConfig, before: Weights, base_sha256: str | None) -> dict[str, str]:
+  """Hashes of what the run reads, by field of its configuration."""
+  def whole(leaf):
+    return leaf if isinstance(leaf, (np.ndarray, jax.Array)) else leaf[(slice(None),) * len(leaf.shape)]
+  start = {group: jax.tree.map(whole, tree) for group, tree in before.items() if group != "base" or not base_sha256}
+  found = {"init_from": fingerprint(start, sorted(start))} if start else {}
+  data = config.data
+  for name, paths in (("data.rows", data.rows), ("data.eval_rows", data.eval_rows)):
+    if paths and all(epath.Path(path).exists() for path in paths):
+      found[name] = records.identity(paths)
+  if data.store:
+    store = MemoryStore(data.store)
+    found["data.store"] = store.identity() if data.retrieve == "store" else store.manifest.compressor
+  return found
 
 
 def _evaluation(rows: Sequence[Row], encoder: RowEncoder, config: RunConfig) -> dict[str, list[Batch]]:
@@ -289,25 +332,36 @@ class _Window:
 
 
 class _Signals:
-  """Whether the run is asked to stop; several processes agree on the step."""
+  """Whether the run is asked to stop; several processes agree on the step. A second Ctrl-C stops at once, without saving.
+
+  Attributes:
+    interrupted: whether it was Ctrl-C.
+  """
 
   def __init__(self):
-    self._received = False
-    self._before: Any = None
+    self.interrupted = self._received = False
+    self._before: dict[int, Any] = {}
 
   def __enter__(self) -> "_Signals":
-    # With several processes the handler is that of JAX's preemption service.
-    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._before = signal.signal(signal.SIGTERM, self._on_signal)
+    if threading.current_thread() is threading.main_thread():
+      # With several processes, the handler of SIGTERM is that of JAX's preemption service.
+      for number in (signal.SIGINT, signal.SIGTERM)[:1 if jax.process_count() > 1 else 2]:
+        self._before[number] = signal.signal(number, self._on_signal)
     return self
 
   def __exit__(self, *_: object) -> None:
-    if self._before is not None:
-      signal.signal(signal.SIGTERM, self._before)
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
 
-  def _on_signal(self, *_: object) -> None:
+  def _on_signal(self, number: int, *_: object) -> None:
+    if number == signal.SIGINT:
+      if self.interrupted:
+        raise KeyboardInterrupt
+      self.interrupted = True
     self._received = True
-    print("SIGTERM: saving after this step", file=sys.stderr, flush=True)
+    print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
 
   def received(self, step: int) -> bool:
     """Whether all processes stop after this step; call it once a step."""

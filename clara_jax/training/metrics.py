@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from clara_jax import io
+
 
 @struct.dataclass
 class Mean:
@@ -60,6 +62,8 @@ class Reporter:
   """
 
   def __init__(self, directory: Any, stage: str, steps: int, progress: bool = True):
+    if directory is not None and "://" not in str(directory) and (directory / "metrics.jsonl").exists():
+      io.cut_back(str(directory / "metrics.jsonl"))  # a line that a kill has cut
     self._file = (directory / "metrics.jsonl").open("a") if directory is not None else None
     self._board = _tensorboard(directory / "tensorboard") if directory is not None else None
     self._stage, self._steps, self._progress = stage, steps, progress
