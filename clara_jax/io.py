@@ -87,6 +87,24 @@ def damage(folder: Any) -> str | None:
     return next((found for found in pool.map(one, sums) if found), None)
 
 
+def parse_json(text: str | bytes) -> Any:
+  """`json.loads` for what others wrote: whatever is wrong with it is one kind of error.
+
+  Raises:
+    ValueError: saying what; also for brackets nested too deep, numbers too long, and bytes that are no UTF-8.
+  """
+  try:
+    return json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f"not valid JSON: {error}") from None
+  except UnicodeDecodeError as error:
+    raise ValueError(f"not UTF-8 text: {error}") from None
+  except RecursionError:
+    raise ValueError("not valid JSON: brackets are nested too deep") from None
+  except ValueError:  # Python reads no integer of more than 4300 digits
+    raise ValueError("not valid JSON: a number has too many digits") from None
+
+
 # ---- lines of JSON, each with its own checksum ---------------------------------------------------------------------------------
 
 

@@ -62,13 +62,14 @@ def official_hotpot(prediction, gold):
 
 
 def upstream(prediction, gold):
-  """SPEC §5: True and False are yes and no; F1 as HotpotQA's, two empty texts are equal; every gold token in the prediction."""
+  """SPEC §5: True and False are yes and no; F1 as HotpotQA's, two empty texts are equal; every gold token in the prediction, and at
+  least one."""
   def normalise(text):
     found = official_normalise(text)
     return {"true": "yes", "false": "no"}.get(found, found)
   p, g = normalise(prediction), normalise(gold)
   f1 = float(p == g) if not p and not g else official_hotpot(p, g)[1]
-  return float(p == g), f1, float(all(t in p.split() for t in g.split()))
+  return float(p == g), f1, float(bool(g.split()) and all(t in p.split() for t in g.split()))
 
 
 def random_texts(count):

@@ -209,10 +209,11 @@ def compress(options: argparse.Namespace) -> Any:
     distributed.initialize(options.coordinator, options.processes, options.process)
     process, processes = jax.process_index(), jax.process_count()
   checkpoint = _checkpoint(options, "compressor")
-  return compress_corpus(checkpoint.model, checkpoint.layout, checkpoint.weights, schemas.read_documents(options.documents),
-                         options.store, form=options.form, text=False if options.no_text else None, replace=options.replace,
-                         batch_size=options.batch_size, shard_size=options.shard_size, workers=options.workers, process=process,
-                         processes=processes, mesh=MeshConfig(data=-1, fsdp=options.fsdp))
+  documents = schemas.read_documents(options.documents, schemas.Malformed(options.max_malformed))
+  return compress_corpus(checkpoint.model, checkpoint.layout, checkpoint.weights, documents, options.store, form=options.form,
+                         text=False if options.no_text else None, replace=options.replace, batch_size=options.batch_size,
+                         shard_size=options.shard_size, workers=options.workers, process=process, processes=processes,
+                         mesh=MeshConfig(data=-1, fsdp=options.fsdp))
 
 
 def index(options: argparse.Namespace) -> dict[str, Any]:
@@ -241,11 +242,7 @@ def store(options: argparse.Namespace) -> dict[str, Any]:
   if options.action == "delete":
     if not options.ids:
       raise ConfigError("--ids: name a file with one id a line")
-    try:
-      with open(options.ids, encoding="utf-8") as file:
-        ids = list(dict.fromkeys(line.strip() for line in file if line.strip()))
-    except OSError as error:
-      raise ConfigError(f"--ids {options.ids}: {error.strerror}") from None
+    ids = schemas.read_ids(options.ids)
     deleted = opened.delete(ids)
     return {"deleted": deleted, "unknown": len(ids) - deleted, "documents": len(opened)}
   if options.action == "compact":
@@ -290,8 +287,9 @@ def candidates(options: argparse.Namespace) -> Any:
   if os.path.abspath(options.out) == os.path.abspath(options.questions):
     raise ConfigError(f"--out {options.out}: is the file of the questions")
   _output_file("--out", options.out)
-  rows = datasets.read(options.questions, schemas.Malformed(options.max_malformed))
-  corpus = list(schemas.read_documents(options.corpus)) if options.corpus else candidates_lib.own_corpus(rows)
+  malformed = schemas.Malformed(options.max_malformed)
+  rows = datasets.read(options.questions, malformed)
+  corpus = list(schemas.read_documents(options.corpus, malformed)) if options.corpus else candidates_lib.own_corpus(rows)
   made = candidates_lib.make(rows, corpus, options.count, options.setting, options.retriever, options.seed)
   os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
   report, part = None, f"{options.out}.part"
@@ -346,7 +344,7 @@ def _rows(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, *sett
   """The first rows that can be answered in all settings."""
   malformed = schemas.Malformed(options.max_malformed)
   rows: list[schemas.Row] = []
-  for row in datasets.read(options.rows, malformed):
+  for place, row in enumerate(datasets.read(options.rows, malformed)):
     if len(rows) == options.limit:
       break
     try:
@@ -354,7 +352,7 @@ def _rows(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, *sett
         benchmarks.check(row, SETTINGS[name], checkpoint.model.config.top_k, checkpoint.layout)
       rows.append(row)
     except schemas.DataError as error:
-      malformed.add(str(error))
+      malformed.add(str(error), place)
   if not rows:
     raise schemas.DataError(f"{options.rows}: no row can be answered")
   return rows
@@ -475,7 +473,7 @@ def paraphrase(options: argparse.Namespace) -> dict[str, Any]:
   _output_file("--predictions", options.predictions)
   from clara_jax.evaluation import fidelity
   checkpoint = _checkpoint(options, "compressor", "generator")
-  documents = list(itertools.islice(schemas.read_documents(options.documents), options.limit))
+  documents = list(itertools.islice(schemas.read_documents(options.documents, schemas.Malformed(options.max_malformed)), options.limit))
   result = fidelity.paraphrase(checkpoint.model, checkpoint.layout, checkpoint.weights, documents, batch_size=options.batch_size,
                                max_new_tokens=options.max_new_tokens, bert_model=options.bertscore)
   if options.predictions:

@@ -7,6 +7,7 @@ standard output; progress and logs go to standard error.
 import argparse
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -27,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   quiet_logs()
+  for stream in (sys.stdout, sys.stderr):  # a terminal that knows ASCII only shows the rest as escapes
+    if hasattr(stream, "reconfigure"):
+      stream.reconfigure(errors="backslashreplace")
   from clara_jax.cli import commands
   try:
     with _kept_standard_output(options.json):
@@ -38,10 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except commands.bad_input_errors() as error:
     print(f"clara {options.command}: {_one_line(error)}", file=sys.stderr)
     return EXIT_BAD_INPUT
+  except OSError as error:
+    if error.errno not in _DISK:
+      raise
+    print(f"clara {options.command}: {_one_line(error)}", file=sys.stderr)
+    return 1
   if report is not None:
     value = dataclasses.asdict(report) if dataclasses.is_dataclass(report) else report
     if options.json:
-      print(json.dumps(value, ensure_ascii=False))
+      print(json.dumps(value, ensure_ascii="utf" not in (sys.stdout.encoding or "").lower()))
     else:
       commands.show(options.command, value)
   return 0
@@ -62,6 +71,10 @@ def _kept_standard_output(keep: bool) -> Iterator[None]:
     sys.stdout.flush()
     os.dup2(out, 1)
     os.close(out)
+
+
+# What is wrong with a disk, not with the program; what was done is kept.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE, errno.ESTALE}
 
 
 def _one_line(error: BaseException) -> str:
@@ -106,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
       raise argparse.ArgumentTypeError(f"{value}: expected 1 or more")
     return value
 
+  def max_malformed(sub: argparse.ArgumentParser, what: str) -> None:
+    sub.add_argument("--max-malformed", type=int, default=0, metavar="N", help=f"bad {what} that are passed over and reported; default 0")
+
   def several_processes(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--distributed", action="store_true", help="one of several processes, found by JAX (Cloud TPU, GKE, SLURM)")
     sub.add_argument("--coordinator", metavar="HOST:PORT", help="by hand: where process 0 is (compress does not need it)")
@@ -128,12 +144,13 @@ def _parser() -> argparse.ArgumentParser:
   records.add_argument("--rows", nargs="+", required=True, metavar="F", help="JSONL (.gz)")
   records.add_argument("--out", required=True, metavar="DIR", help="the dataset goes to DIR/KIND/VERSION")
   records.add_argument("--files", type=int, default=32, help="default 32; as many as data.shards of the runs, or more")
-  records.add_argument("--max-malformed", type=int, default=0, metavar="N", help="bad rows that are passed over and reported")
+  max_malformed(records, "rows")
 
   compress = command("compress", "Documents through the compressor, once, into a store; goes on by itself where it was stopped.")
   checkpoint(compress)
   compress.add_argument("--documents", required=True, metavar="F", help="JSONL (.gz): id, text, title")
   compress.add_argument("--store", required=True, metavar="DIR")
+  max_malformed(compress, "documents")
   memory_tokens(compress, "a new store gets the first m memory tokens of each document")
   compress.add_argument("--form", choices=("float32", "bfloat16", "int8"), help="of a new store; default: the type of the computation")
   compress.add_argument("--no-text", action="store_true", help="a new store keeps ids and titles only")
@@ -151,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
                           "truncate: copies the first m memory tokens of each document; repair: gives up segments that are damaged, so "
                           "that their documents can be compressed again")
   store.add_argument("--store", required=True, metavar="DIR")
-  store.add_argument("--ids", metavar="F", help="delete: a file with one id a line")
+  store.add_argument("--ids", metavar="F", help="delete: a file with one id a line; of *.jsonl, JSON strings or objects with an id")
   store.add_argument("--to", metavar="DIR", help="quantise, truncate: the new store")
   store.add_argument("--memory-tokens", type=positive, metavar="m", help="truncate: how many are kept")
   store.add_argument("--form", choices=("float32", "bfloat16", "int8", "pq"), help="quantise: its form")
@@ -190,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--rows", required=True, metavar="F",
                      help="questions with documents: JSONL, or the published files of SQuAD, HotpotQA, 2Wiki, MuSiQue, PubMedQA, NQ")
     sub.add_argument("--limit", type=positive, help="only the first rows")
-    sub.add_argument("--max-malformed", type=int, default=0, metavar="N", help="bad rows that are passed over and reported")
+    max_malformed(sub, "rows")
     sub.add_argument("--max-new-tokens", type=positive, default=64, help="of the longest answer; default 64")
 
   candidates = command("candidates", "A first-stage retriever finds documents for questions.")
@@ -204,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
                           help="bm25 (default); a sentence-transformers model (extra dense): its directory, or an id in the hub's cache; "
                           "MODULE:FUNCTION: an encoder of your own")
   candidates.add_argument("--seed", type=int, default=0, help="of the order of oracle rows")
-  candidates.add_argument("--max-malformed", type=int, default=0, metavar="N", help="bad rows that are passed over and reported")
+  max_malformed(candidates, "rows, and documents of the corpus,")
 
   evaluate = command("evaluate", "Answers every row of a file in one or more settings and scores the answers.")
   checkpoint(evaluate)
@@ -270,6 +287,7 @@ def _parser() -> argparse.ArgumentParser:
   memory_tokens(paraphrase)
   paraphrase.add_argument("--documents", required=True, metavar="F", help="JSONL (.gz): id, text")
   paraphrase.add_argument("--limit", type=positive, help="only the first documents")
+  max_malformed(paraphrase, "documents")
   paraphrase.add_argument("--batch-size", type=positive, default=16, help="documents a pass; default 16")
   paraphrase.add_argument("--max-new-tokens", type=positive, default=256, help="of the longest paraphrase; default 256")
   paraphrase.add_argument("--bertscore", metavar="MODEL[:LAYER]", help="also BERTScore with this Hugging Face model (extra bertscore)")

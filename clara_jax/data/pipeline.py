@@ -21,7 +21,7 @@ from absl import flags
 
 from clara_jax.batch import GOLD, Batch, Prompt, Tokens
 from clara_jax.config import DataConfig
-from clara_jax.data.schemas import DataError, Malformed, Row, require_one_question
+from clara_jax.data.schemas import DataError, Malformed, Row, place_of, require_one_question
 from clara_jax.data.tokens import Layout, PromptTokens
 
 
@@ -320,7 +320,7 @@ class TrainingBatches:
         try:
           encoder.check(row)
         except DataError as error:
-          self._malformed.add(str(error))
+          self._malformed.add(str(error), place_of(row))
     part = data.batch_size // data.shards
     together = encoder.together
     if together > 1:
@@ -384,8 +384,8 @@ class TrainingBatches:
     """The batches of the window that begins with step `first`."""
     batches = pickle.loads(next(self._iterator))
     for row in (r for rows in batches for r in rows):
-      for problem in row.pop("problems", ()):
-        self._malformed.add(problem)
+      for problem, place in row.pop("problems", ()):
+        self._malformed.add(problem, place)
     drawn = [self.memory_tokens(first + i) for i in range(len(batches))]
     batches = [rows if m is None else [self._encoder.first(r, m) for r in rows] for rows, m in zip(batches, drawn, strict=True)]
     sizes = self._agree(np.stack([self._encoder.sizes(rows) for rows in batches]))
@@ -458,15 +458,16 @@ class _Encode:
     return [self._row(run * together + i, random_) for i in range(together)]
 
   def _row(self, index: int, random_: random.Random) -> dict:
-    problems: list[str] = []
+    problems: list[tuple[str, bytes]] = []
     while True:
+      row = self._rows[(index + len(problems)) % len(self._rows)]
       try:
-        encoded = self._encoder.encode(self._rows[(index + len(problems)) % len(self._rows)], random_)
+        encoded = self._encoder.encode(row, random_)
         return encoded | ({"problems": problems} if problems else {})
       except DataError as error:
-        problems.append(str(error))
+        problems.append((str(error), place_of(row)))
         if len(problems) > min(self._encoder.data.max_malformed, len(self._rows) - 1):
-          raise DataError(problems[0]) from None
+          raise DataError(problems[0][0]) from None
 
 
 class _Windows:

@@ -3,16 +3,22 @@
 Every error names the file and the line. Files may be gzipped and may lie anywhere `etils.epath` reaches.
 """
 
+import codecs
+import contextlib
 import dataclasses
 import gzip
 import hashlib
 import io
 import json
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
+
+from clara_jax.io import parse_json
 
 
 class DataError(ValueError):
@@ -58,31 +64,36 @@ class Malformed:
 
   Args:
     limit: how many are passed over; the next one stops the run. 0 stops at the first.
+    quiet: whether they are not reported.
   """
 
-  def __init__(self, limit: int = 0):
-    self.limit = limit
-    self._places: set[str] = set()
+  def __init__(self, limit: int = 0, quiet: bool = False):
+    self.limit, self._quiet = limit, quiet
+    self._places: set[Any] = set()
 
   @property
   def count(self) -> int:
     """Bad rows so far."""
     return len(self._places)
 
-  def add(self, problem: str) -> None:
-    """Reports a bad row, once; `problem` begins with its place and a colon.
+  def add(self, problem: str, place: Any) -> None:
+    """Reports a bad row.
+
+    Args:
+      problem: what is wrong, and where.
+      place: what tells the row apart from others; it counts once.
 
     Raises:
       DataError: there are more than the limit.
     """
-    place = problem.split(": ", 1)[0]
     if place in self._places:
       return
     self._places.add(place)
     if self.count > self.limit:
       more = f" ({self.count} malformed rows, max_malformed={self.limit})" if self.limit else ""
       raise DataError(f"{problem}{more}")
-    print(f"malformed row {self.count} of at most {self.limit} is passed over: {problem}", file=sys.stderr, flush=True)
+    if not self._quiet:
+      print(f"malformed row {self.count} of at most {self.limit} is passed over: {problem}", file=sys.stderr, flush=True)
 
 
 def read_jsonl(path: str, malformed: Malformed | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -92,37 +103,104 @@ def read_jsonl(path: str, malformed: Malformed | None = None) -> Iterator[tuple[
     DataError: the file is missing or empty, or more lines than `malformed` allows are not JSON objects.
   """
   malformed = Malformed() if malformed is None else malformed
+  count = 0
+  with open_text(path) as stream:
+    for where, value in json_lines(stream, path, malformed):
+      count += 1
+      yield where, value
+  if not count:
+    raise DataError(f"{path}: the file has no rows")
+
+
+_UNREADABLE = (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error)
+
+
+@contextlib.contextmanager
+def open_text(path: str) -> Iterator[io.TextIOBase]:
+  """A UTF-8 text file, gzipped or not, with or without a byte order mark, wherever `etils.epath` reaches.
+
+  Raises:
+    DataError: it is not there, is a directory, or is no such text; also while it is being read.
+  """
   file = epath.Path(path)
   if not file.exists():
     raise DataError(f"{path}: no such file")
   if file.is_dir():
-    raise DataError(f"{path}: is a directory, expected a JSONL file")
-  count = 0
-  with file.open("rb") as raw:
-    try:
-      stream = gzip.open(raw) if str(path).endswith(".gz") else raw
-      for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig"), 1):
-        if not line.strip():
-          continue
-        try:
-          value = json.loads(line)
-          if "\\ud" in line.lower():
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-          malformed.add(f"{path}:{number}: half of a surrogate pair is no text")
-          continue
-        except json.JSONDecodeError as error:
-          malformed.add(f"{path}:{number}: not valid JSON: {error}")
-          continue
+    raise DataError(f"{path}: is a directory, expected a file")
+  gzipped = str(path).endswith(".gz")
+  try:
+    with file.open("rb") as raw, (gzip.open(raw) if gzipped else contextlib.nullcontext(raw)) as stream:
+      yield io.TextIOWrapper(_Utf8(stream), encoding="utf-8-sig")
+  except _UNREADABLE as error:
+    raise DataError(f"{path}: not readable as {'gzipped ' if gzipped else ''}UTF-8 text: {error}") from None
+
+
+class _Utf8(io.BufferedIOBase):
+  """Bytes of a file; one that begins like UTF-16 or UTF-32 is refused by name."""
+
+  def __init__(self, raw: Any):
+    self._raw, self._begins = raw, True
+
+  def readable(self) -> bool:
+    return True
+
+  def read1(self, size: int = -1) -> bytes:
+    found = self._raw.read1(size)
+    if self._begins and found.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+      raise UnicodeDecodeError("utf-8", found[:4], 0, 2, "it is UTF-16 or UTF-32; write it as UTF-8")
+    self._begins = False
+    return found
+
+  def read(self, size: int | None = -1) -> bytes:
+    return self.read1(-1 if size is None else size) if size and size > 0 else b"".join(iter(lambda: self.read1(1 << 16), b""))
+
+
+def json_lines(stream: Iterable[str], name: str, malformed: Malformed) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields ('name:line', object) of lines of JSON; empty ones are passed over, bad ones are counted."""
+  number = 0
+  try:
+    for number, line in enumerate(stream, 1):
+      if not line.strip():
+        continue
+      where = f"{name}:{number}"
+      try:
+        value = parse_json(line)
+        if "\\ud" in line.lower():
+          json.dumps(value, ensure_ascii=False).encode()
         if not isinstance(value, dict):
-          malformed.add(f"{path}:{number}: expected a JSON object, got {type(value).__name__}")
-          continue
-        count += 1
-        yield f"{path}:{number}", value
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-      raise DataError(f"{path}: not readable as {'gzipped ' if str(path).endswith('.gz') else ''}UTF-8 text: {error}") from None
-  if not count:
-    raise DataError(f"{path}: the file has no rows")
+          raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+      except UnicodeEncodeError:
+        malformed.add(f"{where}: half of a surrogate pair is no text", where)
+      except ValueError as error:
+        malformed.add(f"{where}: {error}", where)
+      else:
+        yield where, value
+  except _UNREADABLE as error:
+    raise DataError(f"{name}:{number + 1}: not readable from here on: {error}") from None
+
+
+def read_ids(path: str) -> list[str]:
+  """Ids of a file, each once: one a line; of a *.jsonl file (.gz), JSON strings, or objects with an 'id'.
+
+  Raises:
+    DataError: a line of JSON is neither.
+  """
+  found: dict[str, None] = {}
+  with open_text(path) as stream:
+    for number, line in enumerate(stream, 1):
+      if not line.strip():
+        continue
+      value: Any = line.strip()
+      if str(path).removesuffix(".gz").endswith(".jsonl"):
+        try:
+          value = parse_json(line)
+          value = value["id"] if isinstance(value, dict) else value
+        except (ValueError, KeyError) as error:
+          raise DataError(f"{path}:{number}: {error if isinstance(error, ValueError) else 'lacks an id'}") from None
+        if isinstance(value, (dict, list, bool)) or value in (None, ""):
+          raise DataError(f"{path}:{number}: expected an id, got {value!r:.60}")
+      found[str(value)] = None
+  return list(found)
 
 
 def parse_rows(path: str, malformed: Malformed | None = None) -> Iterator[Row]:
@@ -132,7 +210,7 @@ def parse_rows(path: str, malformed: Malformed | None = None) -> Iterator[Row]:
     try:
       row = parse_row(value, where)
     except DataError as error:
-      malformed.add(str(error))
+      malformed.add(str(error), where)
       continue
     yield row
 
@@ -183,6 +261,11 @@ def _strings(value: Any, where: str, field: str) -> tuple[str, ...]:
   return tuple(values)
 
 
+def place_of(row: Row) -> bytes:
+  """What tells a row apart from others, of the same id, too."""
+  return hashlib.blake2b(repr(row).encode("utf-8", "replace"), digest_size=8).digest()
+
+
 def require_one_question(row: Row) -> None:
   """Refuses a row with a list of questions, or without one.
 
@@ -199,23 +282,33 @@ def read_rows(paths: Sequence[str], malformed: Malformed | None = None) -> list[
   return [row for path in paths for row in parse_rows(path, malformed)]
 
 
-def read_documents(path: str) -> Iterator[Document]:
+def read_documents(path: str, malformed: Malformed | None = None) -> Iterator[Document]:
   """Documents of a corpus: `id`, `text` and optionally `title`.
 
   Raises:
-    DataError: an id is missing or comes twice, or there is no text.
+    DataError: more documents than `malformed` allows lack an id or a text, or have an id that came before.
   """
+  malformed = Malformed() if malformed is None else malformed
   seen: set[bytes] = set()  # hashes: a corpus has millions
-  for where, value in read_jsonl(path):
+  for where, value in read_jsonl(path, malformed):
     text = value.get("text", value.get("contents"))
     if not isinstance(text, str) or not text.strip():
-      raise DataError(f"{where}: the document has no 'text'")
-    if value.get("id") in (None, ""):
-      raise DataError(f"{where}: the document has no 'id'")
+      malformed.add(f"{where}: the document has no 'text'", where)
+      continue
+    if isinstance(value.get("id"), (dict, list, bool)) or value.get("id") in (None, ""):
+      malformed.add(f"{where}: the document has no 'id'", where)
+      continue
     identifier = str(value["id"])
     digest = hashlib.blake2b(identifier.encode(), digest_size=16).digest()
     if digest in seen:
-      first = next(place for place, other in read_jsonl(path) if str(other.get("id")) == identifier)
-      raise DataError(f"{where}: id {identifier!r} was already used at {first}")
+      malformed.add(f"{where}: id {identifier!r} was already used{_first_use(path, identifier)}", where)
+      continue
     seen.add(digest)
     yield Document(identifier, text, str(value.get("title") or ""))
+
+
+def _first_use(path: str, identifier: str) -> str:
+  if "://" not in path and not os.path.isfile(path):  # a pipe cannot be read twice
+    return " before"
+  everything = read_jsonl(path, Malformed(sys.maxsize, quiet=True))
+  return next((f" at {place}" for place, other in everything if str(other.get("id")) == identifier), " before")

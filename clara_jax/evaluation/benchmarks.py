@@ -21,6 +21,7 @@ from clara_jax.evaluation.candidates import Bm25
 from clara_jax.evaluation.metrics import answer_scores, retrieval_scores
 from clara_jax.evaluation.settings import SETTINGS, Setting
 from clara_jax.inference.generate import Greedy
+from clara_jax.io import parse_json
 from clara_jax.memory.store import fingerprint
 from clara_jax.model import Clara
 from clara_jax.training import metrics as means
@@ -141,10 +142,10 @@ def read_predictions(path: str) -> list[dict[str, Any]]:
   file = pathlib.Path(path)
   if not file.is_file():
     raise DataError(f"{path}: {'is a directory, expected a file of predictions' if file.is_dir() else 'no such file'}")
-  lines = file.read_text(encoding="utf-8").split("\n")
   try:
-    found = [json.loads(line) for line in lines[:-1]]
-  except json.JSONDecodeError as error:
+    lines = file.read_bytes().split(b"\n")
+    found = [parse_json(line) for line in lines[:-1]]
+  except ValueError as error:
     raise DataError(f"{path}: no file of predictions ({error}); of a report, name its directory") from None
   for number, value in enumerate(found, 1):
     if not isinstance(value, dict) or not {"key", "made_by", "prediction"} <= set(value):

@@ -3,27 +3,27 @@
 `read` knows, by what is in the file:
 
     squad       SQuAD 1.1 / 2.0 JSON: {"data": [{"title", "paragraphs": [{"context", "qas"}]}]}
-    hotpot      HotpotQA and 2WikiMultihopQA JSON: [{"_id", "question", "answer", "context": [[title, [sentence, …]], …],
-                "supporting_facts": [[title, sentence], …]}]
-    musique     MuSiQue JSONL: {"paragraphs": [{"title", "paragraph_text", "is_supporting"}], "answer", "answer_aliases"}
+    hotpot      HotpotQA and 2WikiMultihopQA: {"_id", "question", "answer", "context": [[title, [sentence, …]], …],
+                "supporting_facts": [[title, sentence], …]}, also as Hugging Face's data set has it: {"id", "context": {"title",
+                "sentences"}, "supporting_facts": {"title", "sent_id"}}
+    musique     MuSiQue JSONL: {"paragraphs": [{"title", "paragraph_text", "is_supporting"}], "answer", "answer_aliases", "answerable"}
     pubmedqa    PubMedQA JSON: {pmid: {"QUESTION", "CONTEXTS", "final_decision"}}
     nq          Natural Questions JSONL (simplified): {"question_text", "document_text", "annotations", "long_answer_candidates"}
     rows        JSONL of ours, of upstream (`eval_processed_*.jsonl`), FlashRAG, NQ-open, or one passage a row:
                 question, answer | answers | golden_answers, and where there are any docs | contexts | text, pos_index, id
 
-and `tfds:NAME[:SPLIT]` for sets that TFDS has: squad, natural_questions_open. A row may come without documents, perhaps with the ids of its
-gold documents in a corpus (doc_ids, paragraph_id, paragraph_ids); `candidates.py` finds some.
+as one JSON value or as lines of JSON, gzipped or not; and `tfds:NAME[:SPLIT]` for sets that TFDS has: squad, natural_questions_open. A row
+may come without documents, perhaps with the ids of its gold documents in a corpus (doc_ids, paragraph_id, paragraph_ids); `candidates.py`
+finds some. A question that its documents do not answer (SQuAD 2.0, MuSiQue-Full) has the one answer 'noanswer'.
 """
 
 import dataclasses
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
-from clara_jax.data.schemas import DataError, Malformed, Row, parse_row, read_jsonl
+from clara_jax.data.schemas import DataError, Malformed, Row, open_text, parse_row, read_jsonl
+from clara_jax.io import parse_json
 
 TFDS = ("squad", "natural_questions_open")
 
@@ -41,37 +41,44 @@ def read(path: str, malformed: Malformed | None = None) -> list[Row]:
   malformed = Malformed() if malformed is None else malformed
   if path.startswith("tfds:"):
     return _checked(_tfds(path), _FORMATS["rows"], malformed)
-  if path.endswith(".json"):
-    return _checked(*_json(path), malformed)
-  lines = read_jsonl(path, malformed)
   rows = []
-  for where, value in lines:
-    rows += _checked([(where, value)], _of_line(value), malformed)
+  if path.removesuffix(".gz").endswith(".json") and (found := _whole(path)) is not None:
+    rows = _checked(*found, malformed)
+  else:
+    for where, value in read_jsonl(path, malformed):
+      rows += _checked([(where, value)], _FORMATS[_of_object(value)], malformed)
   if not rows:
     raise DataError(f"{path}: no row could be read")
   return rows
 
 
-def _json(path: str) -> tuple[list[tuple[str, Any]], Callable[[Any, str], Iterator[Row]]]:
-  file = epath.Path(path)
-  if not file.exists():
-    raise DataError(f"{path}: no such file")
+def _whole(path: str) -> tuple[list[tuple[str, Any]], Callable[[Any, str], Iterator[Row]]] | None:
+  """A file that is one JSON value, in parts with their places, and what reads a part; None where it is lines of JSON."""
+  with open_text(path) as stream:
+    text = stream.read()
   try:
-    value = json.loads(file.read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise DataError(f"{path}: not valid JSON: {error}") from None
+    value = parse_json(text)
+  except ValueError as error:
+    first, _, rest = text.strip().partition("\n")
+    if rest and first.rstrip().endswith("}") and first.startswith("{"):
+      return None
+    raise DataError(f"{path}: {error}") from None
   if isinstance(value, dict) and isinstance(value.get("data"), list):
-    return [(f"{path}: article {i}", v) for i, v in enumerate(value["data"])], _FORMATS["squad"]
+    return list(_squad_questions(value["data"], path)), _squad
   if isinstance(value, dict) and value and all(isinstance(v, dict) and "QUESTION" in v for v in value.values()):
     return [(f"{path}: {key}", {**v, "id": key}) for key, v in value.items()], _FORMATS["pubmedqa"]
   if isinstance(value, list):
-    return [(f"{path}: row {i}", v) for i, v in enumerate(value)], _FORMATS["hotpot"]
+    name = next((_of_object(v) for v in value if isinstance(v, dict)), "hotpot")
+    return [(f"{path}: row {i}", v) for i, v in enumerate(value)], _FORMATS[name]
+  if isinstance(value, dict) and "\n" not in text.strip():
+    return None  # one line
   raise DataError(f"{path}: no known format; expected the JSON of SQuAD, HotpotQA, 2WikiMultihopQA or PubMedQA, or JSONL rows (*.jsonl)")
 
 
-def _of_line(value: Mapping[str, Any]) -> Callable[[Any, str], Iterator[Row]]:
-  name = "musique" if "paragraphs" in value else "nq" if "question_text" in value else "rows"
-  return _FORMATS[name]
+def _of_object(value: Mapping[str, Any]) -> str:
+  if "supporting_facts" in value:
+    return "hotpot"
+  return "musique" if "paragraphs" in value else "nq" if "question_text" in value else "rows"
 
 
 def _checked(values, read_one, malformed: Malformed) -> list[Row]:
@@ -82,10 +89,10 @@ def _checked(values, read_one, malformed: Malformed) -> list[Row]:
       for row in found:
         _check(row, where)
     except DataError as error:
-      malformed.add(str(error))
+      malformed.add(str(error), where)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
       what = f"lacks {error}" if isinstance(error, KeyError) else f"is not what was expected: {error}"
-      malformed.add(f"{where}: the row {what}")
+      malformed.add(f"{where}: the row {what}", where)
     else:
       rows += found
   return rows
@@ -110,23 +117,43 @@ def _titled(title: str, text: str) -> str:
   return f"{title}\n{text}" if title else text
 
 
-def _squad(article: Mapping[str, Any], where: str) -> Iterator[Row]:
-  for paragraph in article["paragraphs"]:
-    for asked in paragraph["qas"]:
-      answers = [a["text"] for a in asked["answers"]] or (["noanswer"] if asked.get("is_impossible") else [])
-      document = _titled(article["title"].replace("_", " "), paragraph["context"])
-      yield _row(asked["question"], answers, [document], [0], asked["id"])
+def _squad_questions(articles: Sequence[Any], path: str) -> Iterator[tuple[str, Any]]:
+  """Every question with its article's title and its paragraph's text, so that one that is bad costs no other."""
+  for i, article in enumerate(articles):
+    where = f"{path}: article {i}"
+    if not isinstance(article, dict) or not isinstance(article.get("paragraphs"), list):
+      yield where, {}
+      continue
+    for j, paragraph in enumerate(article["paragraphs"]):
+      asked = paragraph.get("qas") if isinstance(paragraph, dict) else None
+      for k, question in enumerate(asked if isinstance(asked, list) else [{}]):
+        name = f"question {question['id']!r}" if isinstance(question, dict) and "id" in question else f"question {k}"
+        yield f"{where}, paragraph {j}, {name}", {"title": article.get("title") or "", "paragraph": paragraph, "asked": question}
+
+
+def _squad(value: Mapping[str, Any], where: str) -> Iterator[Row]:
+  asked = value["asked"]
+  answers = ["noanswer"] if asked.get("is_impossible") else [a["text"] for a in asked["answers"]]
+  document = _titled(value["title"].replace("_", " "), value["paragraph"]["context"])
+  yield _row(asked["question"], answers, [document], [0], asked["id"])
 
 
 def _hotpot(value: Mapping[str, Any], where: str) -> Iterator[Row]:
-  supporting = {title for title, _ in value["supporting_facts"]}
-  titles = [title for title, _ in value["context"]]
-  documents = [_titled(title, " ".join(s.strip() for s in sentences)) for title, sentences in value["context"]]
-  yield _row(value["question"], [value["answer"]], documents, [i for i, t in enumerate(titles) if t in supporting], value["_id"])
+  context, facts = value["context"], value["supporting_facts"]
+  if isinstance(context, dict):  # columns, as Hugging Face's data set has them
+    context = list(zip(context["title"], context["sentences"], strict=True))
+  supporting = set(facts["title"] if isinstance(facts, dict) else [title for title, _ in facts])
+  documents = [_titled(title, " ".join(s.strip() for s in sentences)) for title, sentences in context]
+  yield _row(value["question"], [value["answer"]], documents, [i for i, (title, _) in enumerate(context) if title in supporting],
+             value["_id"] if "_id" in value else value["id"])
 
 
 def _musique(value: Mapping[str, Any], where: str) -> Iterator[Row]:
   documents = [_titled(p["title"], p["paragraph_text"]) for p in value["paragraphs"]]
+  if not value.get("answerable", True):
+    # The twin has the id and the answer of the question that the other documents answer.
+    yield _row(value["question"], ["noanswer"], documents, (), f"{value['id']} (unanswerable)")
+    return
   gold = [i for i, p in enumerate(value["paragraphs"]) if p["is_supporting"]]
   yield _row(value["question"], [value["answer"], *value.get("answer_aliases", ())], documents, gold, value["id"])
 
@@ -140,13 +167,14 @@ def _natural_questions(value: Mapping[str, Any], where: str) -> Iterator[Row]:
 
   def text(span):
     return " ".join(t for t in tokens[span["start_token"]:span["end_token"]] if not (t.startswith("<") and t.endswith(">")))
-  annotation = value["annotations"][0]
-  answers = [text(span) for span in annotation["short_answers"]]
-  if annotation.get("yes_no_answer", "NONE") != "NONE":
-    answers = [annotation["yes_no_answer"].lower()]
   passages = [c for c in value["long_answer_candidates"] if c["top_level"]]
-  long_answer = annotation["long_answer"]
-  gold = [i for i, c in enumerate(passages) if c["start_token"] <= long_answer["start_token"] < c["end_token"]]
+  answers, gold = [], set()
+  for annotation in value["annotations"]:  # one in training, five in validation; what any of them says counts
+    closed = annotation.get("yes_no_answer", "NONE")
+    answers += [text(span) for span in annotation["short_answers"]] if closed == "NONE" else [closed.lower()]
+    start = annotation["long_answer"]["start_token"]
+    gold |= {i for i, c in enumerate(passages) if c["start_token"] <= start < c["end_token"]}
+  gold = sorted(gold)
   yield _row(value["question_text"], answers, [text(c) for c in passages], gold, value["example_id"])
 
 
@@ -166,11 +194,13 @@ def _plain(value: Mapping[str, Any], where: str) -> Iterator[Row]:
   if not isinstance(value.get("question"), str):
     raise DataError(f"{where}: the row has no question")
   # The gold documents of a corpus, by their ids.
-  ids = value.get("paragraph_ids") or ([value["paragraph_id"]] if value.get("paragraph_id") else value.get("doc_ids") or ())
-  yield _row(value["question"], answers, (), range(len(ids)), value.get("id") or where, ids)
+  ids = next((value[k] for k in ("paragraph_ids", "paragraph_id", "doc_ids") if value.get(k) not in (None, "", [])), ())
+  # They may be numbers, and 0 is one; a corpus has texts.
+  ids = [ids] if isinstance(ids, (str, int)) else ids
+  yield _row(value["question"], answers, (), range(len(ids)), value.get("id") or where, map(str, ids))
 
 
-_FORMATS = {"squad": _squad, "hotpot": _hotpot, "musique": _musique, "pubmedqa": _pubmedqa, "nq": _natural_questions, "rows": _plain}
+_FORMATS = {"hotpot": _hotpot, "musique": _musique, "pubmedqa": _pubmedqa, "nq": _natural_questions, "rows": _plain}
 
 
 def _tfds(path: str) -> Iterator[tuple[str, dict[str, Any]]]:

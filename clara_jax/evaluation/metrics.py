@@ -52,8 +52,10 @@ def f1(prediction: str, answer: str) -> float:
 
 
 def cover_em(prediction: str, answer: str) -> float:
-  """1 where every token of the answer appears in the prediction, in any order (upstream's 'acc')."""
-  return float(set(normalise(answer).split()) <= set(normalise(prediction).split()))
+  """1 where every token of the answer appears in the prediction, in any order (upstream's 'acc'). An answer that `normalise` leaves
+  nothing of, such as 'A', is covered by nothing."""
+  wanted = set(normalise(answer).split())
+  return float(bool(wanted) and wanted <= set(normalise(prediction).split()))
 
 
 def squad_em(prediction: str, answer: str) -> float:

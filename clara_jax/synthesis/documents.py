@@ -5,7 +5,6 @@ import hashlib
 import html
 import io
 import itertools
-import json
 import pathlib
 import re
 import zlib
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer
 
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError, Document
+from clara_jax.io import parse_json
 
 # After a full stop that ends a sentence, with its closing quotes and brackets; before what can begin one.
 _BOUND = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\Wa-z_])|(?<=[。！？])")
@@ -105,15 +105,15 @@ def _rows(file: pathlib.Path, stream: io.TextIOWrapper) -> Iterator[Document]:
     if not line.strip():
       continue
     try:
-      value = json.loads(line)
+      value = parse_json(line)
       text = value.get("text", value.get("contents"))
-    except (json.JSONDecodeError, AttributeError):
-      raise DataError(f"{file}:{number}: not a JSON object") from None
+    except (ValueError, AttributeError) as error:
+      raise DataError(f"{file}:{number}: {error if isinstance(error, ValueError) else 'not a JSON object'}") from None
     if not isinstance(text, str):
       raise DataError(f"{file}:{number}: the document has no 'text'")
     if not text.strip():
       continue  # Wikipedia's redirects
-    if value.get("id") in (None, ""):
+    if value.get("id") in (None, "") or isinstance(value["id"], (dict, list)):
       raise DataError(f"{file}:{number}: the document has no 'id'")
     yield Document(*map(_clean, (str(value["id"]), text.strip(), str(value.get("title") or ""))))
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from clara_jax.data.schemas import DataError, Malformed, Row, parse_rows, require_one_question
+from clara_jax.data.schemas import DataError, Malformed, Row, parse_rows, place_of, require_one_question
 
 
 class StageRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -48,7 +48,7 @@ class StageRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         try:
           self.check(row)
         except DataError as error:
-          self._malformed.add(str(error))
+          self._malformed.add(str(error), place_of(row))
           continue
         number += 1
         yield f"{path}:{number}", {f.name: getattr(row, f.name) for f in dataclasses.fields(Row)}
