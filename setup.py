@@ -8,7 +8,7 @@ TENSORBOARD = ["tensorboardX>=2.6"]
 INT8 = ["qwix>=0.1.8"]
 COMPACT = ["faiss-cpu>=1.11"]
 EVALUATE = ["bm25s>=0.2", "rouge-score>=0.1.2", "matplotlib>=3.9"]
-SYNTHESIZE = ["aiohttp>=3.10", "rouge-score>=0.1.2", "matplotlib>=3.9"]
+SYNTHESIZE = ["aiohttp>=3.10", "rouge-score>=0.1.2", "matplotlib>=3.9", "sentencex>=1.0.20"]
 BERTSCORE = ["bert-score>=0.3.13", "torch>=2.6"]
 SERVE = ["starlette>=0.46", "uvicorn>=0.34", "pydantic>=2.10", "orjson>=3.10", "prometheus-client>=0.21"]
 GGUF = ["gguf>=0.17"]
@@ -34,6 +34,7 @@ setuptools.setup(
         "etils[epath]>=1.12",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18",
+        "regex>=2024.5",
         "huggingface_hub>=1.0",
         "jax>=0.10,<0.13",
         "jinja2>=3.1",

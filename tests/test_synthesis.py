@@ -7,9 +7,12 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import signal
 import threading
+import time
 
+import numpy as np
 import pytest
 
 from clara_jax.cli.main import main
@@ -17,12 +20,14 @@ from clara_jax.config import ConfigError
 from clara_jax.data import schemas
 from clara_jax.data.schemas import DataError, Document
 from clara_jax.data.world import World, write_rows
+from clara_jax.evaluation import metrics
 from clara_jax.interop.checkpoints import Checkpoint
 from clara_jax.model import Clara
 from clara_jax.quickstart.recipe import Sizes
 from clara_jax.synthesis import checks, documents, factory, judge, offline, own, rounds, templates
+from clara_jax.synthesis import journal as journal_lib
 from clara_jax.synthesis import pages as synthesis_pages
-from clara_jax.synthesis.client import BudgetError, Client, Endpoint, ReplyError, RequestError, ask_json, parse
+from clara_jax.synthesis.client import BudgetError, Client, Endpoint, FatalError, ReplyError, RequestError, ask_json, parse
 from clara_jax.synthesis.journal import Journal
 from tests import tiny
 
@@ -376,9 +381,6 @@ def test_a_journal_forgets_replies_of_what_is_finished(tmp_path):
   again = Journal(path)
   assert again.spent == [1203, 2, 1]
   again.close()
-  pathlib.Path(path).write_text('{"d": \n{"d": "x", "o": {}}\n')
-  with pytest.raises(DataError, match="journal.jsonl:1: the journal is damaged"):
-    Journal(path)
 
 
 def test_a_document_is_never_a_template_nor_an_instruction(tmp_path):
@@ -543,3 +545,244 @@ def test_sigterm_writes_what_there_is(tmp_path, capsys):
   assert manifest["accepted"] == 20 and manifest["requests"] > manifest["usage_of_the_last_start"]["requests"] and not manifest["open"]
   assert main(["synthesize", "--out", str(tmp_path / "nothing"), "--report"]) == 2
   assert "nothing was synthesized here" in capsys.readouterr().err
+
+
+# ---- what others' servers and models do ----------------------------------------------------------------------------------------
+
+DRAFT, RIGHT = '{"answers": ["draft"]}', '{"answers": ["right"]}'
+
+
+@pytest.mark.parametrize("text", [
+    f"<think>Perhaps {DRAFT}?</think>{RIGHT}", f"Let me see. {DRAFT}\n</think>\n\n{RIGHT}", f"<thinking>{DRAFT}</thinking>{RIGHT}",
+    f"[THINK]{DRAFT}[/THINK]{RIGHT}", f"<think>a</think>{DRAFT}<think>b</think>{RIGHT}", f"◁think▷{DRAFT}◁/think▷{RIGHT}",
+    f"<|START_THINKING|>{DRAFT}<|END_THINKING|>{RIGHT}", f"<|channel|>analysis<|message|>{DRAFT}<|end|><|start|>assistant<|channel|>final"
+    f"<|message|>{RIGHT}<|return|>", f"analysis Perhaps {DRAFT}.assistantfinal{RIGHT}", f"First {DRAFT}, but better: {RIGHT}",
+    f"<|channel|>final <|constrain|>json<|message|>{RIGHT}"])
+def test_thought_is_no_answer(text):
+  assert parse(text, SCHEMA) == {"answers": ["right"]}
+
+
+@pytest.mark.parametrize("text", [
+    f"<think>Perhaps {DRAFT}, but", f"{DRAFT}<think>no:", f"[THINK]{DRAFT}", f"<|channel|>analysis<|message|>{DRAFT}",
+    f"<think>a</think>{DRAFT}<think>"])
+def test_thought_that_does_not_end_is_no_answer(text):
+  with pytest.raises(ValueError, match="thought does not end|no JSON object"):
+    parse(text, SCHEMA)
+
+
+def test_a_text_about_marks_is_text():
+  assert parse('{"answers": ["it writes <think> first"]}', SCHEMA) == {"answers": ["it writes <think> first"]}
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "{" * 200_000, '{"answers": ' * 100_000, '{"answers": [' + "1" * 5000 + "]}"])
+def test_a_hostile_reply_is_a_bad_reply(text):
+  with pytest.raises(ValueError):
+    parse(text, SCHEMA)
+
+
+def said(text=None, finish="stop", **message):
+  return {"choices": [{"message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}],
+          "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
+
+
+def refusal(message, status=400, **headers):
+  return web.json_response({"error": {"message": message}}, status=status, headers=headers)
+
+
+DIALECTS = {
+    "max_completion_tokens": lambda b, n: "max_tokens" in b and refusal("'max_tokens': use 'max_completion_tokens'"),
+    "temperature": lambda b, n: "temperature" in b and refusal("'temperature' does not support 0.0. Only the default (1) is supported."),
+    "system": lambda b, n: b["messages"][0]["role"] == "system" and refusal("System role not supported"),
+    "all three": lambda b, n: next((r for r in (DIALECTS[k](b, n) for k in ("system", "temperature", "max_completion_tokens")) if r), None),
+    "loading": lambda b, n: n <= 9 and refusal("Loading model", 503, **{"Retry-After": "0.02"}),
+    "parts": lambda b, n: web.json_response(said([{"type": "thinking", "text": "no"}, {"type": "text", "text": "do"},
+                                                  {"type": "text", "text": "ne"}])),
+    "reasoning": lambda b, n: web.json_response(said(None, reasoning_content="done")),
+    "completion": lambda b, n: web.json_response({"choices": [{"text": "done"}]}),
+}
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_servers_as_they_are(name):
+  async def handle(body, number):
+    return DIALECTS[name](body, number) or web.json_response(said("done"))
+  messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]
+  with serving(handle) as (url, seen):
+    found, usage = chat(url, work=lambda c: c.chat(messages), count=3, attempts=2, in_flight=2)
+  assert found == ["done"] * 3
+  if name in ("system", "all three"):
+    assert seen[-1][0]["messages"] == [{"role": "user", "content": "Be kind.\n\nhello"}]
+  if name == "max_completion_tokens":
+    assert seen[-1][0]["max_completion_tokens"] == 1024 and usage.retries["dialect"] <= 3
+
+
+REFUSED = {
+    "quota": (lambda: refusal("You exceeded your current quota, please check your plan", 429), FatalError, "429: .*current quota"),
+    "length": (lambda: web.json_response(said("half of", "length")), ReplyError, "finish_reason: length.*--max-reply-tokens"),
+    "refusal": (lambda: web.json_response(said(None, refusal="I can't help.")), ReplyError, "the model refuses: I can't help"),
+    "filter": (lambda: web.json_response(said("", "content_filter")), ReplyError, "content_filter"),
+    "thought cut": (lambda: web.json_response(said(None, "length", reasoning_content="I think")), ReplyError, "--max-reply-tokens"),
+    "no /v1": (lambda: web.Response(status=404, text="Not Found"), RequestError, r"404: Not Found"),
+    **{f"redirect {s}": (lambda s=s: web.Response(status=s, headers={"Location": "http://elsewhere.example/"}), FatalError,
+                         f"{s}: redirects to 'http://elsewhere.example/'; nothing is sent there") for s in (301, 302, 303, 307, 308)},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_server_refuses_is_said(name):
+  make, kind, message = REFUSED[name]
+
+  async def handle(body, number):
+    return make()
+  with serving(handle) as (url, seen):
+    (found,), _ = chat(url)
+  assert isinstance(found, kind) and re.search(message, str(found)) and len(seen) == 1
+
+
+def test_replies_are_bounded():
+  bomb = gzip.compress(b"0" * (64 << 20))
+
+  async def handle(body, number):
+    if number == 1:
+      return web.Response(body=bomb, headers={"Content-Encoding": "gzip"})
+    if number == 2:
+      return web.Response(body=b"x" * (9 << 20))
+    if number == 3:
+      return web.Response(status=502, body=b"\xff\xfe gateway")
+    if number == 4:
+      return web.Response(body=b'{"choices": ' + b"[" * 200_000)
+    if number == 5:
+      return web.Response(body=b'{"usage": {"prompt_tokens": ' + b"9" * 5000 + b"}}")
+    return web.json_response({**said("done"), "usage": {"prompt_tokens": -10**6, "completion_tokens": True}})
+  with serving(handle) as (url, _):
+    start = time.monotonic()
+    for _ in range(2):
+      (found,), _ = chat(url, seconds=5)
+      assert isinstance(found, ReplyError) and "a reply of more than 8 MiB" in str(found)
+    (found,), usage = chat(url, seconds=5)
+    assert found == "done" and usage.retries == {"5xx": 1, "reply": 2} and time.monotonic() - start < 5
+    assert usage.prompt_tokens > 0 and usage.completion_tokens > 0
+    found, usage = chat(url, count=9, max_tokens=100, in_flight=1)
+    assert sum(isinstance(f, BudgetError) for f in found) > 4
+
+
+def test_where_requests_go(monkeypatch):
+  def target(url):
+    return Endpoint(url, "m", "key")
+  assert target("http://h/v1/").target == "http://h/v1/chat/completions" == target("http://h/v1/chat/completions").target
+  azure = target("https://h/openai/deployments/d?api-version=1")
+  assert azure.target == "https://h/openai/deployments/d/chat/completions?api-version=1" and azure.headers["api-key"] == "key"
+  assert "api-key" not in target("http://h/v1").headers
+  monkeypatch.setenv("http_proxy", "http://proxy:8080")
+  monkeypatch.setenv("no_proxy", "local.example")
+  assert target("http://h/v1").proxy == "http://proxy:8080" and target("http://local.example/v1").proxy is None
+  assert target("https://h/v1").proxy is None
+
+
+def test_an_empty_quota_stops_the_run(tmp_path):
+  async def handle(body, number):
+    return refusal("insufficient_quota", 429)
+  pieces = [(f"d{i}", Document(f"d{i}", "Text.")) for i in range(40)]
+
+  async def run(url):
+    async with Client(Endpoint(url, "m", in_flight=4)) as client:
+      await factory.produce(pieces, rounds.scp, client, templates.Templates(), str(tmp_path), at_once=5, progress=False)
+  with serving(handle) as (url, seen):
+    with pytest.raises(RequestError, match="no request will pass; the last problem: .*insufficient_quota"):
+      asyncio.run(run(url))
+  assert len(seen) <= 8
+
+
+def journal_of(path):
+  journal = Journal(path)
+  for i in range(30):
+    journal.reply(f"d{i}", "k", "a reply", [1, 2, 3])
+    journal.finish(f"d{i}", "text", {"reason": None, "rows": [i]})
+  journal.withdraw("d3")
+  journal.finish("d3", "text", {"reason": None, "rows": ["again"]})
+  journal.close()
+
+
+def test_a_damaged_journal_loses_what_is_damaged_and_nothing_else(tmp_path, capsys):
+  """Flips, NUL blocks, lines cut in the middle, at any place: what is told is what was written, each document once."""
+  path = str(tmp_path / "journal.jsonl")
+  journal_of(path)
+  whole, outcomes = pathlib.Path(path).read_bytes(), dict(journal_lib.outcomes(path))
+  assert len(outcomes) == 30 and outcomes["d3"]["rows"] == ["again"]
+  random = np.random.default_rng(0)
+  for trial in range(300):
+    damaged = bytearray(whole)
+    place = int(random.integers(len(whole) - 1))
+    if trial % 3 == 0:
+      damaged[place] ^= 1 << int(random.integers(8))
+    elif trial % 3 == 1:
+      damaged[place:place + 100] = b"\0" * 100
+    else:
+      del damaged[place:place + 50]
+    pathlib.Path(path).write_bytes(damaged)
+    journal = Journal(path)
+    found = list(journal_lib.outcomes(path))
+    assert len(found) == len(dict(found)) and journal.damaged <= 2
+    for name, outcome in found:
+      assert outcome in (outcomes[name], {"reason": None, "rows": [3]}), (trial, name)
+    assert len(found) >= 28
+    for i in range(30):
+      if not journal.is_done(f"d{i}", "text"):
+        journal.finish(f"d{i}", "text", {"reason": None, "rows": outcomes[f"d{i}"]["rows"]})
+    journal.close()
+    assert {name for name, _ in journal_lib.outcomes(path)} == set(outcomes)
+  assert "damaged lines are passed over; what they told is done again" in capsys.readouterr().err
+
+
+def test_a_line_that_a_full_disk_cut_is_cut_back(tmp_path, monkeypatch):
+  path = str(tmp_path / "journal.jsonl")
+  journal_of(path)
+  journal, before, write = Journal(path), pathlib.Path(path).read_bytes(), os.write
+
+  def full(descriptor, data):
+    if len(data) < 20:
+      raise OSError(28, "No space left on device")
+    return write(descriptor, data[:10])
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+      journal.finish("new", "text", {"reason": None})
+  assert pathlib.Path(path).read_bytes() == before
+  journal.finish("new", "text", {"reason": None})
+  journal.close()
+  assert "new" in dict(journal_lib.outcomes(path))
+
+
+LANGUAGES = {
+    "zh": ("玛丽·居里于1867年出生于华沙。她发现了镭。", "玛丽·居里出生在哪里？", "华沙", "居里夫人1867年生于华沙，镭是由她发现的。"),
+    "ru": ("Мария Кюри родилась в Варшаве в 1867 году.", "Где родилась Мария Кюри?", "Варшава",
+           "В 1867 году в Варшаве родилась Мария Кюри."),
+    "ja": ("マリー・キュリーは1867年にワルシャワで生まれた。", "マリー・キュリーはどこで生まれましたか。", "ワルシャワ",
+           "1867年にワルシャワで生まれたのが、マリー・キュリーである。"),
+    "el": ("Η Μαρία Κιουρί γεννήθηκε στη Βαρσοβία το 1867.", "Πού γεννήθηκε η Μαρία Κιουρί;", "Βαρσοβία",
+           "Το 1867 στη Βαρσοβία γεννήθηκε η Μαρία Κιουρί."),
+    "fr": ("Émilie du Châtelet naquit à Paris en 1706.", "Où naquit Émilie du Châtelet ?", "à Paris",
+           "C'est à Paris, en 1706, que naquit Émilie du Châtelet."),
+    "ar": ("ولدت ماري كوري في وارسو عام 1867.", "أين ولدت ماري كوري؟", "وارسو", "في عام 1867 ولدت في وارسو ماري كوري."),
+    "ko": ("마리 퀴리는 1867년 바르샤바에서 태어났다.", "마리 퀴리는 어디에서 태어났습니까?", "바르샤바",
+           "1867년 바르샤바에서 마리 퀴리가 태어났다."),
+    "hi": ("मैरी क्यूरी का जन्म 1867 में वारसॉ में हुआ था।", "मैरी क्यूरी का जन्म कहाँ हुआ था?", "वारसॉ", "वारसॉ में 1867 में मैरी क्यूरी का जन्म हुआ।"),
+    "th": ("มารี กูว์รี เกิดที่กรุงวอร์ซอในปี 1867", "มารี กูว์รี เกิดที่ไหน", "วอร์ซอ", "ในปี 1867 มารี กูว์รี เกิดที่กรุงวอร์ซอ"),
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_checks_in_other_languages(language):
+  document, question, answer, paraphrase = LANGUAGES[language]
+  assert checks.question(question, document, ()) is None
+  assert checks.question(question, document, [question]) == "question: duplicate"
+  assert checks.answer(answer, document) is None
+  elsewhere = {"zh": "伦敦", "ja": "ロンドン", "ru": "Лондон", "el": "Λονδίνο", "fr": "Londres", "ar": "لندن", "ko": "런던", "hi": "लंदन",
+               "th": "ลอนดอน"}
+  assert checks.answer(elsewhere[language], document) == "answer: not in the document"
+  assert checks.paraphrase(paraphrase, document) == []
+  assert checks.paraphrase(document, document) == ["it says the same in the same words"]
+  assert metrics.paraphrase_scores(document, document)["rouge_l"] == 1
+  pieces = list(documents.chunks(Document("d", document * 40), 50, lambda t: len(metrics.words(t))))
+  assert len(pieces) > 3 and "".join(p.text for p in pieces).replace(" ", "") == (document * 40).replace(" ", "")
+  assert next(documents.chunks(Document("d", document), 500)).text == document

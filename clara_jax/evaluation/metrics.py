@@ -17,7 +17,10 @@ import functools
 import math
 import re
 import string
+import unicodedata
 from collections.abc import Sequence
+
+import regex
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _BOOLEANS = {"true": "yes", "false": "no"}
@@ -117,6 +120,20 @@ def _gain(hits: Sequence[int]) -> float:
   return sum(hit / math.log2(place + 1) for place, hit in enumerate(hits, 1))
 
 
+# Scripts without spaces between words: every character is one.
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[\p{{L}}\p{{M}}\p{{N}}--[{UNSPACED}]]+(?:['’][\p{{L}}\p{{M}}]+)*", regex.VERSION1)
+
+
+def words(text: str) -> list[str]:
+  """Words of a text in any script, in lower case and one form of each letter (NFKC); of scripts without spaces, characters.
+
+  >>> words("Émile Zola's 東京 (1867)")
+  ['émile', "zola's", '東', '京', '1867']
+  """
+  return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
 # A number, or a run of capitalised words that does not begin a sentence.
 _NUMBER = re.compile(r"\b\d[\d.,:/-]*\b")
 _NAME = re.compile(r"(?<![.!?]\s)(?<!^)\b[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)*")
@@ -129,7 +146,7 @@ def entities(text: str) -> set[str]:
 
 def entities_kept(paraphrase: str, source: str) -> float:
   """Share of the source's `entities` whose tokens all appear in the paraphrase; 1 where it has none."""
-  wanted, tokens = entities(source), set(normalise_officially(paraphrase).split())
+  wanted, tokens = entities(source), {*normalise_officially(paraphrase).split(), *words(paraphrase)}
   return sum(set(e.split()) <= tokens for e in wanted) / len(wanted) if wanted else 1.0
 
 
@@ -145,5 +162,13 @@ def paraphrase_scores(paraphrase: str, source: str) -> dict[str, float]:
 
 @functools.cache
 def _rouge():
-  from rouge_score import rouge_scorer
-  return rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+  from rouge_score import rouge_scorer, tokenizers
+  ascii_only = tokenizers.DefaultTokenizer(use_stemmer=True)
+
+  class Tokenizer(tokenizers.Tokenizer):
+    """The library's own drops every letter that is not ASCII; such texts are scored by their `words`."""
+
+    def tokenize(self, text):
+      return ascii_only.tokenize(text) if text.isascii() else [t for w in words(text) for t in (
+          ascii_only.tokenize(w) if w.isascii() else [w])]
+  return rouge_scorer.RougeScorer(["rouge1", "rougeL"], tokenizer=Tokenizer())

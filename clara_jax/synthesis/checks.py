@@ -4,29 +4,31 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from clara_jax.evaluation.metrics import entities, normalise_officially, paraphrase_scores
+import regex
+
+from clara_jax.evaluation.metrics import UNSPACED, entities, normalise_officially, paraphrase_scores, words
 
 _POINTS_AT_IT = re.compile(r"\b(the|this|that|given|above)\s+(document|passage|text|article|paragraph|excerpt|story|context)\b"
                            r"|\baccording to (it|this)\b|\bmentioned (above|here)\b", re.IGNORECASE)
 QUESTION_WORDS, ANSWER_WORDS = (3, 60), (1, 50)
 NEAR_DUPLICATE, FOUND, ROUGE_L = 0.9, 0.5, (0.1, 0.95)
+_UNSPACED = regex.compile(f"[{UNSPACED}]")
 QUESTIONS = 50  # of one reply; a model that repeats itself does not hold the others up
 
 
 def question(text: str, document: str, others: Iterable[str]) -> str | None:
   """Refuses a question that is too short or long, no question, in another script, about "the document", or asked already."""
-  words = normalise_officially(text).split()
-  if not QUESTION_WORDS[0] <= len(text.split()) <= QUESTION_WORDS[1] and not _unspaced(text):
+  if not QUESTION_WORDS[0] <= len(words(text) if _unspaced(text) else text.split()) <= QUESTION_WORDS[1]:
     return "question: length"
-  if not text.rstrip().endswith(("?", "？", "؟")):
+  if not _asks(text):
     return "question: no question mark"
   if _POINTS_AT_IT.search(text):
     return "question: names the document"
   if not _scripts(text) <= _scripts(document) | {"LATIN"}:
     return "question: another script"
-  bag = set(words)
+  bag = _bag(text)
   for other in others:
-    there = set(normalise_officially(other).split())
+    there = _bag(other)
     if bag == there or len(bag & there) >= NEAR_DUPLICATE * len(bag | there):
       return "question: duplicate"
   return None
@@ -35,17 +37,51 @@ def question(text: str, document: str, others: Iterable[str]) -> str | None:
 def answer(text: str, document: str) -> str | None:
   """Refuses an answer that is empty, too long, or whose words do not stand in the document (yes and no pass)."""
   tokens = normalise_officially(text).split()
-  if not tokens:
+  if not words(text):
     return "answer: empty"
-  if len(text.split()) > ANSWER_WORDS[1]:
+  if len(words(text) if _unspaced(text) else text.split()) > ANSWER_WORDS[1] * (4 if _unspaced(text) else 1):
     return "answer: length"
   if tokens in (["yes"], ["no"]):
     return None
   told = normalise_officially(document)
   if " ".join(tokens) in told:
     return None
-  there = set(told.split())
+  if not _scripts(text) & {"LATIN"}:
+    return None if _stands_in(words(text), words(document)) else "answer: not in the document"
+  there = {*told.split(), *words(document)}
   return None if sum(t in there for t in tokens) >= FOUND * len(tokens) else "answer: not in the document"
+
+
+def _stands_in(asked: Sequence[str], told: Sequence[str]) -> bool:
+  """Whether enough words stand there; many of these languages inflect: a word is known by its first two thirds."""
+  if _UNSPACED.search("".join(asked)):  # its words are characters, which any text has: pairs of them
+    asked, told = (["".join(pair) for pair in zip(ws, ws[1:], strict=False)] or ws for ws in (asked, [*told]))
+    told = [*told, *"".join(told)] if len(asked[0]) == 1 else told
+  there = set(told)
+
+  def is_there(word):
+    stem = word[:max(3, -(-2 * len(word) // 3))]
+    return word in there or len(word) > 3 and any(other.startswith(stem) for other in there)
+  return sum(map(is_there, asked)) >= FOUND * len(asked)
+
+
+# Of Greek (also as the ASCII semicolon), Arabic, Armenian, Ethiopic, Vai, and the wide, small and turned forms.
+_QUESTION_MARKS = ("?", "？", "؟", "\u037e", "՞", "፧", "꘏", "﹖", "⸮", "︖")
+# What ends a question where no mark is needed: Japanese か and の, Chinese 吗, 呢 and 么, Korean 까, 니, 나요, 가요.
+_ENDINGS = regex.compile(r"[かの吗嗎呢么麼까니]$|[나가]요$")
+# Thai, Lao, Khmer, Burmese and Tibetan have no question mark of their own.
+_NO_MARK = regex.compile(r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]")
+
+
+def _asks(text: str) -> bool:
+  text = text.rstrip().rstrip("\"'”’»」』)）")
+  if text.endswith(_QUESTION_MARKS) or text.endswith(";") and "GREEK" in _scripts(text) or "՞" in text:
+    return True
+  return bool(_ENDINGS.search(text.rstrip(" 。．.")) or _NO_MARK.search(text))
+
+
+def _bag(text: str) -> set[str]:
+  return set(words(text)) if _unspaced(text) else set(normalise_officially(text).split())
 
 
 def paraphrase(text: str, document: str) -> list[str]:
@@ -58,19 +94,21 @@ def paraphrase(text: str, document: str) -> list[str]:
     problems.append("it says the same in the same words")
   if rouge < ROUGE_L[0]:
     problems.append("it has hardly a word of the document")
-  tokens = set(normalise_officially(text).split())
+  tokens = {*normalise_officially(text).split(), *words(text)}
   if lost := sorted(e for e in entities(document) if not set(e.split()) <= tokens):
     problems.append(f"names or numbers are lost: {', '.join(lost)}")
   return problems
 
 
 def _scripts(text: str) -> set[str]:
-  return {unicodedata.name(c, "UNKNOWN").split()[0] for c in text if c.isalpha()}
+  """As the names of letters begin; those that are written together are one, and signs of no script are none."""
+  found = {re.split(r"[ -]", unicodedata.name(c, "UNKNOWN"))[0] for c in unicodedata.normalize("NFKC", text) if c.isalpha()}
+  return {"CJK" if name in ("HIRAGANA", "KATAKANA", "BOPOMOFO", "IDEOGRAPHIC") else name for name in found} - {"MODIFIER", "MICRO"}
 
 
 def _unspaced(text: str) -> bool:
-  """Chinese and Japanese have no spaces between words."""
-  return bool(_scripts(text) & {"CJK", "HIRAGANA", "KATAKANA", "THAI"})
+  """Whether the text is of a script without spaces between words."""
+  return bool(_UNSPACED.search(text))
 
 
 def kept(questions: Sequence[str], document: str, there: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -16,9 +16,7 @@ from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError, Document
 from clara_jax.io import parse_json
 
-# After a full stop that ends a sentence, with its closing quotes and brackets; before what can begin one.
-_BOUND = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\Wa-z_])|(?<=[。！？])")
-_ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|vs|etc|e\.g|i\.e|No|Fig|Vol|pp|ca|approx|Inc|Ltd|Co)|\b[A-Z])\.$")
+_GREEK = re.compile(r"[\u0370-\u03ff\u1f00-\u1fff]")
 _PIECE = re.compile(r"#\d+$")
 # WikiExtractor does not escape the quotes of a title.
 _EXTRACT = re.compile(r'<doc id="([^"\n]*)"[^\n]*? title="([^\n]*?)"(?: \w+="[^"\n]*")*>\n(.*?)\n?</doc>', re.DOTALL)
@@ -123,18 +121,27 @@ def _clean(text: str) -> str:
 
 
 def sentences(text: str) -> list[str]:
-  """Sentences of a text, without the space between them; lines are bounds, too."""
-  found: list[str] = []
+  """Sentences of a text in any language, without the space around them; lines are bounds, too."""
+  return [text[start:end] for start, end in _spans(text)]
+
+
+def _spans(text: str) -> list[tuple[int, int]]:
+  """Where the sentences are."""
+  try:
+    import sentencex
+  except ImportError:
+    raise ConfigError("documents are cut on sentence bounds by sentencex: pip install -e '.[synthesize]'") from None
+  found, start = [], 0
   for line in text.split("\n"):
-    start = 0
-    for bound in _BOUND.finditer(line):
-      if _ABBREVIATION.search(line[start:bound.start()]):
-        continue
-      end = bound.start() + len(bound[0].rstrip())
-      found.append(line[start:end].strip())
-      start = bound.end()
-    found.append(line[start:].strip())
-  return [s for s in found if s]
+    place = start
+    for sentence in sentencex.segment("el" if _GREEK.search(line) else "en", line):  # the other scripts' marks are known to all
+      first = text.index(sentence, place)
+      place = first + len(sentence)
+      if inner := sentence.strip():
+        first += len(sentence) - len(sentence.lstrip())
+        found.append((first, first + len(inner)))
+    start += len(line) + 1
+  return found
 
 
 def words(text: str) -> int:
@@ -175,31 +182,34 @@ def chunks(document: Document, limit: int, count: Callable[[str], int] = words) 
   title = next(_short(document.title, limit // 2, count), "")
   room = limit - (count(title) + 1 if title else 0)
   pieces: list[str] = []
-  held: list[str] = []
-  size = 0
-  for sentence in (part for s in sentences(document.text) for part in _short(s, room, count)):
-    length = count(sentence)
-    if held and size + length > room:
-      pieces.append(" ".join(held))
-      held, size = [], 0
-    held.append(sentence)
-    size += length
+  held, size, end = "", 0, 0
+  for first, last in _spans(document.text):
+    for number, part in enumerate(_short(document.text[first:last], room, count)):
+      length = count(part)
+      between = " " if held and (number or first > end) else ""  # Chinese has no space between sentences
+      if held and size + length > room:
+        pieces.append(held)
+        held, size, between = "", 0, ""
+      held += between + part
+      size += length
+    end = last
   if held:
-    pieces.append(" ".join(held))
+    pieces.append(held)
   for number, text in enumerate(pieces):
     yield Document(document.id if len(pieces) == 1 else f"{document.id}#{number}", text, title)
 
 
 def _short(sentence: str, room: int, count: Callable[[str], int]) -> Iterator[str]:
-  """A sentence that is too long, in words."""
+  """A sentence that is too long, in words; a word that is too long (a line of a script without spaces), in characters."""
   if count(sentence) <= room:
     yield sentence
     return
-  held: list[str] = []
-  for word in sentence.split():
-    if held and count(" ".join([*held, word])) > room:
-      yield " ".join(held)
-      held = []
-    held.append(word)
-  if held:
-    yield " ".join(held)
+  held = ""
+  for part in re.findall(r"\s*\S+", sentence):
+    for piece in [part] if count(part) <= room else re.findall(r"\s*\S", part):
+      if held and count(held + piece) > room:
+        yield held.strip()
+        held = ""
+      held += piece
+  if held.strip():
+    yield held.strip()

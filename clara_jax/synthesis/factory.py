@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import Document, Row
 from clara_jax.synthesis import journal as journal_lib
-from clara_jax.synthesis.client import BudgetError, RequestError, Usage, ask_json
+from clara_jax.synthesis.client import BudgetError, FatalError, RequestError, Usage, ask_json
 from clara_jax.synthesis.journal import Journal
 from clara_jax.synthesis.rounds import SCHEMAS, Ask, Outcome
 from clara_jax.synthesis.templates import Templates
@@ -197,6 +197,9 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
       except RequestError as error:
         failures += 1
         report.problem = str(error)
+        if isinstance(error, FatalError):
+          report.stopped = "no request will pass"
+          return
         if failures >= FAILURES:
           report.stopped = f"{FAILURES} requests in a row failed"
           return

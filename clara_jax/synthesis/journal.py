@@ -1,4 +1,5 @@
-"""What has been done, on disk: one append-only file. A kill loses at most what was in flight; a finished document is written once.
+"""What has been done, on disk: one append-only file of lines with checksums (`io.sealed`). A kill loses at most what was in flight; a
+finished document is told of once.
 
     {"r": document, "k": key, "t": reply, "u": [requests, tokens of prompts, of replies]}    a reply, while its document is not finished
     {"d": document, "h": hash of what it said, "o": outcome}  a finished document
@@ -6,17 +7,18 @@
     {"n": document}                                           it is asked anew: its replies so far were of no use
     {"u": […]}                                                what was spent since the last line with "u"
 
-A document that was stopped is worked on again from its replies: its requests have the same keys.
+A document that was stopped is worked on again from its replies: its requests have the same keys. A line that is damaged is passed over,
+and counted: what it told is done again.
 """
 
 import collections
-import fcntl
 import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from clara_jax import io
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError
 
@@ -27,8 +29,10 @@ class Journal:
   Args:
     path: the file.
 
+  Attributes:
+    damaged: lines that were passed over.
+
   Raises:
-    DataError: a line in the middle is damaged.
     ConfigError: another process is working on it.
   """
 
@@ -38,49 +42,54 @@ class Journal:
     self._tries: collections.Counter = collections.Counter()
     self.spent = [0, 0, 0]
     self._replies: dict[str, dict[str, str]] = {}
-    self._lock = os.open(f"{path}.lock", os.O_WRONLY | os.O_CREAT, 0o644)
+    self.damaged = 0
     try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-      os.close(self._lock)
-      raise ConfigError(f"{path}: another process is working on this shard") from None
+      self._lock = io.Lock(f"{path}.lock")
+    except io.LockedError as error:
+      raise ConfigError(f"{path}: another process is working on this shard ({error})") from None
     if os.path.exists(path):
       self._read()
+    if self.damaged:
+      print(f"{path}: {self.damaged} damaged lines are passed over; what they told is done again", file=sys.stderr, flush=True)
     self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
   def _read(self) -> None:
-    end = 0
+    io.cut_back(self.path)
     waste = 0
-    for start, value in _lines(self.path):
-      end = start
+    for value in _lines(self.path, self._count_damage):
       if "d" in value:
         self._done[_digest(value["d"])] = bytes.fromhex(value["h"])
       elif "x" in value:
-        del self._done[_digest(value["x"])]
+        self._done.pop(_digest(value["x"]), None)
         self._tries[value["x"]] += 1
       elif "n" in value:
         self._tries[value["n"]] += 1
       if "u" in value:
         self.spent = [a + b for a, b in zip(self.spent, value["u"], strict=True)]
-    if end < os.path.getsize(self.path):  # the line that a kill has cut
-      os.truncate(self.path, end)
-    for _, value in _lines(self.path):
+    for value in _lines(self.path):
       if "r" in value:
         if _digest(value["r"]) in self._done:
           waste += 1
         else:
           self._replies.setdefault(value["r"], {})[value["k"]] = value["t"]
     if waste > 1000:
-      part = f"{self.path}.part"
-      with open(part, "w", encoding="utf-8") as file:
-        dropped = [0, 0, 0]
-        for _, value in _lines(self.path):
-          if "r" not in value or _digest(value["r"]) not in self._done:
-            file.write(json.dumps(value, ensure_ascii=False) + "\n")
-          else:
-            dropped = [a + b for a, b in zip(dropped, value.get("u", [0, 0, 0]), strict=True)]
-        file.write(json.dumps({"u": dropped}) + "\n")
-      os.replace(part, self.path)
+      self._rewrite()
+
+  def _count_damage(self) -> None:
+    self.damaged += 1
+
+  def _rewrite(self) -> None:
+    """Without the replies of finished documents."""
+    part = f"{self.path}.part"
+    with open(part, "wb") as file:
+      dropped = [0, 0, 0]
+      for value in _lines(self.path):
+        if "r" not in value or _digest(value["r"]) not in self._done:
+          file.write(io.sealed(value))
+        else:
+          dropped = [a + b for a, b in zip(dropped, value.get("u", [0, 0, 0]), strict=True)]
+      file.write(io.sealed({"u": dropped}))
+    os.replace(part, self.path)
 
   def is_done(self, document: str, said: str) -> bool:
     """Whether a document is finished.
@@ -139,39 +148,49 @@ class Journal:
       self.spent = [a + b for a, b in zip(self.spent, spent, strict=True)]
 
   def _append(self, value: dict[str, Any]) -> None:
-    data = memoryview((json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
-    while data:
-      data = data[os.write(self._file, data):]
+    io.append(self._file, io.sealed(value))
 
   def close(self) -> None:
     """Closes the file."""
     os.close(self._file)
-    os.close(self._lock)
+    self._lock.release()
 
 
 def outcomes(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-  """(document, outcome) of all that a journal has finished, in the order in which they were; the file is only read."""
-  withdrawn = collections.Counter(value["x"] for _, value in _lines(path) if "x" in value)
-  for _, value in _lines(path):
+  """(document, outcome) of all that a journal has finished, each once, in the order in which they were; the file is only read."""
+  last: dict[bytes, int] = {}  # the line that counts
+  for number, value in enumerate(_lines(path)):
     if "d" in value:
-      if withdrawn[value["d"]]:
-        withdrawn[value["d"]] -= 1
-      else:
-        yield value["d"], value["o"]
+      last[_digest(value["d"])] = number
+    elif "x" in value:
+      last.pop(_digest(value["x"]), None)
+  for number, value in enumerate(_lines(path)):
+    if "d" in value and last.get(_digest(value["d"])) == number:
+      yield value["d"], value["o"]
 
 
-def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-  """(end, value) of every whole line."""
-  end = 0
+# Lines of journals of before there were checksums: all fields that a kind has, "u" aside.
+_FIELDS = ({"r", "k", "t"}, {"d", "h", "o"}, {"x"}, {"n"}, set())
+
+
+def _lines(path: str, on_damage: Callable[[], None] = lambda: None) -> Iterator[dict[str, Any]]:
+  """The values of the whole lines that are not damaged."""
+  old = True
   with open(path, "rb") as file:
-    for number, line in enumerate(file, 1):
+    for line in file:
       if not line.endswith(b"\n"):
         return
-      end += len(line)
       try:
-        yield end, json.loads(line)
-      except json.JSONDecodeError:
-        raise DataError(f"{path}:{number}: the journal is damaged here") from None
+        if old and not io.is_sealed(line):
+          value = io.parse_json(line)
+          if not isinstance(value, dict) or set(value) - {"u"} not in _FIELDS:
+            raise io.DamagedError("no line of a journal")
+        else:
+          value, old = io.unsealed(line), False
+      except ValueError:
+        on_damage()
+        continue
+      yield value
 
 
 def _digest(text: str, size: int = 8) -> bytes:

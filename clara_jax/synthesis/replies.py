@@ -1,0 +1,123 @@
+"""What a model's reply says: its text, whatever form a server gives it, without its thought, and the JSON object in it."""
+
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# How models mark thought: (what opens it, what closes it). A server may have cut the opening mark off, or hidden special tokens.
+_MARKS = (
+    (r"<(?:think|thinking|thought|reasoning|seed:think)>", r"</(?:think|thinking|thought|reasoning|seed:think)>"),
+    (r"\[THINK\]", r"\[/THINK\]"),
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
+    (r"◁think▷", r"◁/think▷"),
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
+)
+_OPENS = re.compile("|".join(opens for opens, _ in _MARKS), re.IGNORECASE)
+_CLOSES = re.compile("|".join(closes for _, closes in _MARKS), re.IGNORECASE)
+# gpt-oss writes channels; the last "final" one is the answer.
+_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*(?:<\|\w+\|>[^<]*?)?<\|message\|>", re.IGNORECASE)
+_BARE_FINAL = re.compile(r"^analysis\b.*assistantfinal", re.DOTALL)
+_END = re.compile(r"<\|(?:end|return|call)\|>")
+
+_TRIES = 200  # opening brackets that are tried
+
+
+class ReplyTextError(ValueError):
+  """A reply has no text that counts; the message says why, and which option helps."""
+
+
+def text_of(choice: Mapping[str, Any], max_tokens_option: str = "--max-reply-tokens") -> str:
+  """The text of one of a completion's `choices`.
+
+  `content` may be a list of parts, or missing where a server that parses reasoning has put all of a finished reply into
+  `reasoning_content`.
+
+  Args:
+    choice: as the server sent it.
+    max_tokens_option: what to raise where the reply was cut.
+
+  Raises:
+    ReplyTextError: the reply was cut, refused or withheld, or has no text.
+  """
+  message = choice.get("message")
+  message = message if isinstance(message, dict) else {"content": choice.get("text")}
+  content = message.get("content")
+  if isinstance(content, list):
+    parts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type", "text") in ("text", "output_text")]
+    content = "".join(p for p in parts if isinstance(p, str))
+  finish = choice.get("finish_reason")
+  if finish == "length":
+    raise ReplyTextError(f"the reply was cut (finish_reason: length): more {max_tokens_option}")
+  if isinstance(message.get("refusal"), str) and message["refusal"]:
+    raise ReplyTextError(f"the model refuses: {message['refusal'][:200]}")
+  if finish == "content_filter":
+    raise ReplyTextError("the server withholds the reply (finish_reason: content_filter)")
+  if not content:
+    content = next((message[k] for k in ("reasoning_content", "reasoning") if isinstance(message.get(k), str)), content)
+  if not isinstance(content, str):
+    raise ReplyTextError("the reply has no text")
+  return content.encode("utf-8", "replace").decode()  # half of a surrogate pair
+
+
+def spoken(text: str) -> str:
+  """A reply without its thought: what follows the last closing mark; nothing where a channel of thought is the last one."""
+  if channels := list(_CHANNEL.finditer(text)):
+    if channels[-1][1].lower() != "final":
+      return ""
+    return _END.split(text[channels[-1].end():])[0]
+  if found := _BARE_FINAL.match(text):
+    return text[found.end():]
+  return text[max((closing.end() for closing in _CLOSES.finditer(text)), default=0):]
+
+
+def parse(text: str, schema: Mapping[str, Any]) -> Any:
+  """The JSON object in a reply, checked: bare, in a code fence, or between other words. Of several, the last counts: drafts come first.
+
+  Args:
+    text: the reply; what a model thinks aloud is passed over (`spoken`).
+    schema: of the types object, array, string, boolean, integer and number, with properties (all required) and items.
+
+  Raises:
+    ValueError: there is none, or it is not by the schema; with the place.
+  """
+  text = spoken(text)
+  problem, found, start, end = None, None, 0, 0
+  thoughts = [opening.start() for opening in _OPENS.finditer(text)]
+  for start in itertools.islice((match.start() for match in re.finditer(r"\{", text)), _TRIES):
+    if start < end:
+      continue
+    try:
+      value, after = json.JSONDecoder().raw_decode(text, start)
+      json.dumps(value, ensure_ascii=False).encode()
+      _check(value, schema, "the reply")
+      thoughts = [t for t in thoughts if not start < t < after]  # a mark within the object is text
+      found, end = [value], after
+    except json.JSONDecodeError as error:
+      problem = problem or f"not valid JSON: {error}"
+    except (UnicodeEncodeError, RecursionError) as error:
+      problem = problem or f"no text that can be kept: {type(error).__name__}"
+    except ValueError as error:
+      problem = problem or str(error)
+  if thoughts:
+    raise ValueError("the reply's thought does not end")
+  if found is None:
+    raise ValueError(problem or "there is no JSON object")
+  return found[0]
+
+
+_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float)}
+
+
+def _check(value: Any, schema: Mapping[str, Any], where: str) -> None:
+  kind = schema["type"]
+  if not isinstance(value, _TYPES[kind]) or kind in ("integer", "number") and isinstance(value, bool):
+    raise ValueError(f"{where}: expected {kind}, got {type(value).__name__}")
+  for name, inner in schema.get("properties", {}).items():
+    if name not in value:
+      raise ValueError(f"{where}: lacks {name!r}")
+    _check(value[name], inner, f"{where}.{name}")
+  if kind == "array":
+    for i, item in enumerate(value):
+      _check(item, schema["items"], f"{where}[{i}]")
