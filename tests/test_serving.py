@@ -15,17 +15,17 @@ import time
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from clara_jax.config import ConfigError
 from clara_jax.data.schemas import Document
 from clara_jax.inference.answer import Answerer, Question
 from clara_jax.memory.compress import compress_corpus
 from clara_jax.memory.store import MemoryStore
 from clara_jax.model import Clara
 from clara_jax.retrieval import index
-from clara_jax.serving import schema, server
+from clara_jax.serving import guard, schema, server
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -48,11 +48,11 @@ def answerer(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def running(answerer, limits):
+def running(answerer, limits, access=guard.ANYBODY):
   """A real server on loopback."""
   port = free_port()
-  app = server.make_app(answerer, limits)
-  running_server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+  app = server.make_app(answerer, limits, access)
+  running_server = server.configured(app, limits, port=port)
   thread = threading.Thread(target=running_server.run)
   thread.start()
   while not running_server.started:
@@ -142,8 +142,11 @@ def test_everybody_gets_his_own_answer(answerer):
         thread.start()
       for thread in threads:
         thread.join()
-    metrics = client.get("/metrics").text
     assert not wrong
+    for _ in range(50):  # a request is counted when its last byte is sent
+      if 'status="200"} 48.0' in (metrics := client.get("/metrics").text):
+        break
+      time.sleep(0.1)
     assert 'clara_requests_total{path="/answer",status="200"} 48.0' in metrics and "clara_documents 20.0" in metrics
     passes = float(next(line.split()[-1] for line in metrics.splitlines() if line.startswith("clara_batch_size_count")))
     assert passes < 48
@@ -225,6 +228,103 @@ def test_a_thousand_odd_requests(client, path, body):
   content = body if isinstance(body, bytes) else json.dumps(body).encode()
   response = client.post(path, content=content, headers={"content-type": "application/json"})
   assert response.status_code == 200 or (400 <= response.status_code < 500 and response.json()["error"]), (response.status_code, body)
+
+
+HOSTS = {"127.0.0.1:5004": True, "localhost": True, "LOCALHOST:1": True, "[::1]:80": True, "10.1.2.3": True, socket.gethostname(): True,
+         "evil.example": False, "localhost.evil.example": False, "127.0.0.1.evil.example": False, "": False, "api.mine.example:443": True,
+         "mine.example": False, "notmine.example": False, "other.example.": True}
+
+
+def test_only_the_names_of_the_server_are_answered(answerer):
+  with running(answerer, server.Limits(), guard.Access((".mine.example", "other.example"))) as (client, _):
+    for host, is_ours in HOSTS.items():
+      response = client.post("/search", json={"question": question()}, headers={"host": host})
+      assert response.status_code == (200 if is_ours else 421), host
+    assert "--allowed-host adds one" in client.get("/", headers={"host": "evil.example"}).json()["error"]
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 421
+  assert guard.Access(("*",)).has_host("anything")
+
+
+def test_a_token(answerer, tmp_path):
+  file = tmp_path / "token"
+  file.write_text("s3cret-token\n")
+  with running(answerer, server.Limits(), guard.Access(token=guard.read_token(str(file)))) as (client, _):
+    assert client.get("/").status_code == client.get("/healthz").status_code == 200
+    for header in ({}, {"authorization": "Bearer other"}, {"authorization": "Basic s3cret-token"}, {"authorization": "Bearer"}):
+      for path in ("/metrics", "/openapi.json", "/nothing"):
+        assert client.get(path, headers=header).status_code == 401
+      assert client.post("/search", json={"question": question()}, headers=header).status_code == 401
+    assert client.post("/search", json={"question": question()}, headers={"authorization": "bearer s3cret-token"}).status_code == 200
+  for content, message in ((b"", "one token"), (b"two tokens", "one token"), (b"\xff", "token"), (None, "No such file")):
+    bad = tmp_path / "bad"
+    bad.unlink(missing_ok=True)
+    if content is not None:
+      bad.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"--token-file .*{message}"):
+      guard.read_token(str(bad))
+
+
+def test_nothing_may_be_framed_and_scripts_are_ours(client):
+  page = client.get("/")
+  policy = page.headers["content-security-policy"]
+  assert "frame-ancestors 'none'" in policy and "script-src 'sha256-" in policy and "unsafe-inline" not in policy.split("script-src")[1]
+  for response in (page, client.get("/healthz"), client.get("/nothing"), client.post("/answer", json={})):
+    assert response.headers["x-frame-options"] == "DENY" and "frame-ancestors 'none'" in response.headers["content-security-policy"]
+
+
+def raw(port, content, half_close=False):
+  connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+  connection.sendall(content)
+  if half_close:
+    connection.shutdown(socket.SHUT_WR)
+  return connection
+
+
+def posted(body, length=None):
+  return (f"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length or len(body)}\r\n\r\n"
+          f"{body}").encode()
+
+
+def test_clients_that_are_slow_silent_or_half_closed(answerer):
+  body = json.dumps({"question": question()})
+  with running(answerer, server.Limits(read_seconds=1.5, connections=40)) as (client, _):
+    port = client.base_url.port
+    with raw(port, posted(body), half_close=True) as connection:
+      answer = b"".join(iter(lambda: connection.recv(65536), b""))
+      assert answer.startswith(b"HTTP/1.1 200") and question().encode() in answer
+    start = time.monotonic()
+    waiting = [raw(port, content) for content in (b"", b"POST /se", b"POST /search HTTP/1.1\r\nHost: localhost\r\nX: ",
+                                                   posted(body[:5], 100))]
+    assert client.post("/search", json={"question": question()}).status_code == 200
+    for connection in waiting:
+      with contextlib.suppress(ConnectionResetError):
+        assert connection.recv(100) == b""
+    assert 1 < time.monotonic() - start < 8
+    crowd = [raw(port, b"POST /se") for _ in range(60)]
+    assert client.post("/search", json={"question": question()}).status_code == 200
+    for connection in crowd:
+      connection.close()
+
+
+def test_a_body_larger_than_a_request_can_need(answerer):
+  with running(answerer, server.Limits()) as (client, service):
+    port = client.base_url.port
+    with raw(port, posted("", 60 << 20)) as connection:  # refused before any of it comes
+      assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+
+    def parts():
+      for _ in range(100):
+        yield b" " * (1 << 20)
+    with contextlib.suppress(httpx.TransportError):
+      assert client.post("/search", content=parts(), headers={"content-type": "application/json"}).status_code == 413
+    assert service._reading == 0
+    many = {"queries": [[0.5] * 32] * 256, "k": 1}
+    assert client.post("/queries", json=many).status_code == 200
+    assert client.post("/queries", json={"queries": [[1.0] * 10_000] * 3, "k": 1}).status_code == 422
+    for value in ("1e39", "-1e300", '"1"', "true", "null", "[1]", "1" * 400):
+      numbers = f'{{"queries": [[{value}{", 0.0" * 31}]], "k": 1}}'
+      response = client.post("/queries", content=numbers, headers={"content-type": "application/json"})
+      assert response.status_code in (400, 422) and response.json()["error"], value
 
 
 def test_the_description_names_everything(client):

@@ -270,9 +270,10 @@ def ask(options: argparse.Namespace) -> dict[str, Any]:
 
 def serve(options: argparse.Namespace) -> None:
   """`clara serve`."""
-  from clara_jax.serving import server
+  from clara_jax.serving import guard, server
+  access = guard.Access(tuple(options.allowed_host), guard.read_token(options.token_file) if options.token_file else None)
   server.run(_answerer(options), options.host, options.port, server.Limits(
-      batch=options.max_batch, wait_ms=options.max_wait_ms, waiting=options.max_waiting, seconds=options.timeout))
+      batch=options.max_batch, wait_ms=options.max_wait_ms, waiting=options.max_waiting, seconds=options.timeout), access)
 
 
 def _answerer(options: argparse.Namespace) -> Answerer:

@@ -198,6 +198,10 @@ def _parser() -> argparse.ArgumentParser:
   answerer(serve)
   serve.add_argument("--host", default="127.0.0.1", help="default: this machine only")
   serve.add_argument("--port", type=int, default=5004, help="default 5004")
+  serve.add_argument("--allowed-host", action="append", default=[], metavar="NAME",
+                     help="a name under which the server may be asked, besides addresses, localhost and this machine's; .example.com: all "
+                     "below it; *: any; any number of times")
+  serve.add_argument("--token-file", metavar="F", help="requests must bring the token in this file, as Authorization: Bearer")
   serve.add_argument("--max-batch", type=positive, default=32, help="questions a pass; default 32")
   serve.add_argument("--max-wait-ms", type=float, default=4.0, help="how long the first question of a pass waits for others; default 4")
   serve.add_argument("--max-waiting", type=positive, default=512, help="requests that may wait, more are refused (429); default 512")

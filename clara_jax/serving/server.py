@@ -1,6 +1,7 @@
 """The HTTP server: Starlette routes over one `Answerer`; uvicorn runs them.
 
-Bound to this machine unless told otherwise. Nothing that a client sends is opened as a path, unpickled or used as a template.
+Bound to this machine unless told otherwise; `guard.py` says who may ask. Nothing that a client sends is opened as a path, unpickled or
+used as a template.
 """
 
 import asyncio
@@ -9,11 +10,12 @@ import contextlib
 import dataclasses
 import importlib.resources
 import json
+import resource
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from clara_jax.evaluation import logit_lens
 from clara_jax.inference.answer import Answer, Answerer, Found, Question
 from clara_jax.serving import schema
 from clara_jax.serving.batcher import Batcher, OverloadedError
+from clara_jax.serving.guard import ANYBODY, Access, Guard, Protocol, page_policy
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -46,7 +49,10 @@ class Limits:
     wait_ms: how long the first question of a pass waits for others.
     waiting: requests that may wait; more are refused (429).
     seconds: that a request may take (503 beyond).
-    body: bytes of a request.
+    body: bytes of a request, at most; a path that needs less takes less.
+    bodies: bytes of all requests that are being read (503 beyond).
+    read_seconds: for a client to send its request.
+    connections: at most.
   """
 
   batch: int = 32
@@ -54,6 +60,9 @@ class Limits:
   waiting: int = 512
   seconds: float = 60.0
   body: int = 64 << 20
+  bodies: int = 256 << 20
+  read_seconds: float = 20.0
+  connections: int = 1000
 
 
 class _RefusedError(Exception):
@@ -83,7 +92,14 @@ class Service:
     self.answerer, self.limits, self.metrics = answerer, limits, _Metrics()
     self.metrics.documents.set(len(answerer.store))
     self.stopping = False
+    whole = answerer.store.whole
+    self._dimension = whole.num_memory_tokens * whole.width
+    # A number takes up to 25 characters, escaped text 6 bytes each.
+    self._most_bytes = {schema.QueriesRequest: 4096 + schema.QUERIES * (self._dimension * 25 + 2),
+                        schema.LensRequest: 4096 + 6 * schema.TEXT}
+    self._reading = 0
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "devices")
+    self._parser = concurrent.futures.ThreadPoolExecutor(1, "parser")
     options = {"size": limits.batch, "wait_ms": limits.wait_ms, "waiting": limits.waiting, "sizes": self.metrics.sizes,
                "delays": self.metrics.delays}
     self.answers = Batcher(self._answer, self._thread, **options)
@@ -103,6 +119,7 @@ class Service:
     for batcher in self._batchers:
       await batcher.stop()
     self._thread.shutdown()
+    self._parser.shutdown()
 
   def warm_up(self) -> None:
     """Compiles every size of batch for questions and prompts of the usual length."""
@@ -153,19 +170,28 @@ class Service:
 
   async def queries(self, request: Request) -> Response:
     """POST /queries: the released code's protocol."""
-    wanted = await self._read(request, schema.QueriesRequest)
-    whole, searched = self.answerer.store.whole, self.answerer.search_tokens
-    dimension = whole.num_memory_tokens * whole.width
-    lengths = {len(q) for q in wanted.queries}
-    if len(lengths) > 1 or not lengths <= {dimension, searched * whole.width}:
-      fewer = f", or of the first {searched}" if searched < whole.num_memory_tokens else ""
-      raise _RefusedError(422, f"queries: expected vectors of M·D = {whole.num_memory_tokens}·{whole.width} = {dimension} numbers{fewer}, "
-                               f"got {sorted(lengths)}")
+    wanted, vectors = await self._read(request, schema.QueriesRequest, self._vectors)
     self._check_count(wanted.k)
     found = await self._within_time(self.others.submit(
-        lambda: orjson.dumps({"retrieved_embeddings": self.answerer.nearest_memories(np.array(wanted.queries, np.float32), wanted.k)},
+        lambda: orjson.dumps({"retrieved_embeddings": self.answerer.nearest_memories(vectors, wanted.k)},
                              option=orjson.OPT_SERIALIZE_NUMPY)))
     return Response(found, media_type="application/json")
+
+  def _vectors(self, wanted: schema.QueriesRequest) -> tuple[schema.QueriesRequest, np.ndarray]:
+    """With its vectors as an array."""
+    whole, searched = self.answerer.store.whole, self.answerer.search_tokens
+    lengths = {len(q) for q in wanted.queries}
+    if len(lengths) > 1 or not lengths <= {self._dimension, searched * whole.width}:
+      fewer = f", or of the first {searched}" if searched < whole.num_memory_tokens else ""
+      raise _RefusedError(422, f"queries: expected vectors of M·D = {whole.num_memory_tokens}·{whole.width} = {self._dimension} numbers"
+                               f"{fewer}, got {sorted(lengths)}")
+    if not all(type(x) in (float, int) for q in wanted.queries for x in q):
+      raise _RefusedError(422, "queries: expected numbers")
+    with np.errstate(over="ignore"):
+      vectors = np.array(wanted.queries, np.float64).astype(np.float32)
+    if not np.isfinite(vectors).all():
+      raise _RefusedError(422, "queries: a number is too large for float32")
+    return wanted, vectors
 
   async def lens(self, request: Request) -> Response:
     """POST /lens."""
@@ -191,20 +217,35 @@ class Service:
 
   async def page(self, request: Request) -> Response:
     """GET /."""
-    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _PAGE_MAY})
+    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _PAGE_POLICY})
 
   # ---- parts of them ---------------------------------------------------------------------------------------------------------
 
-  async def _read(self, request: Request, model: type[pydantic.BaseModel]) -> Any:
-    """The checked body."""
+  async def _read(self, request: Request, model: type[pydantic.BaseModel], then: Callable[[Any], Any] = lambda wanted: wanted) -> Any:
+    """The checked body; what is large is checked beside the loop, by `then` as well."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
       raise _RefusedError(415, f"expected content-type application/json, got {kind or 'none'!r:.60}")
+    most = min(self.limits.body, self._most_bytes.get(model, 4 << 20))
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > most:
+      raise _RefusedError(413, f"the request is larger than {most} bytes")
     body = bytearray()
-    async for part in request.stream():
-      body += part
-      if len(body) > self.limits.body:
-        raise _RefusedError(413, f"the request is larger than {self.limits.body} bytes")
+    try:
+      async for part in request.stream():
+        body += part
+        self._reading += len(part)
+        if len(body) > most:
+          raise _RefusedError(413, f"the request is larger than {most} bytes")
+        if self._reading > self.limits.bodies:
+          raise _RefusedError(503, "too much is being sent; try again later")
+      if len(body) < _SMALL:
+        return then(self._parsed(body, model))
+      return await asyncio.get_running_loop().run_in_executor(self._parser, lambda: then(self._parsed(body, model)))
+    finally:
+      self._reading -= len(body)
+
+  def _parsed(self, body: bytearray, model: type[pydantic.BaseModel]) -> Any:
     try:
       values = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -267,8 +308,9 @@ def _attempt(call: Any) -> Any:
     return error
 
 
-_PAGE_MAY = "default-src 'self'; img-src data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+_SMALL = 1 << 16  # bytes that the loop itself parses
 _PAGE = importlib.resources.files("clara_jax.serving").joinpath("page/index.html").read_text(encoding="utf-8")
+_PAGE_POLICY = page_policy(_PAGE)
 
 
 class _Counted:
@@ -298,7 +340,7 @@ class _Counted:
 _PATHS = {*schema.ENDPOINTS, "/", "/healthz", "/metrics", "/openapi.json"}
 
 
-def make_app(answerer: Answerer, limits: Limits = Limits()) -> Starlette:
+def make_app(answerer: Answerer, limits: Limits = Limits(), access: Access = ANYBODY) -> Starlette:
   """The ASGI application; `app.state.service` is its `Service`."""
   service = Service(answerer, limits)
 
@@ -323,27 +365,36 @@ def make_app(answerer: Answerer, limits: Limits = Limits()) -> Starlette:
       exception_handlers={_RefusedError: refused, ClientDisconnect: gone, 404: no_such, 405: no_such},
       lifespan=service.lifespan)
   app.state.service = service
+  app.add_middleware(Guard, access=access)
   app.add_middleware(_Counted, service=service)
   return app
 
 
-def run(answerer: Answerer, host: str, port: int, limits: Limits = Limits()) -> None:
+def configured(app: Starlette, limits: Limits, **options: Any) -> uvicorn.Server:
+  """The server that runs an application."""
+  protocol = type("Connection", (Protocol,), {"read_seconds": limits.read_seconds, "most": limits.connections})
+  return uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", log_level="warning", backlog=2048, **{
+      "timeout_keep_alive": 30, "timeout_graceful_shutdown": int(limits.seconds) + 5, **options}))
+
+
+def run(answerer: Answerer, host: str, port: int, limits: Limits = Limits(), access: Access = ANYBODY) -> None:
   """Serves until SIGTERM or SIGINT; what was accepted is answered first."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 2 * limits.connections)), hard))
   with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as listener:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
       listener.bind((host, port))  # before anything is compiled
     except OSError as error:
       raise ConfigError(f"--host {host} --port {port}: {error.strerror}") from None
-    _serve(answerer, listener, limits)
+    _serve(answerer, listener, limits, dataclasses.replace(access, hosts=(*access.hosts, host)))
 
 
-def _serve(answerer: Answerer, listener: socket.socket, limits: Limits) -> None:
-  app = make_app(answerer, limits)
+def _serve(answerer: Answerer, listener: socket.socket, limits: Limits, access: Access) -> None:
+  app = make_app(answerer, limits, access)
   print("serve: compiling", file=sys.stderr, flush=True)
   app.state.service.warm_up()
-  server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(limits.seconds) + 5,
-                                         timeout_keep_alive=30, backlog=2048))
+  server = configured(app, limits)
   host, port = listener.getsockname()[:2]
   print(f"serve: http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
   signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn, having stopped, raises the signal once more
