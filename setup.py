@@ -38,6 +38,7 @@ setuptools.setup(
         "huggingface_hub>=1.0",
         "jax>=0.10,<0.13",
         "jinja2>=3.1",
+        "markupsafe>=2.1",
         "ml-collections>=1.0",
         "ml-dtypes>=0.5",
         "numpy>=2.0",

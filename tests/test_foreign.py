@@ -1,6 +1,7 @@
 """What people bring: published files in all their forms, damaged ones, files that no program of ours wrote."""
 
 import gzip
+import html.parser
 import json
 import os
 import subprocess
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from clara_jax.cli.main import main
 from clara_jax.data import schemas
 from clara_jax.data.schemas import DataError, Malformed
-from clara_jax.evaluation import datasets, metrics
+from clara_jax.evaluation import datasets, explain, metrics, report
 from clara_jax.synthesis import documents as documents_lib
+from clara_jax.synthesis import pages as pages_lib
+from clara_jax.synthesis.journal import Journal
 
 FACTS = {"question": "Who?", "answer": "Ada"}
 HOTPOT = {"_id": "x", **FACTS, "context": [["T", ["Ada is here. ", "So."]], ["U", ["Bob."]]], "supporting_facts": [["T", 0]]}
@@ -179,3 +182,46 @@ def test_disks_and_terminals(tmp_path, monkeypatch, capsys):
     done = subprocess.run([sys.executable, "-c", code, *flags], env={**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
                           capture_output=True, text=True)
     assert done.stdout.strip().splitlines()[-2].strip() == expected, done.stderr
+
+
+HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>'\"&lt;"
+
+
+class _Tags(html.parser.HTMLParser):
+  def __init__(self):
+    super().__init__()
+    self.seen = []
+
+  def handle_starttag(self, tag, attrs):
+    self.seen.append((tag, dict(attrs)))
+
+
+def tags(text):
+  parser = _Tags()
+  parser.feed(str(text))
+  return parser.seen
+
+
+def test_a_text_is_text_on_every_page(tmp_path):
+  """Whatever stands in names, ids, questions, answers and documents; and the pages allow no script."""
+  word = explain.Word(HOSTILE, 1.0, True, False)
+  found = explain.Explanation("1", HOSTILE, [HOSTILE], HOSTILE, -1.0, [word],
+                              [explain.ReadDocument(0, HOSTILE, True, 0.5, 0.5, 0.1, [word])])
+  pages = [report.page(HOSTILE, HOSTILE, [(HOSTILE, HOSTILE), ("t", report.table([HOSTILE], [[HOSTILE], [1], [None]])),
+                                          ("e", report.explained(found))])]
+  journal = Journal(str(tmp_path / "journal-00000-of-00001.jsonl"))
+  (tmp_path / "settings-00000-of-00001.json").write_text(json.dumps({"kind": "scp", HOSTILE: HOSTILE}))
+  row = {"id": f"{HOSTILE}/simple", "question": [HOSTILE], "answers": [HOSTILE], "docs": [HOSTILE], "kind": "simple"}
+  journal.finish(HOSTILE, "x", {"reason": HOSTILE, "rows": [], "refused": {HOSTILE: 1}, "coverage": {}, "rounds": 1})
+  journal.finish("b", "x", {"reason": None, "rows": [row, {**row, "kind": "paraphrase", "question": "", "answer": HOSTILE}], "refused": {},
+                            "coverage": {"simple": [0]}, "rounds": 1})
+  journal.close()
+  pages_lib.write(str(tmp_path))
+  pages.append((tmp_path / "report.html").read_text())
+  for page in pages:
+    seen = tags(page)
+    assert not {tag for tag, _ in seen} & {"script", "img", "iframe", "object"}
+    assert not any(name.startswith("on") for _, attributes in seen for name in attributes)
+    assert page.count("&lt;script&gt;alert(2)") >= 5
+    policy = next(at["content"] for tag, at in seen if at.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy and "script" not in policy

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clara_jax.config import ClaraConfig, DataConfig, ModelConfig
-from clara_jax.data import prompts, schemas
+from clara_jax.data import prompts, schemas, templates
 from clara_jax.data.pipeline import RowEncoder
+from clara_jax.data.schemas import DataError
 from clara_jax.data.tokens import Layout
-from tests import published
+from tests import published, tiny
 
 M = 2
 
@@ -249,3 +252,20 @@ def test_a_tokenizer_file_that_truncates_or_pads_does_neither_here(tmp_path):
   (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
   made = Layout(str(tmp_path), layout("SmolLM2-135M-Instruct").config)
   assert made.ids("Paris is old and large.") == tokenizer.encode("Paris is old and large.", add_special_tokens=False)
+
+
+@pytest.mark.parametrize("template", [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set ns = namespace(n=0) %}{% for a in range(99999) %}{% for b in range(99999) %}{% set ns.n = ns.n + 1 %}{% endfor %}{% endfor %}"])
+def test_a_template_without_end_is_stopped(template, monkeypatch):
+  monkeypatch.setattr(templates, "SECONDS", 0.5)
+  tokenizer = tiny.layout().tokenizer
+  monkeypatch.setattr(tokenizer, "chat_template", template)
+  threads = threading.active_count()
+  with pytest.raises(DataError, match="takes longer than 0.5 s; give another with --chat-template FILE"):
+    templates.ChatTemplate(tokenizer)
+  for _ in range(50):
+    if threading.active_count() == threads:
+      break
+    time.sleep(0.1)
+  assert threading.active_count() == threads

@@ -373,7 +373,7 @@ def explain(options: argparse.Namespace) -> dict[str, Any]:
   found = [explainer.explain(row) for row in _rows(options, checkpoint, "joint")]
   if options.report:
     report_lib.write(options.report, report_lib.page(f"{options.checkpoint} on {options.rows}", f"{len(found)} questions, explained.", [
-        ("Questions", report_lib.LENS_LEGEND + "".join(map(report_lib.explained, found)))]))
+        ("Questions", report_lib.LENS_LEGEND + report_lib.joined(map(report_lib.explained, found)))]))
   return {"rows": [dataclasses.asdict(f) for f in found]}
 
 

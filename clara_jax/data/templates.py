@@ -8,11 +8,13 @@ Words there (the header of the assistant's turn, where a template does not know 
 (the one after Mistral's `[/INST]`) to the answer.
 """
 
+import ctypes
 import datetime
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from clara_jax.data.schemas import DataError
@@ -23,6 +25,8 @@ PLAIN = (
     "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] }}{{ '\\n' }}"
     "{% else %}{{ 'Assistant: ' + message['content'] }}{{ eos_token }}{{ '\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
+
+SECONDS = 10.0  # that a template may take; the slowest published one takes milliseconds
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -81,8 +85,10 @@ class ChatTemplate:
 
   def _render(self, messages: Messages, ask: bool) -> str:
     try:
-      return self._tokenizer.apply_chat_template(
-          list(messages), chat_template=self._source, tokenize=False, add_generation_prompt=ask, enable_thinking=False)
+      return _within(SECONDS, lambda: self._tokenizer.apply_chat_template(
+          list(messages), chat_template=self._source, tokenize=False, add_generation_prompt=ask, enable_thinking=False))
+    except TimeoutError:
+      raise DataError(f"{self._name}: its chat template takes longer than {SECONDS:g} s{_ANOTHER}") from None
     except Exception as error:  # jinja2's, and whatever a template raises
       raise DataError(f"{self._name}: its chat template fails: {' '.join(str(error).split())[:300]}") from None
 
@@ -113,6 +119,37 @@ class ChatTemplate:
       # A prompt that an answered turn does not repeat (a thinking block that is opened): the answer follows it at once.
       found = "", "", after
     return found
+
+
+class _Stopped(BaseException):
+  """Raised within a template that takes too long."""
+
+
+def _within(seconds: float, call: Callable[[], str]) -> str:
+  """What a call returns. A template of others may hold loops without end: it runs in a thread of its own, which can be stopped.
+
+  Raises:
+    TimeoutError: it has not returned in time.
+  """
+  outcome: list[Any] = []
+
+  def run():
+    try:
+      outcome.append((call(), None))
+    except _Stopped:
+      pass
+    except Exception as error:
+      outcome.append((None, error))
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  thread.join(seconds)
+  if thread.is_alive():
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Stopped))
+    raise TimeoutError
+  text, error = outcome[0]
+  if error is not None:
+    raise error
+  return text
 
 
 def _with_date(template: str, dates: Mapping[str, str]) -> str:

@@ -1,12 +1,15 @@
-"""Self-contained HTML pages: tables with intervals, plots, examples. They work offline and on a narrow screen."""
+"""Self-contained HTML pages: tables with intervals, plots, examples. They work offline and on a narrow screen.
 
-import html
+All that is shown is escaped unless it is `Markup`; a Markup's `format` escapes what it is given. The pages allow no script.
+"""
+
 import io
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from clara_jax.config import ConfigError
 from clara_jax.evaluation import statistics
@@ -26,7 +29,7 @@ figure{margin:1rem 0}svg{max-width:100%;height:auto}.doc,.small{color:#555;font-
 """
 
 
-def figure(draw: Callable[[Any], None], width: float = 6.5, height: float = 3.6, panels: tuple[int, int] = (1, 1)) -> str:
+def figure(draw: Callable[[Any], None], width: float = 6.5, height: float = 3.6, panels: tuple[int, int] = (1, 1)) -> Markup:
   """An SVG drawn by `draw(axes)`; of several panels (rows, columns), `axes` is the array of them."""
   try:
     import matplotlib
@@ -43,26 +46,42 @@ def figure(draw: Callable[[Any], None], width: float = 6.5, height: float = 3.6,
     made.savefig(buffer, format="svg", metadata={"Date": None})
     pyplot.close(made)
   text = buffer.getvalue()
-  return f"<figure>{text[text.index('<svg'):]}</figure>"
+  return Markup("<figure>{}</figure>").format(Markup(text[text.index("<svg"):]))  # matplotlib escapes what it writes
 
 
-def page(title: str, intro: str, sections: Sequence[tuple[str, str]]) -> str:
-  """A whole page; sections are (heading, HTML)."""
-  body = "".join(f"<h2>{html.escape(name)}</h2>{content}" for name, content in sections)
-  return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-          f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>{body}</html>")
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+_PAGE = Markup("<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=Content-Security-Policy content=\"{policy}\">"
+               "<meta name=viewport content='width=device-width'><title>{title}</title><style>{style}</style><h1>{title}</h1><p>{intro}</p>"
+               "{body}</html>")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  """Numbers and means are right-aligned; strings that begin with '<' are HTML already."""
+def joined(parts: Iterable[str], between: str = "") -> Markup:
+  """Parts one after another."""
+  return Markup(between).join(parts)
+
+
+def page(title: str, intro: str, sections: Sequence[tuple[str, str]]) -> Markup:
+  """A whole page; sections are (heading, content)."""
+  body = joined(Markup("<h2>{}</h2>{}").format(name, content) for name, content in sections)
+  return _PAGE.format(policy=Markup(POLICY), title=title, style=Markup(STYLE), intro=intro, body=body)
+
+
+def plots(figures: Iterable[str]) -> Markup:
+  """Figures beside each other."""
+  return Markup("<div class=plots>{}</div>").format(joined(figures))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:
+  """Numbers and means are right-aligned."""
   def cell(value):
     if isinstance(value, str):
-      return f"<td>{value if value.startswith('<') else html.escape(value)}</td>"
+      return Markup("<td>{}</td>").format(value)
     if isinstance(value, statistics.Mean):  # its interval below it: columns stay narrow
-      return f"<td class=n>{value.mean:.3f}<br><span class=small>{value.low:.3f}–{value.high:.3f}</span></td>"
-    return f"<td class=n>{number(value)}</td>"
-  lines = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-  return f"<div class=wide><table><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in header)}</tr>{lines}</table></div>"
+      return Markup("<td class=n>{:.3f}<br><span class=small>{:.3f}–{:.3f}</span></td>").format(value.mean, value.low, value.high)
+    return Markup("<td class=n>{}</td>").format(number(value))
+  lines = joined(Markup("<tr>{}</tr>").format(joined(map(cell, row))) for row in rows)
+  heads = joined(Markup("<th>{}</th>").format(h) for h in header)
+  return Markup("<div class=wide><table><tr>{}</tr>{}</table></div>").format(heads, lines)
 
 
 def number(value: Any) -> str:
@@ -114,7 +133,7 @@ def recall_curve(runs: Mapping[str, Predictions]) -> str:
 
 
 def by_bins(runs: Mapping[str, Predictions], value: Callable[[Mapping[str, Any]], float | None], title: str, xlabel: str,
-            bins: int = 5) -> str | None:
+            bins: int = 5) -> Markup | None:
   """Exact match over quantiles of a property of the row, with intervals; None where it does not vary."""
   def draw(axes):
     for shift, (name, predictions) in enumerate(runs.items()):
@@ -180,33 +199,35 @@ def pictures(sets: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> s
       axes.set(title=name, xlabel=f"first component ({share[0]:.0%} of the variance)", ylabel=f"second component ({share[1]:.0%})")
       axes.legend(frameon=False)
     return draw
-  return "<div class=plots>" + "".join(figure(drawer(name, found)) for name, found in sets.items()) + "</div>"
+  return plots(figure(drawer(name, found)) for name, found in sets.items())
 
 
-def word_list(words: Sequence[Word], most: int = 20) -> str:
+def word_list(words: Sequence[Word], most: int = 20) -> Markup:
   """Lens words: bold where they stand in the question, underlined where in a gold document."""
   def one(word):
     kind = " ".join(c for c, on in (("q", word.in_question), ("g", word.in_gold)) if on)
-    return f"<span class='{kind}'>{html.escape(word.word)}</span>" if kind else html.escape(word.word)
-  return ", ".join(one(w) for w in words[:most])
+    return Markup("<span class='{}'>{}</span>").format(kind, word.word) if kind else word.word
+  return joined((one(w) for w in words[:most]), ", ")
 
 
-LENS_LEGEND = ("<p class=small>Words of the logit lens: <span class=q>bold</span> stands in the question, <span class=g>underlined</span> "
-               "in a gold document. Attention: share of the answer tokens' attention to memory tokens. Gain: log probability of the answer "
-               "that was given, with all documents minus without this one. log p: of that answer.</p>")
+LENS_LEGEND = Markup(
+    "<p class=small>Words of the logit lens: <span class=q>bold</span> stands in the question, <span class=g>underlined</span> in a gold "
+    "document. Attention: share of the answer tokens' attention to memory tokens. Gain: log probability of the answer that was given, with "
+    "all documents minus without this one. log p: of that answer.</p>")
 
 
-def explained(found: Explanation) -> str:
+def explained(found: Explanation) -> Markup:
   """One explanation."""
   right = found.prediction and any(found.prediction.lower() == a.lower() for a in found.answers)
-  documents = "".join(
-      f"<p class='doc{' gold' if d.is_gold else ''}'>cosine {d.score:.3f}, attention {d.attention:.0%}, gain {d.gain:+.2f} nats"
-      f"{', gold' if d.is_gold else ''}<br>{html.escape(d.text[:600])}{'…' if len(d.text) > 600 else ''}<br>{word_list(d.lens, 12)}</p>"
+  documents = joined(
+      Markup("<p class='doc{}'>cosine {:.3f}, attention {:.0%}, gain {:+.2f} nats{}<br>{}<br>{}</p>").format(
+          " gold" if d.is_gold else "", d.score, d.attention, d.gain, ", gold" if d.is_gold else "",
+          d.text[:600] + ("…" if len(d.text) > 600 else ""), word_list(d.lens, 12))
       for d in found.documents)
-  answer = html.escape(found.prediction) or "(nothing)"
-  return (f"<h3>{html.escape(found.question)}</h3><p><span class='answer {'good' if right else 'bad'}'>{answer}</span> "
-          f"<span class=small>wanted: {html.escape(' | '.join(found.answers))}; log p {found.log_p:.2f}</span></p>"
-          f"<p class=small>question: {word_list(found.lens)}</p>{documents}")
+  return Markup("<h3>{}</h3><p><span class='answer {}'>{}</span> <span class=small>wanted: {}; log p {:.2f}</span></p>"
+                "<p class=small>question: {}</p>{}").format(
+                    found.question, "good" if right else "bad", found.prediction or "(nothing)", " | ".join(found.answers), found.log_p,
+                    word_list(found.lens), documents)
 
 
 def write(path: str | pathlib.Path, text: str) -> None:

@@ -1,7 +1,6 @@
 """Several settings and checkpoints on one file: a table, predictions on disk, a page; and two such runs side by side."""
 
 import dataclasses
-import html
 import json
 import pathlib
 import re
@@ -10,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError, Row
@@ -91,9 +91,9 @@ def summary_table(summaries: Mapping[str, Mapping[str, Any]], says: Mapping[str,
   if all(s["em_first"] == s["em"] for s in summaries.values()):
     columns.remove("em_first")
   rows = [[name.replace("_", " "), *(s.get(c) for c in columns), s["context_tokens"], s["seconds"]] for name, s in summaries.items()]
-  names = "".join(f"<br><b>{html.escape(name.replace('_', ' '))}</b>: {html.escape(says[name])}" for name in summaries if name in says)
+  names = report.joined(Markup("<br><b>{}</b>: {}").format(name.replace("_", " "), says[name]) for name in summaries if name in says)
   header = ["run", *(c.replace("_", " ") for c in columns), "context tokens", "s a question"]
-  return report.table(header, rows) + f"<p class=small>What is read:{names}</p>"
+  return report.table(header, rows) + Markup("<p class=small>What is read:{}</p>").format(names)
 
 
 def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):
@@ -113,11 +113,12 @@ def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):
   ratios = {name: (checkpoint if name in SETTINGS else also[name]).model.compression_rate for name in compressed}
   if len(set(ratios.values())) > 1:
     plots.append(report.against_ratio({name: (ratio, summaries[name]["f1"]) for name, ratio in ratios.items()}))
-  note = ("<p class=small>Means over rows with their 95 % bootstrap intervals. em, f1 and cover em: best over the gold answers; em first: "
-          "against the first one. Seconds: retrieval and answer, in batches, median over rows, "
-          "without passes that compile; documents were compressed before. Recall and the like: over rows with gold documents.</p>")
+  note = Markup(
+      "<p class=small>Means over rows with their 95 % bootstrap intervals. em, f1 and cover em: best over the gold answers; em first: "
+      "against the first one. Seconds: retrieval and answer, in batches, median over rows, without passes that compile; documents were compressed "
+      "before. Recall and the like: over rows with gold documents.</p>")
   sections = [("Results", summary_table(summaries, says) + note),
-              ("Plots", f"<div class=plots>{''.join(plots)}</div>")]
+              ("Plots", report.plots(plots))]
   if "joint" in found:
     sections += _examples(checkpoint, rows, found["joint"], max_new_tokens)
   texts = list(dict.fromkeys(d for row in rows for d in row.documents))[:PICTURED]
@@ -130,8 +131,8 @@ def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):
         sets = {f"{n}, {name}" if n == same else n: value for n, value in sets.items()}
       else:
         sets[name] = made
-    said = (f"<p>Means of the compressor's states over a document's own tokens and over its memory tokens, {len(texts)} documents, PCA. "
-            "The MSE term of SCP (paper §3.1) brings the two together.</p>")
+    said = Markup("<p>Means of the compressor's states over a document's own tokens and over its memory tokens, {} documents, PCA. "
+                  "The MSE term of SCP (paper §3.1) brings the two together.</p>").format(len(texts))
     sections.append(("Documents and their memory tokens", said + report.pictures(sets)))
   model, config = checkpoint.model, checkpoint.model.config
   intro = (f"{len(rows)} questions; {model.num_memory_tokens} memory tokens for documents of at most {config.doc_max_length} tokens "
@@ -154,7 +155,7 @@ def _examples(checkpoint, rows, predictions, max_new_tokens):
   explainer = Explainer(checkpoint.model, checkpoint.layout, checkpoint.weights, max_new_tokens)
 
   def explained(places):
-    return "".join(report.explained(explainer.explain(rows[i])) for i in places) or "<p>None.</p>"
+    return report.joined(report.explained(explainer.explain(rows[i])) for i in places) or Markup("<p>None.</p>")
   return [("Worst: wrong, and sure of it", report.LENS_LEGEND + explained(wrong)), ("Best: right, and sure of it", explained(right))]
 
 
@@ -225,10 +226,10 @@ def _comparison(left, right, differences):
            f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]", d.p] for m, d in differences.items()]
   text = report.table(["metric", "A", "B", "B − A (95 %)", "p"], rows)
   curves = {label: p for label, p in (("A", left), ("B", right)) if any(x.get("pos_index") and "ranked" in x for x in p)}
-  text += f"<div class=plots>{report.recall_curve(curves) if curves else ''}{report.calibration({'A': left, 'B': right})}</div>"
+  text += report.plots(([report.recall_curve(curves)] if curves else []) + [report.calibration({"A": left, "B": right})])
   for heading, sign in (("B is right where A was wrong", 1), ("A was right where B is wrong", -1)):
     changed = [(p, q) for p, q in zip(left, right, strict=True) if sign * (q["em"] - p["em"]) > 0]
     shown = [[p["question"], " | ".join(p["answers"]), p["prediction"], q["prediction"]] for p, q in changed[:10]]
     first = f", the first {len(shown)}" if len(shown) < len(changed) else ""
-    text += f"<h3>{heading}: {len(changed)} rows{first}</h3>" + report.table(["question", "wanted", "A", "B"], shown)
+    text += Markup("<h3>{}: {} rows{}</h3>").format(heading, len(changed), first) + report.table(["question", "wanted", "A", "B"], shown)
   return text

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from clara_jax.evaluation import report
 from clara_jax.gradients.compare import REFERENCE, interval
@@ -37,7 +38,7 @@ def write(directory: str) -> dict[str, str]:
   files = {}
 
   def add(title: str, text: str, header: Sequence[str], rows: list[list[Any]]) -> None:
-    sections.append((title, f"<p>{text}</p>" + report.table(header, rows)))
+    sections.append((title, Markup("<p>{}</p>").format(text) + report.table(header, rows)))
     tables.append(f"## {title}\n\n{text}\n\n" + markdown(header, rows))
 
   def draw(name: str, svg: str) -> None:

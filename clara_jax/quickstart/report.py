@@ -1,10 +1,10 @@
 """`report.html` of the quickstart: one self-contained page with its plots."""
 
-import html
 import json
 from typing import Any
 
 from etils import epath
+from markupsafe import Markup
 
 from clara_jax.evaluation import report
 
@@ -61,11 +61,11 @@ def _cell(value: Any) -> str:
 def page(title: str, intro: str, table: list[tuple[str, Any, str]], plots: list[tuple[str, str]], answers: list[dict[str, Any]],
          made: dict[str, Any]) -> str:
   """The whole page. `table` rows: (measure, value, what it means)."""
-  told = "".join(
-      f"<h3>{html.escape(a['question'])}</h3><p class=answer>{html.escape(a['answer'])}</p>" + "".join(
-          f"<p class=doc>{d['score']:.3f} <b>{html.escape(d['title'])}</b> {html.escape(d['text'])}</p>" for d in a["documents"])
+  told = report.joined(
+      Markup("<h3>{}</h3><p class=answer>{}</p>{}").format(a["question"], a["answer"], report.joined(
+          Markup("<p class=doc>{:.3f} <b>{}</b> {}</p>").format(d["score"], d["title"], d["text"]) for d in a["documents"]))
       for a in answers)
   return report.page(title, intro, [
       ("Figures", report.table(["measure", "value", "meaning"], [[name, _cell(value), meaning] for name, value, meaning in table])),
       *plots, ("Three questions, answered from memory tokens", told),
-      ("report.json", f"<pre>{html.escape(json.dumps(made, indent=2))}</pre>")])
+      ("report.json", Markup("<pre>{}</pre>").format(json.dumps(made, indent=2)))])

@@ -226,7 +226,7 @@ def _page(found: Mapping[str, Any], results: Mapping[int, Results]) -> str:
       f"{found['seeds']} seeds; mean (range over seeds). Two numbers count as told apart only where their ranges do not touch.")
   table = report.table(["claim", "the paper", "compared", "larger in the paper", "smaller in the paper", "verdict"], rows)
   return report.page("The paper's claims on a generated world", intro, [
-      ("Claims", table), ("Curves", f"<div class=plots>{''.join(plots)}</div>")])
+      ("Claims", table), ("Curves", report.plots(plots))])
 
 
 def _curve(title: str, axis: str, points: Sequence[tuple[float, str, str]], results: Mapping[int, Results]) -> str:

@@ -1,12 +1,12 @@
 """`report.html` of a factory's directory: yield, pairs a document, coverage by round, rejects, examples."""
 
 import collections
-import html
 import json
 import pathlib
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from clara_jax.evaluation import report
 from clara_jax.synthesis.factory import outcomes, settings
@@ -50,14 +50,14 @@ def write(directory: str) -> dict[str, Any]:
   if not is_teacher:
     numbers |= {f"{kind}_pairs_a_document": float(np.mean(v)) if v else 0.0 for kind, v in pairs.items()}
     if states["accepted"]:
-      sections.append(("Pairs and rounds", "<div class=plots>" + _pairs_plot(pairs) + _coverage_plot(missing) + "</div>"))
+      sections.append(("Pairs and rounds", report.plots((_pairs_plot(pairs), _coverage_plot(missing)))))
   if rejects:
     sections.append(("Rejected", report.table(["reason", what], [[k, v] for k, v in reasons.most_common()])
                      + report.table([what[:-1], f"reason (the first {len(rejects)})"], [list(r) for r in rejects])))
   if refused:
     sections.append(("Refused within the rounds", report.table(["by", "times"], [[k, v] for k, v in refused.most_common()])))
   if examples:
-    sections.append(("Examples", "".join(map(_answered if is_teacher else _example, examples))))
+    sections.append(("Examples", report.joined(map(_answered if is_teacher else _example, examples))))
   report.write(pathlib.Path(directory) / "report.html", report.page(
       "Teacher's answers" if is_teacher else "SCP data", f"{total:,} {what}, {states['accepted']:,} accepted.", sections))
   return numbers
@@ -99,16 +99,17 @@ def _coverage_plot(missing: dict[str, list[list[int]]]) -> str:
 def _answered(rows: list[dict[str, Any]]) -> str:
   (row,) = rows
   golden = " | ".join(row["provenance"]["golden_answers"])
-  return (f"<h3>{html.escape(row['question'])}</h3><p class=doc><b>teacher</b> {html.escape(row['answer'])}"
-          + (f" <b>golden</b> {html.escape(golden)}" if golden else "") + "</p>"
-          + "".join(f"<p class='doc{' gold' if i in row['pos_index'] else ''}'>{html.escape(d)}</p>" for i, d in enumerate(row["docs"])))
+  documents = report.joined(Markup("<p class='doc{}'>{}</p>").format(" gold" if i in row["pos_index"] else "", d)
+                            for i, d in enumerate(row["docs"]))
+  return Markup("<h3>{}</h3><p class=doc><b>teacher</b> {}{}</p>{}").format(
+      row["question"], row["answer"], Markup(" <b>golden</b> {}").format(golden) if golden else "", documents)
 
 
 def _example(rows: list[dict[str, Any]]) -> str:
-  told = f"<h3>{html.escape(rows[0]['id'].rpartition('/')[0])}</h3><p class=doc>{html.escape(rows[0]['docs'][0])}</p>"
+  told = Markup("<h3>{}</h3><p class=doc>{}</p>").format(rows[0]["id"].rpartition("/")[0], rows[0]["docs"][0])
   for row in rows:
     if isinstance(row["question"], list):
       told += report.table([row.get("kind", "question"), "answer"], [list(p) for p in zip(row["question"], row["answers"], strict=True)])
     else:
-      told += f"<p class=doc><b>{html.escape(row['question'] or 'paraphrase')}</b> {html.escape(row['answer'])}</p>"
+      told += Markup("<p class=doc><b>{}</b> {}</p>").format(row["question"] or "paraphrase", row["answer"])
   return told
