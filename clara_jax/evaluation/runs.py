@@ -115,8 +115,8 @@ def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):
     plots.append(report.against_ratio({name: (ratio, summaries[name]["f1"]) for name, ratio in ratios.items()}))
   note = Markup(
       "<p class=small>Means over rows with their 95 % bootstrap intervals. em, f1 and cover em: best over the gold answers; em first: "
-      "against the first one. Seconds: retrieval and answer, in batches, median over rows, without passes that compile; documents were compressed "
-      "before. Recall and the like: over rows with gold documents.</p>")
+      "against the first one. Seconds: retrieval and answer, in batches, median over rows, without passes that compile; documents were "
+      "compressed before. Recall and the like: over rows with gold documents.</p>")
   sections = [("Results", summary_table(summaries, says) + note),
               ("Plots", report.plots(plots))]
   if "joint" in found:
