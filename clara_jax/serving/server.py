@@ -373,7 +373,7 @@ def make_app(answerer: Answerer, limits: Limits = Limits(), access: Access = ANY
 def configured(app: Starlette, limits: Limits, **options: Any) -> uvicorn.Server:
   """The server that runs an application."""
   protocol = type("Connection", (Protocol,), {"read_seconds": limits.read_seconds, "most": limits.connections})
-  return uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", log_level="warning", backlog=2048, **{
+  return uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", log_level="error", backlog=2048, **{
       "timeout_keep_alive": 30, "timeout_graceful_shutdown": int(limits.seconds) + 5, **options}))
 
 
