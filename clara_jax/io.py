@@ -67,8 +67,9 @@ def _files(folder: Any) -> Iterator[Any]:
       yield file
 
 
-def damage(folder: Any) -> str | None:
-  """What is wrong with a folder that was sealed: 'FILE is missing', say. None where it is whole, or was never sealed."""
+def damage(folder: Any, below: str = "") -> str | None:
+  """What is wrong with a folder that was sealed, or with a folder below it: 'FILE is missing', say. None where it is whole, or was never
+  sealed."""
   try:
     sums = unsealed((folder / SUMS).read_bytes())
   except FileNotFoundError:
@@ -84,7 +85,7 @@ def damage(folder: Any) -> str | None:
     except OSError as error:
       return f"{folder / name}: {error.strerror}"
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    return next((found for found in pool.map(one, sums) if found), None)
+    return next((found for found in pool.map(one, [name for name in sums if name.startswith(below)]) if found), None)
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -184,7 +185,7 @@ class Lock:
   """
 
   def __init__(self, path: Any, shared: bool = False, wait: bool = False):
-    self.path, self._shared = os.fspath(path), shared
+    self.path, self._shared, self._process = os.fspath(path), shared, os.getpid()
     self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
       fcntl.flock(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -208,9 +209,11 @@ class Lock:
   def release(self) -> None:
     """Lets others have it."""
     if self._descriptor >= 0:
-      if not self._shared:
+      if os.getpid() == self._process:
         with contextlib.suppress(OSError):
-          os.ftruncate(self._descriptor, 0)
+          if not self._shared:
+            os.ftruncate(self._descriptor, 0)
+          fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # also for a child that was forked meanwhile and holds the file open
       os.close(self._descriptor)
       self._descriptor = -1
 

@@ -68,8 +68,9 @@ def test_a_flipped_bit_is_passed_over_and_named(straight, tmp_path, capsys):
       continue
     with pytest.raises(CheckpointError, match="step 4 is damaged: .*checkpoints/4/"):
       Checkpointer(str(tmp_path / "run"), read_only=True).weights()
-    with pytest.raises(CheckpointError, match="step 4 is damaged: .*checkpoints/4/"):
-      native.open_weights(str(tmp_path / "run"))
+    if "weights" in str(file.relative_to(step)):  # what it reads
+      with pytest.raises(CheckpointError, match="step 4 is damaged: .*checkpoints/4/"):
+        native.open_weights(str(tmp_path / "run"))
     if file is not files[-1]:
       file.write_bytes(whole)
   again = run(tmp_path / "run")

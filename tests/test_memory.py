@@ -280,10 +280,64 @@ def test_what_is_gone_is_named_and_given_up(tmp_path):
   assert list(content(store)) == ["d3"] and store.verify()["documents"] == 1
   store.append(*numbered(2))
   assert list(content(MemoryStore(str(tmp_path)))) == ["d3", "d2"]
-  shutil.rmtree(segments)
-  with pytest.raises(StoreError, match="segments-0: is missing, with all documents"):
+  shutil.rmtree(tmp_path / "segments-1")
+  with pytest.raises(StoreError, match="segments-1: is missing, with all documents"):
     MemoryStore(str(tmp_path))
   assert MemoryStore(str(tmp_path), damaged=True).repair()["lost"] == 2
+
+
+def test_rows_after_a_repair_are_told_from_those_before(tmp_path):
+  """Damage, repair, compress again: neither an open store nor an index goes on with rows that are others now."""
+  store = MemoryStore(str(tmp_path), MANIFEST)
+  for first in (0, 3, 6):
+    store.append(*numbered(*range(first, first + 3)))
+  store.close()
+  index.update(MemoryStore(str(tmp_path)), "exact")
+  early = MemoryStore(str(tmp_path))
+  (tmp_path / "segments-0" / "000000-000" / "keys.npy").unlink()
+  assert MemoryStore(str(tmp_path), damaged=True).repair()["lost"] == 3
+  MemoryStore(str(tmp_path)).append(*numbered(0, 1, 2))
+  store = MemoryStore(str(tmp_path))
+  assert len(store) == 9 and index.state(store) == "out of date"
+  with pytest.raises(StoreError, match="the id 'd1' is there already"):
+    early.append(*numbered(1))
+  built, changed = index.update(store, "exact")
+  assert changed == 9 and index.state(MemoryStore(str(tmp_path))) == "current"
+
+
+def test_a_segment_between_others_makes_an_index_anew(tmp_path):
+  """Two writers at once: a number that one has taken may come after a later one of the other."""
+  store = MemoryStore(str(tmp_path), MANIFEST)
+  store.append(*numbered(1))
+  other = MemoryStore(str(tmp_path), MANIFEST, writer=1)
+  store.append(*numbered(2))
+  other.append(*numbered(3))
+  store.close()
+  other.close()
+  names = sorted(p.name for p in (tmp_path / "segments-0").iterdir())
+  assert names == ["000000-000", "000001-000", "000002-001"]
+  whole = MemoryStore(str(tmp_path))
+  saved = {"identity": whole.identity(), "segments": whole.segments}
+  grown = MemoryStore(str(tmp_path))
+  grown.append(*numbered(4))
+  assert index._has_grown(grown, saved) and not index._has_grown(grown, {**saved, "segments": 4})
+
+
+def test_a_store_of_version_2_with_a_damaged_segment_is_repaired(tmp_path):
+  segments = two_segments(tmp_path)
+  for file in (tmp_path / "manifest.json", *segments.glob("*/segment.json")):
+    values = io.unsealed(file.read_bytes())
+    if file.name == "manifest.json":
+      values = {k: v for k, v in values.items() if k not in ("parts", "dtype", "codebook")} | {"version": 2}
+    file.write_text(json.dumps(values))
+  (tmp_path / "ledger-0-000.jsonl").unlink()
+  (segments / "000001-000" / "segment.json").write_text("{")
+  with pytest.raises(StoreError, match="segment.json: damaged"):
+    MemoryStore(str(tmp_path))
+  MemoryStore(str(tmp_path), damaged=True).repair()
+  assert list(content(MemoryStore(str(tmp_path)))) == ["d2"]
+  writer = MemoryStore(str(tmp_path), MANIFEST)
+  assert writer.manifest.version == 3
 
 
 def test_every_flipped_bit_is_named_or_harmless(tmp_path):
@@ -334,7 +388,7 @@ def test_a_store_of_version_2_is_read_and_goes_on(tmp_path):
     file.write_text(json.dumps(values))
   (tmp_path / "ledger-0-000.jsonl").unlink()
   assert list(content(MemoryStore(str(tmp_path)))) == ["d2", "d3"]
-  MemoryStore(str(tmp_path)).append(*numbered(4))
+  MemoryStore(str(tmp_path), MANIFEST).append(*numbered(4))
   assert list(content(MemoryStore(str(tmp_path)))) == ["d2", "d3", "d4"] and MemoryStore(str(tmp_path)).verify()["documents"] == 3
   shutil.rmtree(segments / "000001-000")
   with pytest.raises(StoreError, match="000001-000: is missing"):

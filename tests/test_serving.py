@@ -300,6 +300,11 @@ def test_clients_that_are_slow_silent_or_half_closed(answerer):
       with contextlib.suppress(ConnectionResetError):
         assert connection.recv(100) == b""
     assert 1 < time.monotonic() - start < 8
+    with httpx.Client(base_url=client.base_url) as pooled:  # one connection that is always busy for less than a second
+      start = time.monotonic()
+      while time.monotonic() - start < 3.5:
+        assert pooled.get("/healthz").status_code == 200
+        time.sleep(0.05)
     crowd = [raw(port, b"POST /se") for _ in range(60)]
     assert client.post("/search", json={"question": question()}).status_code == 200
     for connection in crowd:

@@ -461,6 +461,7 @@ def test_a_model_that_does_not_stop_asking():
 
 def test_cheap_checks_of_answers_and_paraphrases():
   document = "In 1912 the painter Ada Lovelace met Charles Babbage in London."
+  assert checks.answer("1987", "It was built in 1981.") == checks.answer("$1,999", "It cost 1,950.") == "answer: not in the document"
   wanted = {"Charles Babbage": None, "yes": None, "": "answer: empty", "a goose from Rome": "answer: not in the document",
             "word " * 60: "answer: length", "the painter Ada": None}
   assert {text: checks.answer(text, document) for text in wanted} == wanted
@@ -489,6 +490,12 @@ def test_extracts_without_text_and_with_quotes(tmp_path):
                                     '<doc id="9" url="u" title="The "B" side">\nThe "B" side\nText.\n</doc>\n'
                                     '<doc id="10" title="C" rev="1">\nNo title here.\n</doc>\n')
   assert list(documents.read(str(tmp_path))) == [Document("9", "Text.", 'The "B" side'), Document("10", "No title here.", "C")]
+
+
+@pytest.mark.parametrize("text", ["M\u00a0. Dupont came.", "in the U.S\u00a0. now", "M\u3000. Yes. No.", "a\u2009. b\x85 c. D"])
+def test_odd_spaces(text):
+  pieces = list(documents.chunks(Document("x", text), 50))
+  assert "".join("".join(p.text for p in pieces).split()) == "".join(text.split())
 
 
 def test_documents_are_cut_on_sentence_bounds():
@@ -571,7 +578,42 @@ def test_thought_that_does_not_end_is_no_answer(text):
 
 
 def test_a_text_about_marks_is_text():
-  assert parse('{"answers": ["it writes <think> first"]}', SCHEMA) == {"answers": ["it writes <think> first"]}
+  for mark in ("<think>", "</think>", "</reasoning>", "[/THINK]"):
+    text = json.dumps({"answers": [f"it writes {mark} first"]})
+    assert parse(text, SCHEMA) == parse(f"```json\n{text}\n```", SCHEMA) == {"answers": [f"it writes {mark} first"]}
+
+
+def test_the_last_of_many_objects_counts():
+  assert parse(DRAFT + "{x} " * 300 + RIGHT, SCHEMA) == {"answers": ["right"]}
+  with pytest.raises(ValueError, match="more than 2000 opening brackets"):
+    parse(DRAFT + "{x} " * 3000 + RIGHT, SCHEMA)
+
+
+def test_words_of_the_prompt_change_no_later_request():
+  async def handle(body, number):
+    if "Oslo" in body["messages"][0]["content"]:
+      return refusal("prompt too long: 'The mean temperature of Oslo is given by max_completion_tokens'")
+    return web.json_response(said("done"))
+  with serving(handle) as (url, seen):
+    async def both(client):
+      with pytest.raises(ReplyError, match="prompt too long"):
+        await client.chat([{"role": "user", "content": "The mean temperature of Oslo"}])
+      return await client.chat([{"role": "user", "content": "hello"}])
+    (found,), _ = chat(url, work=both)
+  assert found == "done" and {"temperature", "max_tokens"} <= set(seen[-1][0]) and len(seen) == 2
+
+
+def test_a_request_that_is_never_answered_ends():
+  async def handle(body, number):
+    if body["messages"][0]["content"] == "poison":
+      return refusal("busy", 503, **{"Retry-After": "0.01"})
+    return web.json_response(said("done"))
+  with serving(handle) as (url, seen):
+    async def work(client):
+      await client.chat([{"role": "user", "content": "hello"}])
+      return await asyncio.gather(*(client.chat([{"role": "user", "content": c}]) for c in ("poison", "a", "b")), return_exceptions=True)
+    (found,), _ = chat(url, work=work, attempts=3)
+  assert isinstance(found[0], RequestError) and "no answer in 3 tries" in str(found[0]) and found[1:] == ["done", "done"] and len(seen) == 6
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "{" * 200_000, '{"answers": ' * 100_000, '{"answers": [' + "1" * 5000 + "]}"])
@@ -597,7 +639,7 @@ DIALECTS = {
     "loading": lambda b, n: n <= 9 and refusal("Loading model", 503, **{"Retry-After": "0.02"}),
     "parts": lambda b, n: web.json_response(said([{"type": "thinking", "text": "no"}, {"type": "text", "text": "do"},
                                                   {"type": "text", "text": "ne"}])),
-    "reasoning": lambda b, n: web.json_response(said(None, reasoning_content="done")),
+    "reasoning": lambda b, n: web.json_response(said(None, reasoning_content=' {"a": "done"}\n')),
     "completion": lambda b, n: web.json_response({"choices": [{"text": "done"}]}),
 }
 
@@ -609,7 +651,7 @@ def test_servers_as_they_are(name):
   messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]
   with serving(handle) as (url, seen):
     found, usage = chat(url, work=lambda c: c.chat(messages), count=3, attempts=2, in_flight=2)
-  assert found == ["done"] * 3
+  assert found == ['{"a": "done"}' if name == "reasoning" else "done"] * 3
   if name in ("system", "all three"):
     assert seen[-1][0]["messages"] == [{"role": "user", "content": "Be kind.\n\nhello"}]
   if name == "max_completion_tokens":
@@ -621,6 +663,7 @@ REFUSED = {
     "length": (lambda: web.json_response(said("half of", "length")), ReplyError, "finish_reason: length.*--max-reply-tokens"),
     "refusal": (lambda: web.json_response(said(None, refusal="I can't help.")), ReplyError, "the model refuses: I can't help"),
     "filter": (lambda: web.json_response(said("", "content_filter")), ReplyError, "content_filter"),
+    "thought": (lambda: web.json_response(said(None, reasoning_content='Maybe {"a": 1}? No, that is wrong.')), ReplyError, "has no text"),
     "thought cut": (lambda: web.json_response(said(None, "length", reasoning_content="I think")), ReplyError, "--max-reply-tokens"),
     "no /v1": (lambda: web.Response(status=404, text="Not Found"), RequestError, r"404: Not Found"),
     **{f"redirect {s}": (lambda s=s: web.Response(status=s, headers={"Location": "http://elsewhere.example/"}), FatalError,
@@ -677,6 +720,7 @@ def test_where_requests_go(monkeypatch):
   monkeypatch.setenv("no_proxy", "local.example")
   assert target("http://h/v1").proxy == "http://proxy:8080" and target("http://local.example/v1").proxy is None
   assert target("https://h/v1").proxy is None
+  assert not any(target(f"http://{host}:8000/v1").proxy for host in ("localhost", "127.0.0.1", "[::1]"))
 
 
 def test_an_empty_quota_stops_the_run(tmp_path):

@@ -116,7 +116,7 @@ def identity(paths: Sequence[str]) -> str:
   digest = hashlib.sha256()
   for path in map(epath.Path, paths):
     if path.is_dir():
-      for file in sorted(path.iterdir(), key=lambda f: f.name):
+      for file in sorted((f for f in path.iterdir() if "array_record" in f.name or f.name == INFO), key=lambda f: f.name):
         size = file.stat().length
         digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as opened:

@@ -249,7 +249,7 @@ def parse_row(value: Mapping[str, Any], where: str) -> Row:
   if document_ids and len(document_ids) != len(documents):
     raise DataError(f"{where}: {len(documents)} documents but {len(document_ids)} doc_ids")
   return Row(questions if data_type == "qa" else (), answers, documents, gold, data_type,
-             str(value.get("id") or where), listed and data_type == "qa", document_ids)
+             where if value.get("id") in (None, "") else str(value["id"]), listed and data_type == "qa", document_ids)
 
 
 def _strings(value: Any, where: str, field: str) -> tuple[str, ...]:

@@ -197,7 +197,7 @@ def _plain(value: Mapping[str, Any], where: str) -> Iterator[Row]:
   ids = next((value[k] for k in ("paragraph_ids", "paragraph_id", "doc_ids") if value.get(k) not in (None, "", [])), ())
   # They may be numbers, and 0 is one; a corpus has texts.
   ids = [ids] if isinstance(ids, (str, int)) else ids
-  yield _row(value["question"], answers, (), range(len(ids)), value.get("id") or where, map(str, ids))
+  yield _row(value["question"], answers, (), range(len(ids)), where if value.get("id") in (None, "") else value["id"], map(str, ids))
 
 
 _FORMATS = {"hotpot": _hotpot, "musique": _musique, "pubmedqa": _pubmedqa, "nq": _natural_questions, "rows": _plain}

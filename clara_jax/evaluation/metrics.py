@@ -169,6 +169,7 @@ def _rouge():
     """The library's own drops every letter that is not ASCII; such texts are scored by their `words`."""
 
     def tokenize(self, text):
+      text = text.replace("’", "'")
       return ascii_only.tokenize(text) if text.isascii() else [t for w in words(text) for t in (
           ascii_only.tokenize(w) if w.isascii() else [w])]
   return rouge_scorer.RougeScorer(["rouge1", "rougeL"], tokenizer=Tokenizer())

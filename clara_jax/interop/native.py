@@ -81,7 +81,7 @@ def open_weights(directory: str) -> dict[str, Any]:
   if step is None:
     raise CheckpointError(f"{directory}: has no saved step yet")
   folder = _absolute(directory) / "checkpoints" / str(step) / "weights"
-  if jax.process_index() == 0 and (found := io.damage(folder.parent)):  # one process reads all of it, the others only their parts
+  if jax.process_index() == 0 and (found := io.damage(folder.parent, "weights")):  # one process reads it all, the others their parts
     raise CheckpointError(f"{directory}: step {step} is damaged: {found}")
   try:
     keys = json.loads((folder / "_METADATA").read_text())["tree_metadata"].values()
@@ -138,8 +138,9 @@ def write_weights(directory: str, weights: Mapping[str, Any], step: int = 0, has
         waiting.append(store[index].write(value))
         on_written(value.nbytes)
   finally:  # whoever removes the directory after an error must not race with a write
-    for future in waiting:
-      future.result()
+    problems = [error for future in waiting if (error := future.exception()) is not None]
+  if problems:
+    raise problems[0]
   io.seal_folder(folder / str(step), but=("_CHECKPOINT_METADATA",))
   return tree_hash(hashes) if hashed else None
 

@@ -7,14 +7,17 @@
                              /documents.array_record   id, title and text of each document, as JSON
                              /memories.array_record    its memory tokens, in the store's form (`forms.py`)
                              /keys.npy       [n, 2] uint64, hashes of the ids
-    DIR/store.lock, writer-003.lock, …       who is at work
+    DIR/index/                               see `retrieval/index.py`
+    DIR/damaged/                             what `repair` has moved there
+    DIR/store.lock, writer-003.lock, index.lock, copy.lock   who is at work
 
 A segment is written by one process (003 is its number) and never changed. It counts when its segment.json is there, which is written
 last: a store that was interrupted goes on with the documents that it lacks. The ledger tells what must be there. The order of the
 segments is the order of time: an id that comes again replaces the earlier document, an id that a later segment deletes is gone.
 `compact` writes what is left into the segments of the next generation and then changes the manifest, which makes it the one that counts.
 
-A document's *row* is its place in that order; it stays the same until `compact`. Ids are known by a 128-bit hash.
+A document's *row* is its place in that order; once nobody else writes, it stays the same until `compact` or `repair`. Ids are known by a
+128-bit hash.
 
 All who add segments, or read a store at length (`index`, `quantise`, `truncate`), share store.lock; `delete` and `compact` hold it alone.
 Whoever does not get it is refused, and told who has it. What another has written in the meantime is read before anything is added.
@@ -185,7 +188,10 @@ class MemoryStore:
         self.form = self.form.first(memory_tokens)
         self.manifest = dataclasses.replace(manifest, num_memory_tokens=memory_tokens)
       if not damaged:
-        self._read_segments()
+        self._read_segments_that_count(file)
+      if self._locks and self.manifest.version < VERSION:
+        with self._writing():
+          pass
     except BaseException:
       self.close()
       raise
@@ -276,9 +282,14 @@ class MemoryStore:
       rows = self.rows[start:start + size]
       yield rows, self.memories(rows)
 
-  def identity(self) -> str:
-    """A hash of what the store holds."""
-    segments = [(s.folder.name, s.deleted, sorted(s.checksums.items())) for s in self._segments]
+  @property
+  def segments(self) -> int:
+    """How many there are."""
+    return len(self._segments)
+
+  def identity(self, segments: int | None = None) -> str:
+    """A hash of what the store holds, or of its first segments."""
+    segments = [(s.folder.name, s.deleted, sorted(s.checksums.items())) for s in self._segments[:segments]]
     return hashlib.sha256(repr((self.manifest.compressor, self.manifest.generation, segments)).encode()).hexdigest()
 
   def nbytes(self) -> int:
@@ -384,8 +395,8 @@ class MemoryStore:
       self._read_segments()
 
   def repair(self) -> dict[str, int]:
-    """Moves segments that are damaged to DIR/damaged and takes those that are missing off the ledger, so that their documents can be
-    compressed again. A document that such a segment deleted is back, one that it replaced is the earlier one.
+    """Moves segments that are damaged to DIR/damaged, takes those that are missing off the ledger, and compacts what is left, so that their
+    documents can be compressed again. A document that such a segment deleted is back, one that it replaced is the earlier one.
 
     Returns:
       `lost`: documents of these segments; `segments`: how many they were.
@@ -403,6 +414,7 @@ class MemoryStore:
       self._close_readers()
       folder.rewrite_ledgers()
       self._read_segments()
+      self.compact()  # rows are others now: a new generation says so to all who have the store open, and to its index
     return {"lost": lost, "segments": segments}
 
   @contextlib.contextmanager
@@ -416,6 +428,9 @@ class MemoryStore:
     Raises:
       StoreError: another process compacts, or reads under this name.
     """
+    if "://" in self.directory or not os.access(self.directory, os.W_OK):  # nobody writes there from here
+      yield
+      return
     locks = self._lock(f"{name}.lock", f"{self.directory}: another process {what}")
     try:
       self._refresh()
@@ -448,6 +463,16 @@ class MemoryStore:
       rows.append(more_rows)
     if keys:
       self._keys.put(np.concatenate(keys), np.concatenate(rows))
+
+  def _read_segments_that_count(self, file: Any) -> None:
+    """Again, where another process has compacted the store meanwhile."""
+    while True:
+      try:
+        return self._read_segments()
+      except (StoreError, OSError):
+        if (found := _read_manifest(file)).generation == self.manifest.generation:
+          raise
+        self.manifest = dataclasses.replace(self.manifest, generation=found.generation, version=found.version)
 
   def _refresh(self) -> None:
     """Takes in what others have written since this store was opened."""
@@ -492,6 +517,7 @@ class MemoryStore:
       raise StoreError(f"{self.directory}: opened for the first {self.manifest.num_memory_tokens} of {self._whole} memory tokens, to read")
     if "://" in self.directory:
       raise StoreError(f"{self.directory}: a store is written to a local or mounted directory")
+    alone = alone or self.manifest.version < VERSION  # ledgers are written while nobody else writes
     if self._alone or self._locks and not alone:
       yield
       return
@@ -514,7 +540,7 @@ class MemoryStore:
         self._alone = True
       if (alone or not kept) and not damaged:
         self._refresh()
-      if self.manifest.version < VERSION:
+      if self.manifest.version < VERSION and not damaged:
         self._segment_folder().rewrite_ledgers()
         self.manifest = dataclasses.replace(self.manifest, version=VERSION)
         _write_manifest(self._folder / "manifest.json", self.manifest)

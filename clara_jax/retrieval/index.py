@@ -132,6 +132,7 @@ def save(index: Index, kind: str, store: MemoryStore, dimensions: int | None = N
     io.write(top / "index.json", json.dumps({
         "kind": kind, "dimensions": dimensions, "memory_tokens": store.manifest.num_memory_tokens, "documents": len(index),
         "generation": store.manifest.generation, "rows": _digest(index.rows), "folder": folder.name,
+        "segments": store.segments, "identity": store.identity(),
         "checksums": {f.name: io.checksum(f) for f in files}}))
   except BaseException:
     shutil.rmtree(str(folder), ignore_errors=True)
@@ -172,7 +173,7 @@ def load(store: MemoryStore) -> Index:
     raise MissingIndexError(f"{store.directory}: has no index; make one with clara index --store {store.directory}")
   if saved["generation"] != store.manifest.generation:
     raise MissingIndexError(f"{store.directory}: the store was compacted since its index was made; run clara index again")
-  if saved["rows"] != _digest(store.rows):
+  if not _is_current(store, saved):
     raise MissingIndexError(f"{store.directory}: the store has changed since its index was made ({saved['documents']} documents then, "
                             f"{len(store)} now); run clara index again")
   return _load(store, saved)
@@ -183,8 +184,16 @@ def state(store: MemoryStore) -> str:
   saved = _saved(store)
   if saved is None:
     return "none"
-  current = saved["generation"] == store.manifest.generation and saved["rows"] == _digest(store.rows)
-  return "current" if current else "out of date"
+  return "current" if saved["generation"] == store.manifest.generation and _is_current(store, saved) else "out of date"
+
+
+def _is_current(store: MemoryStore, saved: dict) -> bool:
+  return saved["rows"] == _digest(store.rows) and saved.get("identity") in (None, store.identity())
+
+
+def _has_grown(store: MemoryStore, saved: dict) -> bool:
+  """Whether the store begins with what the index was made of: writers that work at the same time may put segments between others."""
+  return saved.get("identity") in (None, store.identity(saved.get("segments")))
 
 
 def saved_settings(store: MemoryStore) -> dict:
@@ -232,7 +241,7 @@ def bring_up_to_date(kind: str, store: MemoryStore, dimensions: int | None = Non
   saved = _saved(store)
   like = saved is not None and (saved["kind"], saved["dimensions"], saved["memory_tokens"], saved["generation"]) == (
       kind, dimensions, store.manifest.num_memory_tokens, store.manifest.generation)
-  if not like or kind == "exact":
+  if not like or kind == "exact" or not _has_grown(store, saved):
     return build(kind, store, dimensions), len(store)
   try:
     index = _load(store, saved)

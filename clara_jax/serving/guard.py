@@ -136,6 +136,10 @@ class Protocol(H11Protocol):
     """Whether a whole request is here that is not answered."""
     return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
 
+  def on_response_complete(self) -> None:
+    self._since = self.loop.time()  # the time for the next request begins
+    super().on_response_complete()
+
   def _tick(self) -> None:
     now, unsent = self.loop.time(), self.transport.get_write_buffer_size()
     if self.is_busy:

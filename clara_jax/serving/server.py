@@ -374,7 +374,7 @@ def configured(app: Starlette, limits: Limits, **options: Any) -> uvicorn.Server
   """The server that runs an application."""
   protocol = type("Connection", (Protocol,), {"read_seconds": limits.read_seconds, "most": limits.connections})
   return uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", log_level="error", backlog=2048, **{
-      "timeout_keep_alive": 30, "timeout_graceful_shutdown": int(limits.seconds) + 5, **options}))
+      "timeout_keep_alive": int(limits.read_seconds), "timeout_graceful_shutdown": int(limits.seconds) + 5, **options}))
 
 
 def run(answerer: Answerer, host: str, port: int, limits: Limits = Limits(), access: Access = ANYBODY) -> None:

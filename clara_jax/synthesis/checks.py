@@ -46,7 +46,7 @@ def answer(text: str, document: str) -> str | None:
   told = normalise_officially(document)
   if " ".join(tokens) in told:
     return None
-  if not _scripts(text) & {"LATIN"}:
+  if (scripts := _scripts(text)) and "LATIN" not in scripts:
     return None if _stands_in(words(text), words(document)) else "answer: not in the document"
   there = {*told.split(), *words(document)}
   return None if sum(t in there for t in tokens) >= FOUND * len(tokens) else "answer: not in the document"
@@ -54,14 +54,13 @@ def answer(text: str, document: str) -> str | None:
 
 def _stands_in(asked: Sequence[str], told: Sequence[str]) -> bool:
   """Whether enough words stand there; many of these languages inflect: a word is known by its first two thirds."""
-  if _UNSPACED.search("".join(asked)):  # its words are characters, which any text has: pairs of them
-    asked, told = (["".join(pair) for pair in zip(ws, ws[1:], strict=False)] or ws for ws in (asked, [*told]))
-    told = [*told, *"".join(told)] if len(asked[0]) == 1 else told
   there = set(told)
+  if _UNSPACED.search("".join(asked)) and len(asked) > 1:  # its words are characters, which any text has: pairs of them
+    asked, there = ["".join(pair) for pair in zip(asked, asked[1:])], {"".join(pair) for pair in zip(told, told[1:])}
 
   def is_there(word):
     stem = word[:max(3, -(-2 * len(word) // 3))]
-    return word in there or len(word) > 3 and any(other.startswith(stem) for other in there)
+    return word in there or len(word) > 3 and not any(c.isdigit() for c in word) and any(other.startswith(stem) for other in there)
   return sum(map(is_there, asked)) >= FOUND * len(asked)
 
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import email.utils
+import ipaddress
 import json
 import math
 import random
@@ -89,8 +90,11 @@ class Endpoint:
 
   @property
   def proxy(self) -> str | None:
-    """Of the environment: HTTP_PROXY, HTTPS_PROXY, NO_PROXY."""
+    """Of the environment: HTTP_PROXY, HTTPS_PROXY, NO_PROXY; none for this machine."""
     parts = urllib.parse.urlsplit(self.url)
+    with contextlib.suppress(ValueError):
+      if parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname).is_loopback:
+        return None
     return None if urllib.request.proxy_bypass(parts.netloc) else urllib.request.getproxies().get(parts.scheme)
 
   def __post_init__(self):
@@ -150,6 +154,8 @@ DIALECTS: dict[str, tuple[re.Pattern, Callable[[dict[str, Any]], dict[str, Any] 
         re.compile(r"system (?:role|message|prompt)|role.{0,20}system|roles must alternate", re.IGNORECASE),
         lambda b: _merged_system(b) if len(b["messages"]) > 1 and b["messages"][0]["role"] == "system" else None),
 }
+_REFUSES = re.compile(r"unsupported|not support|only .{0,60}(?:support|allow)|must alternate|not (?:allowed|permitted)|\buse\b",
+                      re.IGNORECASE)
 _QUOTA = re.compile(r"insufficient_quota|exceeded your current quota|billing|credit balance|out of credits", re.IGNORECASE)
 
 
@@ -176,12 +182,13 @@ class Client:
     self._limit, self._flying = float(endpoint.in_flight), 0
     self._free = asyncio.Condition()
     self._shrunk = self._not_before = 0.0
-    self._loading: float | None = None
     self._dialects: list[str] = []
 
   async def __aenter__(self) -> "Client":
     if (proxy := self.endpoint.proxy) and not proxy.startswith(("http://", "https://")):
       raise ConfigError(f"{self.endpoint.url}: the environment names the proxy {proxy}; expected http://… or https://…")
+    if proxy:
+      print(f"{self.endpoint.url}: asked through the proxy {urllib.parse.urlsplit(proxy).hostname}", file=sys.stderr, flush=True)
     try:
       import aiohttp
     except ImportError:
@@ -214,17 +221,20 @@ class Client:
       body["seed"] = seed
     if schema is not None and self.endpoint.json_schema:
       body["response_format"] = {"type": "json_schema", "json_schema": {"name": name, "schema": schema, "strict": True}}
-    wait, attempt = 0.0, 0
+    wait, attempt, dialects, began = 0.0, 0, list(self._dialects), time.monotonic()
     while attempt < self.endpoint.attempts:
       await asyncio.sleep(max(wait, self._not_before - time.monotonic()))
       try:
         async with self._place():
           self._spend()
-          text = await self._send(body)
+          text = await self._send(body, dialects)
         self.usage.answered += 1
+        for name in (d for d in dialects if d not in self._dialects):
+          self._dialects.append(name)
+          print(f"{self.endpoint.url}: {name}; all requests are written so", file=sys.stderr, flush=True)
         return text
       except _Again as problem:
-        attempt += problem.counts
+        attempt += problem.counts or time.monotonic() - began > LOADING_SECONDS
         self.usage.retries[problem.reason] = self.usage.retries.get(problem.reason, 0) + 1
         wait = max(problem.after, min(30.0, self._backoff * 2**(attempt - 1)) * (0.5 + self._random.random()) if problem.counts else 0.0)
         reason = f"{problem.reason}: {problem.said}" if problem.said else problem.reason
@@ -238,8 +248,8 @@ class Client:
       raise BudgetError(f"max_tokens={endpoint.max_tokens} are spent")
     usage.requests += 1
 
-  async def _send(self, body: dict[str, Any]) -> str:
-    for name in self._dialects:
+  async def _send(self, body: dict[str, Any], dialects: list[str]) -> str:
+    for name in dialects:
       body = DIALECTS[name][1](body) or body
     endpoint = self.endpoint
     try:
@@ -252,8 +262,7 @@ class Client:
     except self._errors as error:
       raise _Again("connection", str(error) or type(error).__name__) from None
     if status != 200:
-      self._refused(status, headers, data.decode("utf-8", "replace"), body)
-    self._loading = None
+      self._refused(status, headers, data.decode("utf-8", "replace"), body, dialects)
     try:
       value = parse_json(data)
     except ValueError:
@@ -285,8 +294,8 @@ class Client:
         raise ReplyError(f"{self.endpoint.url}: a reply of more than {REPLY_BYTES >> 20} MiB")
     return bytes(data)
 
-  def _refused(self, status: int, headers: Mapping[str, str], said: str, body: dict[str, Any]) -> None:
-    """Raises what a status other than 200 means."""
+  def _refused(self, status: int, headers: Mapping[str, str], said: str, body: dict[str, Any], dialects: list[str]) -> None:
+    """Raises what a status other than 200 means; a dialect that the refusal names is added to `dialects`."""
     url, said = self.endpoint.url, " ".join(said.split())
     after = _seconds(headers.get("Retry-After"))
     if status in (402, 429) and _QUOTA.search(said):
@@ -294,11 +303,12 @@ class Client:
     if status == 429:
       self._shrink()
       raise _Again("429", after=after)
-    if status == 503 and after:  # it loads its model, or asks for a pause; all wait
-      now = time.monotonic()
-      self._loading = self._loading or now
-      self._not_before = max(self._not_before, now + after)
-      raise _Again("5xx", f"{status}: {said[:200]}", after, counts=now - self._loading > LOADING_SECONDS)
+    if status == 503 and after:
+      if not self.usage.answered:  # it loads its model: all wait
+        self._not_before = max(self._not_before, time.monotonic() + after)
+      else:
+        self._shrink()
+      raise _Again("5xx", f"{status}: {said[:200]}", after, counts=self.usage.answered > 0)
     if status >= 500 or status == 408:
       raise _Again("5xx" if status >= 500 else "timeout", f"{status}: {said[:200]}")
     if 300 <= status < 400:
@@ -306,10 +316,8 @@ class Client:
                        "endpoint if it is meant")
     if status in (400, 422):
       for name, (pattern, rewrite) in DIALECTS.items():
-        if pattern.search(said) and rewrite(body) is not None:
-          if name not in self._dialects:
-            self._dialects.append(name)
-            print(f"{url}: {name}, as it says: {said[:200]}", file=sys.stderr, flush=True)
+        if _REFUSES.search(said) and pattern.search(said) and rewrite(body) is not None:
+          dialects.append(name)
           raise _Again("dialect", said[:200], counts=False)
     hints = [option for word, option in (("response_format", "--no-json-schema"), ("json_schema", "--no-json-schema"),
                                          ("seed", "--no-seed")) if word in said]

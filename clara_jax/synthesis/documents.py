@@ -16,6 +16,7 @@ from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError, Document
 from clara_jax.io import parse_json
 
+_SPACE = re.compile(r"[^\S ]")
 _GREEK = re.compile(r"[\u0370-\u03ff\u1f00-\u1fff]")
 _PIECE = re.compile(r"#\d+$")
 # WikiExtractor does not escape the quotes of a title.
@@ -111,7 +112,7 @@ def _rows(file: pathlib.Path, stream: io.TextIOWrapper) -> Iterator[Document]:
       raise DataError(f"{file}:{number}: the document has no 'text'")
     if not text.strip():
       continue  # Wikipedia's redirects
-    if value.get("id") in (None, "") or isinstance(value["id"], (dict, list)):
+    if value.get("id") in (None, "") or isinstance(value["id"], (dict, list, bool)):
       raise DataError(f"{file}:{number}: the document has no 'id'")
     yield Document(*map(_clean, (str(value["id"]), text.strip(), str(value.get("title") or ""))))
 
@@ -134,8 +135,16 @@ def _spans(text: str) -> list[tuple[int, int]]:
   found, start = [], 0
   for line in text.split("\n"):
     place = start
-    for sentence in sentencex.segment("el" if _GREEK.search(line) else "en", line):  # the other scripts' marks are known to all
-      first = text.index(sentence, place)
+    plain = _SPACE.sub(" ", line)  # other spaces make the library panic
+    language = "el" if _GREEK.search(line) else "en"  # the other scripts' marks are known to all
+    try:
+      parts = sentencex.segment(language, plain)
+    except BaseException as error:
+      if type(error).__name__ != "PanicException":
+        raise
+      parts = [plain]
+    for sentence in parts:
+      first = start + plain.index(sentence, place - start)
       place = first + len(sentence)
       if inner := sentence.strip():
         first += len(sentence) - len(sentence.lstrip())

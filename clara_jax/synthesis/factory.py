@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from clara_jax import io
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import Document, Row
 from clara_jax.synthesis import journal as journal_lib
@@ -276,15 +277,13 @@ def _same_settings(path: str, made_by: Mapping[str, Any]) -> None:
       changed = [f"{k}: {values.get(k)} there, {made_by.get(k)} now" for k in names]
       raise ConfigError(f"{there}: was made with other settings ({'; '.join(changed)}); name another --out")
   if not os.path.exists(path):
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
-      json.dump(made_by, file, indent=2)
-    os.replace(f"{path}.part", path)
+    io.write(pathlib.Path(path), json.dumps(made_by, indent=2))
 
 
 def _settings(path: pathlib.Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError):
+    return io.parse_json(path.read_bytes())
+  except ValueError:
     raise ConfigError(f"{path}: is damaged; the shard's journal is whole, give this file the settings of another shard or of the manifest"
                       ) from None
 
@@ -316,10 +315,7 @@ def _write(journal: Journal, directory: str, shard: Shard, report: Report, made_
   report.reasons, report.refused = dict(reasons.most_common()), dict(refused.most_common())
   manifest = {"settings": made_by, **dataclasses.asdict(report), "pairs_a_document": round(pairs / max(1, report.accepted), 2),
               "usage_of_the_last_start": dataclasses.asdict(usage), "shard": shard.index, "shards": shard.count}
-  path = shard.path(directory, "manifest", "json")
-  with open(f"{path}.part", "w", encoding="utf-8") as file:
-    json.dump(manifest, file, indent=2)
-  os.replace(f"{path}.part", path)
+  io.write(pathlib.Path(shard.path(directory, "manifest", "json")), json.dumps(manifest, indent=2))
 
 
 def settings(directory: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ and counted: what it told is done again.
 import collections
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -170,6 +171,7 @@ def outcomes(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 # Lines of journals of before there were checksums: all fields that a kind has, "u" aside.
+_HASH = re.compile("[0-9a-f]{8}")
 _FIELDS = ({"r", "k", "t"}, {"d", "h", "o"}, {"x"}, {"n"}, set())
 
 
@@ -183,7 +185,7 @@ def _lines(path: str, on_damage: Callable[[], None] = lambda: None) -> Iterator[
       try:
         if old and not io.is_sealed(line):
           value = io.parse_json(line)
-          if not isinstance(value, dict) or set(value) - {"u"} not in _FIELDS:
+          if not isinstance(value, dict) or set(value) - {"u"} not in _FIELDS or "h" in value and not _HASH.fullmatch(str(value["h"])):
             raise io.DamagedError("no line of a journal")
         else:
           value, old = io.unsealed(line), False

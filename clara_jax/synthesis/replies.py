@@ -1,6 +1,5 @@
 """What a model's reply says: its text, whatever form a server gives it, without its thought, and the JSON object in it."""
 
-import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -21,22 +20,22 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*(?:<\|\w+\|>[^<]*?)?<\|message
 _BARE_FINAL = re.compile(r"^analysis\b.*assistantfinal", re.DOTALL)
 _END = re.compile(r"<\|(?:end|return|call)\|>")
 
-_TRIES = 200  # opening brackets that are tried
+_TRIES = 2000  # opening brackets that are tried
+_FENCE = re.compile(r"\A\s*(?:```(?:json)?\s*)?(\{.*\})\s*(?:```\s*)?\Z", re.DOTALL)
 
 
 class ReplyTextError(ValueError):
   """A reply has no text that counts; the message says why, and which option helps."""
 
 
-def text_of(choice: Mapping[str, Any], max_tokens_option: str = "--max-reply-tokens") -> str:
+def text_of(choice: Mapping[str, Any]) -> str:
   """The text of one of a completion's `choices`.
 
-  `content` may be a list of parts, or missing where a server that parses reasoning has put all of a finished reply into
-  `reasoning_content`.
+  `content` may be a list of parts, or missing where a server that parses reasoning has put a finished reply, a JSON object from beginning
+  to end, into `reasoning_content`.
 
   Args:
     choice: as the server sent it.
-    max_tokens_option: what to raise where the reply was cut.
 
   Raises:
     ReplyTextError: the reply was cut, refused or withheld, or has no text.
@@ -49,16 +48,29 @@ def text_of(choice: Mapping[str, Any], max_tokens_option: str = "--max-reply-tok
     content = "".join(p for p in parts if isinstance(p, str))
   finish = choice.get("finish_reason")
   if finish == "length":
-    raise ReplyTextError(f"the reply was cut (finish_reason: length): more {max_tokens_option}")
+    raise ReplyTextError("the reply was cut (finish_reason: length): it needs more tokens (synthesize: --max-reply-tokens)")
   if isinstance(message.get("refusal"), str) and message["refusal"]:
     raise ReplyTextError(f"the model refuses: {message['refusal'][:200]}")
   if finish == "content_filter":
     raise ReplyTextError("the server withholds the reply (finish_reason: content_filter)")
   if not content:
-    content = next((message[k] for k in ("reasoning_content", "reasoning") if isinstance(message.get(k), str)), content)
+    # A whole object is no thought.
+    content = next((found[1] for k in ("reasoning_content", "reasoning")
+                    if isinstance(message.get(k), str) and (found := _whole(message[k]))), content)
   if not isinstance(content, str):
     raise ReplyTextError("the reply has no text")
   return content.encode("utf-8", "replace").decode()  # half of a surrogate pair
+
+
+def _whole(text: str) -> re.Match | None:
+  """A text that is one JSON object, bare or in a code fence, from its beginning to its end."""
+  if found := _FENCE.match(text):
+    try:
+      json.loads(found[1])
+      return found
+    except (ValueError, RecursionError):
+      pass
+  return None
 
 
 def spoken(text: str) -> str:
@@ -82,12 +94,15 @@ def parse(text: str, schema: Mapping[str, Any]) -> Any:
   Raises:
     ValueError: there is none, or it is not by the schema; with the place.
   """
-  text = spoken(text)
+  text = whole[1] if (whole := _whole(text)) else spoken(text)
   problem, found, start, end = None, None, 0, 0
   thoughts = [opening.start() for opening in _OPENS.finditer(text)]
-  for start in itertools.islice((match.start() for match in re.finditer(r"\{", text)), _TRIES):
+  tries = 0
+  for start in (match.start() for match in re.finditer(r"\{", text)):
     if start < end:
       continue
+    if (tries := tries + 1) > _TRIES:
+      raise ValueError(f"more than {_TRIES} opening brackets")
     try:
       value, after = json.JSONDecoder().raw_decode(text, start)
       json.dumps(value, ensure_ascii=False).encode()

@@ -5,6 +5,8 @@
     DIR/checkpoints/STEP/     weights (all groups but a base that is not trained), optimizer, progress (position in the data, time),
                               checksums.json of all these files
     DIR/metrics.jsonl         one line a report
+    DIR/starts.jsonl          when the run was started, and at which step
+    DIR/broken/               steps that could not be read
     DIR/run.lock              who trains here
 
 A step is written beside and renamed, with its checksums, so that an interrupted save leaves no half checkpoint.
@@ -197,7 +199,7 @@ class Checkpointer:
           get_metric_fn=lambda metrics: metrics[best], reverse=best.endswith("loss"), n=1, keep_checkpoints_without_metrics=False))
     self._saving: list[int] = []
     options = ocp.CheckpointManagerOptions(
-        async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        async_options=ocp.AsyncOptions(timeout_secs=4 * 3600, post_finalization_callback=self._seal),
         create=not read_only, read_only=read_only, best_fn=(lambda metrics: metrics[best]) if best else None,
         best_mode="min" if best and best.endswith("loss") else "max",
         preservation_policy=None if read_only else ocp.checkpoint_managers.AnyPreservationPolicy(policies))
@@ -226,10 +228,12 @@ class Checkpointer:
     """
     metrics = {self._best: float(metrics[self._best])} if self._best and metrics and self._best in metrics else None
     self._saving.append(int(state.step))
-    self._manager.save(int(state.step), metrics=metrics, args=ocp.args.Composite(
+    saved = self._manager.save(int(state.step), metrics=metrics, args=ocp.args.Composite(
         weights=ocp.args.PyTreeSave({**carried, **state.trainable}),
         optimizer=ocp.args.StandardSave(_optimizer(state)),
         progress=ocp.args.JsonSave(dict(progress))))
+    if not saved:
+      self._saving.remove(int(state.step))
 
   def save_weights(self, step: int, weights: dict[str, Any]) -> None:
     """Saves weights alone: a checkpoint to use, not to go on from."""
@@ -245,7 +249,12 @@ class Checkpointer:
 
   def damage(self, step: int) -> str | None:
     """What is wrong with a step's files; one process reads them for all."""
-    found = io.damage(self._path / str(step)) if distributed.is_main() else None
+    found = None
+    if distributed.is_main():
+      try:
+        found = io.damage(self._path / str(step))
+      except Exception as error:  # of a remote file system; the others must not wait
+        found = f"{self._path / str(step)}: {error}"
     if distributed.maximum(np.array(found is not None)):
       return found or "its files are damaged"
     return None

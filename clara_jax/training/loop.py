@@ -1,5 +1,6 @@
 """A run of one stage: place the weights, take the steps, report, save, resume, stop when asked to."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -115,7 +116,7 @@ def train(
                       f"{dict(program.mesh.shape)}")
   main, folder = distributed.is_main(), epath.Path(workdir) if workdir else None
 
-  with program.context(), _Signals() as signals:
+  with program.context(), _Signals() as signals, contextlib.ExitStack() as held:
     weights = program.place_weights(before)
     state = program.initial_state({g: weights.pop(g) for g in program.trained})
     frozen = weights
@@ -126,9 +127,10 @@ def train(
     if "base" in frozen:
       carried["special_tokens"] = jax.jit(functools.partial(special_token_rows, config=config.clara))(frozen["base"])
 
-    checkpointer, lock, watch = None, None, metrics_lib.Stopwatch(time.time())
+    checkpointer, watch = None, metrics_lib.Stopwatch(time.time())
     if workdir is not None:
-      lock = _admitted(workdir, config, before, base_sha256)
+      if (lock := _admitted(workdir, config, before, base_sha256)) is not None:
+        held.callback(lock.release)
       if main:
         layout.tokenizer.save_pretrained(str(folder / "tokenizer"))
       distributed.barrier("the record is written")
@@ -225,8 +227,8 @@ def train(
       if signals.interrupted:
         raise KeyboardInterrupt
     except KeyboardInterrupt:
-      # A second Ctrl-C may come within a step, whose state is then neither the old nor the new one.
-      stopped = stopped if stopped is not None or state.step.is_deleted() else int(state.step)
+      if not finished:  # a second Ctrl-C, anywhere: what is in memory may be neither before nor after a step
+        stopped = None
       raise
     finally:
       if checkpointer and (finished or stopped is not None):
@@ -235,10 +237,10 @@ def train(
         checkpointer.close()
         if stopped is not None and main:
           print(f"stopped at step {stopped}; the same command goes on from there", file=sys.stderr)
+      elif checkpointer and jax.process_count() == 1:  # what is being saved becomes whole; several processes may not meet any more
+        checkpointer.close()
       batches.close()
       reporter.close()
-      if lock is not None:
-        lock.release()
     frozen.pop("corpus", None)
     return Result({**frozen, **state.trainable}, {"step": step, **last, **(history[-1][1] if history else {})}, history,
                   time.monotonic() - start, stopped)
@@ -255,7 +257,7 @@ def _admitted(workdir: str, config: RunConfig, before: Weights, base_sha256: str
     try:
       lock = claim(workdir)
       write_config(workdir, config, base_sha256, inputs=_inputs(config, before, base_sha256))
-    except CheckpointError as error:
+    except Exception as error:  # whatever it is, the others must not wait
       problem = error
   if distributed.maximum(np.array(problem is not None)):
     if lock is not None:
@@ -272,7 +274,7 @@ def _inputs(config: RunConfig, before: Weights, base_sha256: str | None) -> dict
   found = {"init_from": fingerprint(start, sorted(start))} if start else {}
   data = config.data
   for name, paths in (("data.rows", data.rows), ("data.eval_rows", data.eval_rows)):
-    if paths and all(epath.Path(path).exists() for path in paths):
+    if paths and all("://" in path or os.path.isfile(path) or os.path.isdir(path) for path in paths):
       found[name] = records.identity(paths)
   if data.store:
     store = MemoryStore(data.store)
