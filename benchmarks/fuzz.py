@@ -7,6 +7,7 @@ with the file that raised it kept in DIR/found.
 """
 
 import argparse
+import copy
 import json
 import pathlib
 import random
@@ -77,7 +78,7 @@ class Values:
       if isinstance(holder, dict) and rng.random() < 0.3:
         del holder[key]
       else:
-        holder[key] = rng.choice(self.ODD)
+        holder[key] = copy.deepcopy(rng.choice(self.ODD))
     return json.dumps(value).encode()
 
   def _places(self, value, places):

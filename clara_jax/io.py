@@ -129,7 +129,7 @@ def unsealed(line: bytes) -> dict[str, Any]:
   text = line[:end].removesuffix(b", ") + b"}"
   if line[end + len(_SUM):] != f'{_digest(text)}"}}'.encode():
     raise DamagedError("its checksum does not fit")
-  return json.loads(text)
+  return parse_json(text)
 
 
 def is_sealed(line: bytes) -> bool:

@@ -14,6 +14,7 @@ from etils import epath
 
 from clara_jax.config import ConfigError, ModelConfig, RopeScaling
 from clara_jax.data.tokenizer import count_words
+from clara_jax.io import parse_json
 
 FAMILIES = ("mistral", "ministral", "llama", "qwen2", "qwen3", "phi3")
 ARCHITECTURES = {"mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM", "llama": "LlamaForCausalLM",
@@ -71,9 +72,9 @@ def read_json(directory: str, name: str = CONFIG_FILE) -> dict[str, Any]:
   if not file.exists():
     raise ConfigError(f"{file}: no such file; expected a Hugging Face model directory")
   try:
-    values = json.loads(file.read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-    raise ConfigError(f"{file}: not JSON: {error}") from None
+    values = parse_json(file.read_bytes())
+  except ValueError as error:
+    raise ConfigError(f"{file}: {error}") from None
   if not isinstance(values, dict):
     raise ConfigError(f"{file}: expected an object, got {type(values).__name__}")
   return values

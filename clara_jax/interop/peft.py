@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,6 +108,41 @@ class Adapter:
     return np.pad(value, ((0, missing), (0, 0)) if is_a else ((0, 0), (0, missing)))
 
 
+def _is_pattern(value: Any) -> bool:
+  try:
+    return isinstance(value, str) and re.compile(value) is not None
+  except re.error:
+    return False
+
+
+def _are(value: Any, is_right: Callable[[Any], bool]) -> bool:
+  return isinstance(value, list) and all(map(is_right, value))
+
+
+def _is_name(value: Any) -> bool:
+  return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# Fields that are read, where they are given: what they must be.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("target_modules", "exclude_modules"), (lambda v: _is_pattern(v) or _are(v, _is_name), "a pattern or a list of names")),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (
+        lambda v: isinstance(v, dict) and all(_is_pattern(f"(.*){k}$") and _is_number(n) and n > 0 for k, n in v.items()),
+        "an object of patterns and numbers above 0")),
+    "layers_to_transform": (lambda v: isinstance(v, int) or _are(v, lambda n: isinstance(n, int)), "a number or a list of them"),
+    "layers_pattern": (lambda v: _is_pattern(v) or _are(v, _is_pattern), "a pattern or a list of them"),
+    "modules_to_save": (lambda v: _are(v, _is_name), "a list of names"),
+    "base_model_name_or_path": (_is_name, "a name"),
+    "lora_dropout": (_is_number, "a number"),
+    "lora_alpha": (_is_number, "a number"),
+    "r": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v < 1 << 20, "a number"),
+}
+
+
 def read(directory: str, allow: Sequence[str] = ()) -> Adapter:
   """Opens an adapter.
 
@@ -122,6 +157,9 @@ def read(directory: str, allow: Sequence[str] = ()) -> Adapter:
   file = f"{directory}/{CONFIG_FILE}"
   values = read_json(directory, CONFIG_FILE)
   check_fields(values, _USED, _NEUTRAL, _ONLY, allow, file)
+  for name, (is_right, expected) in _VALUES.items():
+    if values.get(name) is not None and not is_right(values[name]):
+      raise ConfigError(f"{file}: {name}={values[name]!r:.60}: expected {expected}")
   if not isinstance(values.get("r"), int) or values["r"] < 1 or not isinstance(values.get("lora_alpha"), (int, float)):
     raise ConfigError(f"{file}: r={values.get('r')!r}, lora_alpha={values.get('lora_alpha')!r}: expected numbers")
   files = TensorFiles(directory, (ADAPTER_FILE,))

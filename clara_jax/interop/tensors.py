@@ -16,6 +16,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from clara_jax.interop.keymap import KeyMapError
+from clara_jax.io import parse_json
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -50,8 +51,10 @@ class TensorFiles:
       there = [MODEL]
     elif index.exists():
       try:
-        claimed = json.loads(index.read_text())["weight_map"]
-      except (json.JSONDecodeError, KeyError, TypeError) as error:
+        claimed = parse_json(index.read_bytes())["weight_map"]
+        if not all(isinstance(name, str) for pair in claimed.items() for name in pair):
+          raise ValueError("names that are no text")
+      except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise KeyMapError(f"{index}: not an index with a weight_map: {error}") from None
       for file in sorted(set(claimed.values())):
         if "/" in file or "\\" in file or file in ("", ".", ".."):

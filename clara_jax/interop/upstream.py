@@ -154,7 +154,7 @@ def write(directory: str, config: ClaraConfig, groups: Mapping[str, Any], base: 
 
 def stage_of(directory: str) -> str:
   """Our name of the stage that a checkpoint says it is of."""
-  named = json.loads((epath.Path(directory) / "config.json").read_text()).get("training_stage")
+  named = read_json(directory).get("training_stage")
   return next((ours for ours, theirs in STAGES.items() if theirs == named), "joint")
 
 

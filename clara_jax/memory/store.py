@@ -192,6 +192,8 @@ class MemoryStore:
       if self._locks and self.manifest.version < VERSION:
         with self._writing():
           pass
+      if self._locks:
+        self._segment_folder().begin()
     except BaseException:
       self.close()
       raise
@@ -544,6 +546,8 @@ class MemoryStore:
         self._segment_folder().rewrite_ledgers()
         self.manifest = dataclasses.replace(self.manifest, version=VERSION)
         _write_manifest(self._folder / "manifest.json", self.manifest)
+      if not (kept or damaged):
+        self._segment_folder().begin()
       yield
     finally:
       if exclusive is not None:
@@ -556,6 +560,7 @@ class MemoryStore:
       elif alone:
         self._locks = [own, io.Lock(self._folder / "store.lock", shared=True, wait=True)]
         self._refresh()
+        self._segment_folder().begin()  # a compaction has removed the one before
 
   def _add(self, segment: "_Segment") -> tuple[np.ndarray, np.ndarray]:
     """Takes a segment in; returns its keys with their rows, -1 for deleted ones."""
@@ -723,7 +728,7 @@ class _Folder:
     try:
       if entry is not None and hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise io.DamagedError("is not what the ledger says")
-      values = io.unsealed(content) if self.version > 2 and (entry is None or io.is_sealed(content)) else json.loads(content)
+      values = io.unsealed(content) if self.version > 2 and (entry is None or io.is_sealed(content)) else io.parse_json(content)
       return _Segment(file.parent, values["documents"], tuple(values["deleted"]), values["checksums"])
     except (ValueError, KeyError, TypeError) as error:
       raise StoreError(f"{file}: damaged: {error}") from None
@@ -732,16 +737,24 @@ class _Folder:
     return io.sealed({"segment": segment.folder.name, "documents": segment.documents, "deleted": len(segment.deleted), "sha256": sha256})
 
   def begin(self) -> None:
-    """The ledger is there before the first segment."""
+    """The writer's ledger is there before its first segment, and tells of all of them."""
     ledger = self.ledger(self.writer)
-    if ledger.exists():
-      io.cut_back(os.fspath(ledger))
-    else:
+    if not ledger.exists():
       io.write(ledger, b"")
+    io.cut_back(os.fspath(ledger))
+    entries, own = self._entries(), f"-{self.writer:03}"
+    for name in [n for n in self.names() if n.endswith(own) and n not in entries]:  # a kill came between it and its entry
+      self._append(self._read(name, None), io.checksum(self.path / name / "segment.json"))
+
+  def _append(self, segment: _Segment, sha256: str) -> None:
+    descriptor = os.open(os.fspath(self.ledger(self.writer)), os.O_WRONLY | os.O_APPEND)
+    try:
+      io.append(descriptor, self._entry(segment, sha256))
+    finally:
+      os.close(descriptor)
 
   def write(self, records: Iterable[bytes], codes: np.ndarray, keys: np.ndarray, deleted: Sequence[str] = ()) -> _Segment:
-    """One more segment."""
-    self.begin()
+    """One more segment; the folder has begun (`begin`)."""
     numbers = [int(name.split("-")[0]) for name in self.names()]
     folder = self.path / f"{max(numbers, default=-1) + 1:06}-{self.writer:03}"
     if folder.exists():
@@ -756,16 +769,12 @@ class _Folder:
         checksums = {name: io.checksum(folder / name) for name in _FILES}
       content = io.sealed({"documents": len(codes), "deleted": list(deleted), "checksums": checksums})
       segment = _Segment(folder, len(codes), tuple(deleted), checksums)
-      entry = self._entry(segment, hashlib.sha256(content).hexdigest())
       io.write(folder / "segment.json", content)
+      self._append(segment, hashlib.sha256(content).hexdigest())
     except BaseException:
+      (folder / "segment.json").unlink(missing_ok=True)
       shutil.rmtree(os.fspath(folder), ignore_errors=True)
       raise
-    descriptor = os.open(os.fspath(self.ledger(self.writer)), os.O_WRONLY | os.O_APPEND)
-    try:
-      io.append(descriptor, entry)
-    finally:
-      os.close(descriptor)
     return segment
 
 
@@ -863,7 +872,7 @@ class MemoryLookup:
 def _read_manifest(file: Any) -> Manifest:
   content = file.read_bytes()
   try:
-    values = io.unsealed(content) if io.is_sealed(content) else json.loads(content)
+    values = io.unsealed(content) if io.is_sealed(content) else io.parse_json(content)
     version = values.get("version")
     if version == VERSION and not io.is_sealed(content):
       raise io.DamagedError("has no checksum at its end")

@@ -9,7 +9,6 @@ store and says of which rows it is:
 
 import hashlib
 import importlib.util
-import json
 import shutil
 from typing import Any, Protocol
 
@@ -129,7 +128,7 @@ def save(index: Index, kind: str, store: MemoryStore, dimensions: int | None = N
   try:
     index.save(str(folder))
     files = sorted(f for f in folder.iterdir() if not f.is_dir())
-    io.write(top / "index.json", json.dumps({
+    io.write(top / "index.json", io.sealed({
         "kind": kind, "dimensions": dimensions, "memory_tokens": store.manifest.num_memory_tokens, "documents": len(index),
         "generation": store.manifest.generation, "rows": _digest(index.rows), "folder": folder.name,
         "segments": store.segments, "identity": store.identity(),
@@ -154,8 +153,8 @@ def _files(store: MemoryStore, saved: dict) -> str:
   Raises:
     MissingIndexError: naming the file that is damaged.
   """
-  folder = epath.Path(store.directory) / FOLDER / saved.get("folder", ".")
-  for name, expected in saved.get("checksums", {}).items():
+  folder = epath.Path(store.directory) / FOLDER / saved["folder"]
+  for name, expected in saved["checksums"].items():
     file = folder / name
     if not file.exists() or io.checksum(file) != expected:
       raise MissingIndexError(f"{file}: is {'damaged' if file.exists() else 'missing'}; run clara index again")
@@ -188,12 +187,12 @@ def state(store: MemoryStore) -> str:
 
 
 def _is_current(store: MemoryStore, saved: dict) -> bool:
-  return saved["rows"] == _digest(store.rows) and saved.get("identity") in (None, store.identity())
+  return saved["rows"] == _digest(store.rows) and saved["identity"] == store.identity()
 
 
 def _has_grown(store: MemoryStore, saved: dict) -> bool:
   """Whether the store begins with what the index was made of: writers that work at the same time may put segments between others."""
-  return saved.get("identity") in (None, store.identity(saved.get("segments")))
+  return saved["identity"] == store.identity(saved["segments"])
 
 
 def saved_settings(store: MemoryStore) -> dict:
@@ -258,17 +257,12 @@ def bring_up_to_date(kind: str, store: MemoryStore, dimensions: int | None = Non
 
 
 def _saved(store: MemoryStore) -> dict[str, Any] | None:
-  """What index.json says; None where there is none, or it is damaged: an index can be made again."""
+  """What index.json says; None where there is none, or it is damaged or has no checksum: an index can be made again."""
   file = epath.Path(store.directory) / FOLDER / "index.json"
-  if not file.exists():
-    return None
-  # An index of before there were fewer memory tokens than all has no field of them.
-  saved = {"memory_tokens": store.whole.num_memory_tokens}
   try:
-    saved |= json.loads(file.read_text())
-  except (ValueError, TypeError):
+    return io.unsealed(file.read_bytes()) if file.exists() else None
+  except ValueError:
     return None
-  return saved if {"kind", "dimensions", "documents", "generation", "rows"} <= saved.keys() else None
 
 
 def _digest(rows: np.ndarray) -> str:

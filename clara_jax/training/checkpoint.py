@@ -43,8 +43,8 @@ def is_checkpoint(directory: str) -> bool:
   if not file.exists():
     return False
   try:
-    return json.loads(file.read_text()).get("format") == FORMAT
-  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError):
+    return io.parse_json(file.read_bytes()).get("format") == FORMAT
+  except (ValueError, AttributeError):
     return False
 
 
@@ -104,7 +104,7 @@ def check_config(directory: str, config: RunConfig, base_sha256: str | None = No
     return
   before = json.loads(to_json(read_config(directory)[0]))  # through the dataclass: fields that are new here have their defaults
   record, inputs = read_record(directory), {"base": base_sha256, **(inputs or {})}
-  known = {name: (was, inputs[name]) for name, was in {"base": record.get("base_sha256"), **record.get("inputs", {})}.items()
+  known = {name: (was, inputs[name]) for name, was in {"base": record.get("base_sha256"), **(record.get("inputs") or {})}.items()
            if was and inputs.get(name)}
   if other := [name for name, (was, now) in known.items() if was != now]:
     raise CheckpointError(f"{directory}: holds a run that began with another content of {', '.join(other)} (the files have changed since); "
@@ -148,7 +148,7 @@ def read_config(directory: str) -> tuple[RunConfig, str | None]:
     raise CheckpointError(f"{directory}: format version {values['version']}, this program reads up to {VERSION}")
   try:
     config = from_config_dict(RunConfig, values["run"])
-  except ConfigError as error:
+  except (ConfigError, ArithmeticError, TypeError, ValueError) as error:  # values that no run has written
     raise CheckpointError(f"{directory}/config.json: {error}") from None
   base = values.get("base")
   if base and "://" not in base and not os.path.isabs(base):
@@ -157,8 +157,21 @@ def read_config(directory: str) -> tuple[RunConfig, str | None]:
 
 
 def read_record(directory: str) -> dict[str, Any]:
-  """All of config.json: format, version, stage, base, base_sha256, source, inputs, run."""
-  return json.loads((epath.Path(directory) / "config.json").read_text())
+  """All of config.json: format, version, stage, base, base_sha256, source, inputs, run.
+
+  Raises:
+    CheckpointError: a field is missing or of another type.
+  """
+  file = epath.Path(directory) / "config.json"
+  try:
+    values = io.parse_json(file.read_bytes())
+  except ValueError as error:
+    raise CheckpointError(f"{file}: {error}") from None
+  for name, kinds in {"version": (int,), "stage": (str,), "run": (dict,), "base": (str, type(None)), "base_sha256": (str, type(None)),
+                      "source": (dict, type(None)), "inputs": (dict, type(None))}.items():
+    if not isinstance(values.get(name), kinds):
+      raise CheckpointError(f"{file}: {name}={values.get(name)!r:.60}: expected {' or '.join(k.__name__ for k in kinds)}")
+  return values
 
 
 def note_start(directory: str, step: int, write: bool) -> float:
