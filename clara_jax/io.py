@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -171,6 +172,9 @@ def cut_back(path: str) -> None:
 # ---- locks ---------------------------------------------------------------------------------------------------------------------
 
 
+_SOMEBODY = "another process"
+
+
 class Lock:
   """A lock on a file, held until it is released or its process ends, however it ends. It works among the processes of one machine, and
   among machines where their common file system has flock.
@@ -188,16 +192,24 @@ class Lock:
     self.path, self._shared, self._process = os.fspath(path), shared, os.getpid()
     self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-      fcntl.flock(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-      told = _told(self._descriptor)
+      self._take((fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
       os.close(self._descriptor)
       self._descriptor = -1
-      if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-        raise
-      raise LockedError(told) from None
+      raise
     if not shared:
       self._tell()
+
+  def _take(self, how: int) -> None:
+    for pause in (0.02, 0.1, None):
+      try:
+        return fcntl.flock(self._descriptor, how)
+      except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+          raise
+        if pause is None or _told(self._descriptor) != _SOMEBODY:
+          raise LockedError(_told(self._descriptor)) from None
+        time.sleep(pause)  # who holds it does not say so: it may be `holder`, for a moment
 
   def _tell(self) -> None:
     since = datetime.datetime.now().isoformat(" ", "seconds")
@@ -244,7 +256,7 @@ def holder(path: Any) -> str | None:
 
 
 def _told(descriptor: int) -> str:
-  return os.pread(descriptor, 400, 0).decode("utf-8", "replace").strip() or "another process"
+  return os.pread(descriptor, 400, 0).decode("utf-8", "replace").strip() or _SOMEBODY
 
 
 @contextlib.contextmanager

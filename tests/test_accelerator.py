@@ -34,12 +34,14 @@ def items(folder: pathlib.Path, side: str) -> dict:
   return found
 
 
+@pytest.mark.real
 def test_checks(golden, tmp_path):
   python(FOLDER / "run.py", "--part", "checks", "--smoke", "--golden", golden, "--seconds", 600, "--out", tmp_path)
   found = items(tmp_path, "checks")
   assert {"golden stage1 float32", "golden continuations float32", "straight-through top-k", "kill and resume"} <= set(found)
 
 
+@pytest.mark.real
 def test_speed(tmp_path):
   python(FOLDER / "run.py", "--part", "speed", "--smoke", "--seconds", 600, "--out", tmp_path)
   ours, other = items(tmp_path, "speed-jax"), items(tmp_path, "speed-torch")
@@ -48,6 +50,7 @@ def test_speed(tmp_path):
   assert "| compress |" in table and "| decode | 515 |" in table and "smoke: no figure means anything" in table
 
 
+@pytest.mark.real
 def test_train(tmp_path):
   base, rows = tmp_path / "base", tmp_path / "rows"
   published.make("SmolLM2-135M-Instruct", base, max_position_embeddings=8192)

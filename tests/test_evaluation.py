@@ -397,6 +397,7 @@ def test_verdicts():
   assert verdict.startswith("in part: answers (EM), SCP over reconstruction only: as in the paper")
 
 
+@pytest.mark.real
 def test_one_claim_is_reproduced_and_kept(tmp_path, monkeypatch):
   world = dataclasses.replace(tiny.WORLD, people=150, first_names=15, last_names=15)  # 20 candidates for a test question
   sizes = claims.Sizes(world=world, test_rows=6, pretrain=1, scp=1, instruct=1, joint=1)
