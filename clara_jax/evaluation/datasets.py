@@ -68,7 +68,9 @@ def _whole(path: str) -> tuple[list[tuple[str, Any]], Callable[[Any, str], Itera
   if isinstance(value, dict) and value and all(isinstance(v, dict) and "QUESTION" in v for v in value.values()):
     return [(f"{path}: {key}", {**v, "id": key}) for key, v in value.items()], _FORMATS["pubmedqa"]
   if isinstance(value, list):
-    name = next((_of_object(v) for v in value if isinstance(v, dict)), "hotpot")
+    kinds = [_of_object(v) for v in value if isinstance(v, dict)]
+    are_rows = any({"golden_answers", "answers", "answer"} & v.keys() for v in value if isinstance(v, dict))
+    name = next((kind for kind in kinds if kind != "rows"), "rows" if are_rows else "hotpot")
     return [(f"{path}: row {i}", v) for i, v in enumerate(value)], _FORMATS[name]
   if isinstance(value, dict) and "\n" not in text.strip():
     return None  # one line
@@ -76,7 +78,7 @@ def _whole(path: str) -> tuple[list[tuple[str, Any]], Callable[[Any, str], Itera
 
 
 def _of_object(value: Mapping[str, Any]) -> str:
-  if "supporting_facts" in value:
+  if "supporting_facts" in value or "_id" in value:
     return "hotpot"
   return "musique" if "paragraphs" in value else "nq" if "question_text" in value else "rows"
 
