@@ -141,7 +141,7 @@ def _squad(value: Mapping[str, Any], where: str) -> Iterator[Row]:
 
 
 def _hotpot(value: Mapping[str, Any], where: str) -> Iterator[Row]:
-  context, facts = value["context"], value["supporting_facts"]
+  facts, context = value["supporting_facts"], value["context"]
   if isinstance(context, dict):  # columns, as Hugging Face's data set has them
     context = list(zip(context["title"], context["sentences"], strict=True))
   supporting = set(facts["title"] if isinstance(facts, dict) else [title for title, _ in facts])
