@@ -72,8 +72,8 @@ def _whole(path: str) -> tuple[list[tuple[str, Any]], Callable[[Any, str], Itera
     are_rows = any({"golden_answers", "answers", "answer"} & v.keys() for v in value if isinstance(v, dict))
     name = next((kind for kind in kinds if kind != "rows"), "rows" if are_rows else "hotpot")
     return [(f"{path}: row {i}", v) for i, v in enumerate(value)], _FORMATS[name]
-  if isinstance(value, dict) and "\n" not in text.strip():
-    return None  # one line
+  if isinstance(value, dict) and {"question", "question_text"} & value.keys() and "\n" not in text.strip():
+    return None  # one line of JSON lines
   raise DataError(f"{path}: no known format; expected the JSON of SQuAD, HotpotQA, 2WikiMultihopQA or PubMedQA, or JSONL rows (*.jsonl)")
 
 
