@@ -93,7 +93,7 @@ def test_a_store_is_looked_at_changed_and_made_smaller(folder, capsys, tmp_path)
                              (("compress", "--checkpoint", folder / "joint", "--documents", tmp_path, "--store", store), "a directory"),
                              (("compress", "--checkpoint", folder / "joint", "--documents", tmp_path, "--store", store, "--batch-size", 0),
                               "expected 1 or more"),
-                             (("store", "delete", "--store", store, "--ids", "missing.txt"), "missing.txt: No such file"),
+                             (("store", "delete", "--store", store, "--ids", "missing.txt"), "missing.txt: no such file"),
                              (("ask", "--checkpoint", folder / "joint", "--store", store, " "), "a question is empty"),
                              (("compress", "--checkpoint", folder / "joint", "--documents", tmp_path, "--store", store, "--processes", 2),
                               "name both"),
@@ -256,4 +256,4 @@ def test_a_store_of_another_compressor_is_refused(folder, capsys, tmp_path):
   arguments = ("--documents", folder / "documents.jsonl", "--store", store, "--json")
   assert run(capsys, "compress", "--checkpoint", folder / "joint", *arguments)[0] == 0
   status, _, err = run(capsys, "compress", "--checkpoint", tmp_path / "other", *arguments)
-  assert status == 2 and "compressor=" in err
+  assert status == 2 and "the store was made by compressor" in err and "other weights in" in err

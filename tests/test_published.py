@@ -214,7 +214,7 @@ def test_a_base_that_is_trained_on_stays_what_it_is(bases, tmp_path):
   ("config.json", {"rope_scaling": {"rope_type": ["a"]}}, "config.json"),
   ("config.json", {"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0"),
   ("config.json", {"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),
-  ("config.json", b"\xff\xfe\x00", "config.json: not JSON"),
+  ("config.json", b"\xff\xfe\x00", "config.json: not UTF-8 text"),
   ("config.json", [], "config.json: expected an object"), ("tokenizer.json", [], "tokenizer.json: expected an object"),
   ("tokenizer_config.json", None, "tokenizer_config.json: expected an object"), ("tokenizer.json", b"", "tokenizer.json: not JSON"),
 ])
@@ -392,7 +392,7 @@ def test_what_peft_computes_is_computed(bases, tmp_path, fields):
     ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     ({"modules_to_save": ["norm"]}, "modules_to_save names 'norm'"),
     ({"use_something_new": 3}, "use_something_new=3 is not known.*--allow-config use_something_new"),
-    ({"r": "8"}, "expected numbers"),
+    ({"r": "8"}, "r='8': expected a number"),
     ({"target_modules": ["q_proj"]}, "has LoRA weights, but adapter_config.json does not name it"),
     ({"r": 8}, "gives it rank 8"),
     ({"peft_type": "IA3"}, "peft_type='IA3'"),

@@ -21,7 +21,7 @@ from clara_jax.config import ModelConfig
 from clara_jax.interop import families, lazy
 from clara_jax.interop.keymap import Path, base_name, base_place
 from clara_jax.interop.tensors import tensor_hash, tree_hash
-from clara_jax.training.checkpoint import Checkpointer, CheckpointError, is_checkpoint, read_config
+from clara_jax.training.checkpoint import OF_ORBAX, Checkpointer, CheckpointError, is_checkpoint, read_config
 
 _CHUNK = 1024
 _IN_FLIGHT = 3
@@ -141,7 +141,7 @@ def write_weights(directory: str, weights: Mapping[str, Any], step: int = 0, has
     problems = [error for future in waiting if (error := future.exception()) is not None]
   if problems:
     raise problems[0]
-  io.seal_folder(folder / str(step), but=("_CHECKPOINT_METADATA",))
+  io.seal_folder(folder / str(step), but=OF_ORBAX)
   return tree_hash(hashes) if hashed else None
 
 

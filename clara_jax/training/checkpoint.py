@@ -30,6 +30,8 @@ from clara_jax.config import ConfigError, RunConfig, from_config_dict, to_json
 from clara_jax.training.step import TrainState
 
 FORMAT = "clara_jax"
+# Files of Orbax's own that have no checksum: it writes into them once more when a step is done, and nothing that is read depends on them.
+OF_ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt")
 VERSION = 1
 
 
@@ -258,7 +260,7 @@ class Checkpointer:
     step = str(self._saving.pop(0))
     if distributed.is_main():
       for folder in [f for f in self._path.iterdir() if f.name.split(".")[0] == step]:
-        io.seal_folder(folder, but=("_CHECKPOINT_METADATA",))  # Orbax writes into it once more; nothing that is read depends on it
+        io.seal_folder(folder, but=OF_ORBAX)
 
   def damage(self, step: int) -> str | None:
     """What is wrong with a step's files; one process reads them for all."""
