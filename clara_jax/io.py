@@ -54,16 +54,17 @@ SUMS = "checksums.json"
 
 def seal_folder(folder: Any, but: Sequence[str] = ()) -> None:
   """Writes FOLDER/checksums.json, with the checksums of all files below, `but` for those of some names."""
-  files = [f for f in _files(folder) if f.name not in (SUMS, *but)]
+  there = [f for f in files(folder) if f.name not in (SUMS, *but)]
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    sums = dict(zip([os.path.relpath(str(f), str(folder)) for f in files], pool.map(checksum, files), strict=True))
+    sums = dict(zip([os.path.relpath(str(f), str(folder)) for f in there], pool.map(checksum, there), strict=True))
   write(folder / SUMS, sealed(sums))
 
 
-def _files(folder: Any) -> Iterator[Any]:
+def files(folder: Any) -> Iterator[Any]:
+  """All files below a folder (a path of `pathlib` or `epath`)."""
   for file in sorted(folder.iterdir(), key=str):
     if file.is_dir():
-      yield from _files(file)
+      yield from files(file)
     else:
       yield file
 
@@ -257,14 +258,3 @@ def holder(path: Any) -> str | None:
 
 def _told(descriptor: int) -> str:
   return os.pread(descriptor, 400, 0).decode("utf-8", "replace").strip() or _SOMEBODY
-
-
-@contextlib.contextmanager
-def locked(path: Any, refusal: type[Exception], what: str) -> Iterator[Lock]:
-  """Holds a lock; raises `refusal` with `what` and the holder where it is taken."""
-  try:
-    lock = Lock(path)
-  except LockedError as error:
-    raise refusal(f"{what} ({error})") from None
-  with lock:
-    yield lock

@@ -147,7 +147,7 @@ def test_a_second_interruption_stops_at_once(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     config = tiny.run_config("contrastive", steps=6, checkpoint_every=2, log_every=1)
     loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("contrastive"), workdir=str(tmp_path), progress=False, on_step=twice)
-  assert Checkpointer(str(tmp_path), read_only=True).latest_step() in (2, 3)
+  assert Checkpointer(str(tmp_path), read_only=True).latest_step() == 2
 
 
 def test_nothing_to_read_is_an_error(tmp_path):

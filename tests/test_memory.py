@@ -269,6 +269,18 @@ def two_segments(folder):
   return folder / "segments-0"
 
 
+def of_version_2(folder):
+  """`two_segments` as stores were before there were ledgers and checksums of records."""
+  segments = two_segments(folder)
+  for file in (folder / "manifest.json", *segments.glob("*/segment.json")):
+    values = io.unsealed(file.read_bytes())
+    if file.name == "manifest.json":
+      values = {k: v for k, v in values.items() if k not in ("parts", "dtype", "codebook")} | {"version": 2}
+    file.write_text(json.dumps(values))
+  (folder / "ledger-0-000.jsonl").unlink()
+  return segments
+
+
 def test_what_is_gone_is_named_and_given_up(tmp_path):
   segments = two_segments(tmp_path)
   shutil.rmtree(segments / "000000-000")
@@ -324,13 +336,7 @@ def test_a_segment_between_others_makes_an_index_anew(tmp_path):
 
 
 def test_a_store_of_version_2_with_a_damaged_segment_is_repaired(tmp_path):
-  segments = two_segments(tmp_path)
-  for file in (tmp_path / "manifest.json", *segments.glob("*/segment.json")):
-    values = io.unsealed(file.read_bytes())
-    if file.name == "manifest.json":
-      values = {k: v for k, v in values.items() if k not in ("parts", "dtype", "codebook")} | {"version": 2}
-    file.write_text(json.dumps(values))
-  (tmp_path / "ledger-0-000.jsonl").unlink()
+  segments = of_version_2(tmp_path)
   (segments / "000001-000" / "segment.json").write_text("{")
   with pytest.raises(StoreError, match="segment.json: damaged"):
     MemoryStore(str(tmp_path))
@@ -380,13 +386,7 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path, monkeypatch):
 
 
 def test_a_store_of_version_2_is_read_and_goes_on(tmp_path):
-  segments = two_segments(tmp_path)
-  for file in (tmp_path / "manifest.json", *segments.glob("*/segment.json")):
-    values = io.unsealed(file.read_bytes())
-    if file.name == "manifest.json":
-      values = {k: v for k, v in values.items() if k not in ("parts", "dtype", "codebook")} | {"version": 2}
-    file.write_text(json.dumps(values))
-  (tmp_path / "ledger-0-000.jsonl").unlink()
+  segments = of_version_2(tmp_path)
   assert list(content(MemoryStore(str(tmp_path)))) == ["d2", "d3"]
   MemoryStore(str(tmp_path), MANIFEST).append(*numbered(4))
   assert list(content(MemoryStore(str(tmp_path)))) == ["d2", "d3", "d4"] and MemoryStore(str(tmp_path)).verify()["documents"] == 3

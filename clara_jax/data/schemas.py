@@ -3,7 +3,6 @@
 Every error names the file and the line. Files may be gzipped and may lie anywhere `etils.epath` reaches.
 """
 
-import codecs
 import contextlib
 import dataclasses
 import gzip
@@ -130,29 +129,9 @@ def open_text(path: str) -> Iterator[io.TextIOBase]:
   gzipped = str(path).endswith(".gz")
   try:
     with file.open("rb") as raw, (gzip.open(raw) if gzipped else contextlib.nullcontext(raw)) as stream:
-      yield io.TextIOWrapper(_Utf8(stream), encoding="utf-8-sig")
+      yield io.TextIOWrapper(stream, encoding="utf-8-sig")
   except _UNREADABLE as error:
     raise DataError(f"{path}: not readable as {'gzipped ' if gzipped else ''}UTF-8 text: {error}") from None
-
-
-class _Utf8(io.BufferedIOBase):
-  """Bytes of a file; one that begins like UTF-16 or UTF-32 is refused by name."""
-
-  def __init__(self, raw: Any):
-    self._raw, self._begins = raw, True
-
-  def readable(self) -> bool:
-    return True
-
-  def read1(self, size: int = -1) -> bytes:
-    found = self._raw.read1(size)
-    if self._begins and found.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-      raise UnicodeDecodeError("utf-8", found[:4], 0, 2, "it is UTF-16 or UTF-32; write it as UTF-8")
-    self._begins = False
-    return found
-
-  def read(self, size: int | None = -1) -> bytes:
-    return self.read1(-1 if size is None else size) if size and size > 0 else b"".join(iter(lambda: self.read1(1 << 16), b""))
 
 
 def json_lines(stream: Iterable[str], name: str, malformed: Malformed) -> Iterator[tuple[str, dict[str, Any]]]:

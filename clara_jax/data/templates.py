@@ -26,7 +26,7 @@ PLAIN = (
     "{% else %}{{ 'Assistant: ' + message['content'] }}{{ eos_token }}{{ '\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
 
-SECONDS = 10.0  # that a template may take; the slowest published one takes milliseconds
+SECONDS = 10.0  # that a template may take for a prompt
 
 Messages = Sequence[Mapping[str, str]]
 

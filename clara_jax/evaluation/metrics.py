@@ -134,6 +134,11 @@ def words(text: str) -> list[str]:
   return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
+def said(text: str) -> set[str]:
+  """Words of a text, as SQuAD's normalisation divides it and as `words` does."""
+  return {*normalise_officially(text).split(), *words(text)}
+
+
 # A number, or a run of capitalised words that does not begin a sentence.
 _NUMBER = re.compile(r"\b\d[\d.,:/-]*\b")
 _NAME = re.compile(r"(?<![.!?]\s)(?<!^)\b[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)*")
@@ -146,7 +151,7 @@ def entities(text: str) -> set[str]:
 
 def entities_kept(paraphrase: str, source: str) -> float:
   """Share of the source's `entities` whose tokens all appear in the paraphrase; 1 where it has none."""
-  wanted, tokens = entities(source), {*normalise_officially(paraphrase).split(), *words(paraphrase)}
+  wanted, tokens = entities(source), said(paraphrase)
   return sum(set(e.split()) <= tokens for e in wanted) / len(wanted) if wanted else 1.0
 
 
@@ -166,10 +171,11 @@ def _rouge():
   ascii_only = tokenizers.DefaultTokenizer(use_stemmer=True)
 
   class Tokenizer(tokenizers.Tokenizer):
-    """The library's own drops every letter that is not ASCII; such texts are scored by their `words`."""
+    """The library's own drops every letter that is not ASCII; words with one are kept as they are."""
 
     def tokenize(self, text):
       text = text.replace("’", "'")
-      return ascii_only.tokenize(text) if text.isascii() else [t for w in words(text) for t in (
-          ascii_only.tokenize(w) if w.isascii() else [w])]
+      if text.isascii():  # as the library has it, to the last token
+        return ascii_only.tokenize(text)
+      return [token for word in words(text) for token in (ascii_only.tokenize(word) if word.isascii() else [word])]
   return rouge_scorer.RougeScorer(["rouge1", "rougeL"], tokenizer=Tokenizer())

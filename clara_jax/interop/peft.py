@@ -139,7 +139,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base_model_name_or_path": (_is_name, "a name"),
     "lora_dropout": (_is_number, "a number"),
     "lora_alpha": (_is_number, "a number"),
-    "r": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v < 1 << 20, "a number"),
+    "r": (lambda v: isinstance(v, int) and not isinstance(v, bool) and 1 <= v < 1 << 20, "a number of 1 or more"),
 }
 
 
@@ -160,8 +160,8 @@ def read(directory: str, allow: Sequence[str] = ()) -> Adapter:
   for name, (is_right, expected) in _VALUES.items():
     if values.get(name) is not None and not is_right(values[name]):
       raise ConfigError(f"{file}: {name}={values[name]!r:.60}: expected {expected}")
-  if not isinstance(values.get("r"), int) or values["r"] < 1 or not isinstance(values.get("lora_alpha"), (int, float)):
-    raise ConfigError(f"{file}: r={values.get('r')!r}, lora_alpha={values.get('lora_alpha')!r}: expected numbers")
+  if missing := [name for name in ("r", "lora_alpha") if values.get(name) is None]:
+    raise ConfigError(f"{file}: {missing[0]}: is missing")
   files = TensorFiles(directory, (ADAPTER_FILE,))
   tensors, whole = {}, {}
   for name in files:

@@ -291,8 +291,8 @@ class MemoryStore:
 
   def identity(self, segments: int | None = None) -> str:
     """A hash of what the store holds, or of its first segments."""
-    segments = [(s.folder.name, s.deleted, sorted(s.checksums.items())) for s in self._segments[:segments]]
-    return hashlib.sha256(repr((self.manifest.compressor, self.manifest.generation, segments)).encode()).hexdigest()
+    held = [(s.folder.name, s.deleted, sorted(s.checksums.items())) for s in self._segments[:segments]]
+    return hashlib.sha256(repr((self.manifest.compressor, self.manifest.generation, held)).encode()).hexdigest()
 
   def nbytes(self) -> int:
     """Bytes of the memory tokens' files."""

@@ -127,12 +127,11 @@ def save(index: Index, kind: str, store: MemoryStore, dimensions: int | None = N
   folder.mkdir()
   try:
     index.save(str(folder))
-    files = sorted(f for f in folder.iterdir() if not f.is_dir())
     io.write(top / "index.json", io.sealed({
         "kind": kind, "dimensions": dimensions, "memory_tokens": store.manifest.num_memory_tokens, "documents": len(index),
         "generation": store.manifest.generation, "rows": _digest(index.rows), "folder": folder.name,
         "segments": store.segments, "identity": store.identity(),
-        "checksums": {f.name: io.checksum(f) for f in files}}))
+        "checksums": {f.name: io.checksum(f) for f in io.files(folder)}}))
   except BaseException:
     shutil.rmtree(str(folder), ignore_errors=True)
     raise
@@ -143,8 +142,7 @@ def save(index: Index, kind: str, store: MemoryStore, dimensions: int | None = N
 
 def saved_bytes(store: str) -> int:
   """Size of the saved index on disk."""
-  return sum(file.stat().length for folder in [epath.Path(store) / FOLDER, *(epath.Path(store) / FOLDER).iterdir()] if folder.is_dir()
-             for file in folder.iterdir() if not file.is_dir())
+  return sum(file.stat().length for file in io.files(epath.Path(store) / FOLDER))
 
 
 def _files(store: MemoryStore, saved: dict) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import regex
 
-from clara_jax.evaluation.metrics import UNSPACED, entities, normalise_officially, paraphrase_scores, words
+from clara_jax.evaluation.metrics import UNSPACED, entities, normalise_officially, paraphrase_scores, said, words
 
 _POINTS_AT_IT = re.compile(r"\b(the|this|that|given|above)\s+(document|passage|text|article|paragraph|excerpt|story|context)\b"
                            r"|\baccording to (it|this)\b|\bmentioned (above|here)\b", re.IGNORECASE)
@@ -48,7 +48,7 @@ def answer(text: str, document: str) -> str | None:
     return None
   if (scripts := _scripts(text)) and "LATIN" not in scripts:
     return None if _stands_in(words(text), words(document)) else "answer: not in the document"
-  there = {*told.split(), *words(document)}
+  there = said(document)
   return None if sum(t in there for t in tokens) >= FOUND * len(tokens) else "answer: not in the document"
 
 
@@ -93,7 +93,7 @@ def paraphrase(text: str, document: str) -> list[str]:
     problems.append("it says the same in the same words")
   if rouge < ROUGE_L[0]:
     problems.append("it has hardly a word of the document")
-  tokens = {*normalise_officially(text).split(), *words(text)}
+  tokens = said(text)
   if lost := sorted(e for e in entities(document) if not set(e.split()) <= tokens):
     problems.append(f"names or numbers are lost: {', '.join(lost)}")
   return problems

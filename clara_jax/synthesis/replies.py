@@ -95,9 +95,8 @@ def parse(text: str, schema: Mapping[str, Any]) -> Any:
     ValueError: there is none, or it is not by the schema; with the place.
   """
   text = whole[1] if (whole := _whole(text)) else spoken(text)
-  problem, found, start, end = None, None, 0, 0
+  problem, found, end, tries = None, None, 0, 0
   thoughts = [opening.start() for opening in _OPENS.finditer(text)]
-  tries = 0
   for start in (match.start() for match in re.finditer(r"\{", text)):
     if start < end:
       continue

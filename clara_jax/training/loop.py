@@ -22,7 +22,6 @@ from clara_jax.batch import Batch
 from clara_jax.config import ClaraConfig, ConfigError, RunConfig
 from clara_jax.data import records
 from clara_jax.data.pipeline import MemoryLookup, RowEncoder, TrainingBatches, evaluation_batches
-from clara_jax.data.records import divide
 from clara_jax.data.schemas import Row
 from clara_jax.data.tokens import Layout
 from clara_jax.memory.store import MemoryStore, fingerprint
@@ -105,7 +104,7 @@ def train(
   """
   settings, data = config.train, config.data
   if sources is None:
-    sources = [divide(rows, data.shards, data.share_documents)]
+    sources = [records.divide(rows, data.shards, data.share_documents)]
   steps = number_of_steps(config, sum(len(shard) for source in sources for shard in source))
   program = Program(config, steps)
   encoder = RowEncoder(layout, program.stage.data, data, config.clara.top_k, memories, settings.accumulate)
