@@ -27,7 +27,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_namespace_packages(include=["clara_jax", "clara_jax.*"]),
-    package_data={"clara_jax": ["pretrained/**/*", "serving/page/*", "synthesis/prompts/*"]},
+    package_data={"clara_jax": ["py.typed", "experiments/quickstart/pretrained/*", "serving/page/*", "synthesis/prompts/*"]},
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.7",

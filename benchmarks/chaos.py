@@ -26,18 +26,20 @@ import time
 
 import numpy as np
 
-from clara_jax.cli.main import quiet_logs
+from clara_jax.cli.output import configure_logging
 from clara_jax.data.schemas import Document
+from clara_jax.experiments import offline_backend
+from clara_jax.experiments.quickstart.recipe import Sizes
+from clara_jax.inference.checkpoint import Checkpoint
 from clara_jax.memory.store import Manifest, MemoryStore, StoreError
-from clara_jax.quickstart.recipe import Sizes
-from clara_jax.synthesis import factory, journal, offline, rounds, templates
+from clara_jax.synthesis import factory, journal, rounds, templates
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 MANIFEST = Manifest("chaos", 2, 8, 40, "float32")
 CHILDREN = multiprocessing.get_context("forkserver")  # from a process without threads
-CHILDREN.set_forkserver_preload(["clara_jax.memory.store", "clara_jax.retrieval.index", "clara_jax.quickstart.recipe",
-                                 "clara_jax.synthesis.factory", "clara_jax.synthesis.offline"])
+CHILDREN.set_forkserver_preload(["clara_jax.memory.store", "clara_jax.retrieval.index", "clara_jax.experiments.quickstart.recipe",
+                                 "clara_jax.synthesis.factory", "clara_jax.experiments.offline_backend"])
 
 
 class BrokenPromiseError(Exception):
@@ -226,13 +228,14 @@ def index_work(folder: str, seed: int, limit: int | None = None) -> None:
 def index_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collections.Counter:
   """An index that is loaded finds what an index built afresh finds."""
   from clara_jax.retrieval import index
+  from clara_jax.retrieval.base import unit_vectors
   folder, copy, counts = scratch / "indexed", scratch / "copy", collections.Counter()
   numbers = np.random.default_rng(0).normal(size=(60, 2, 8)).astype(np.float32)
   store = MemoryStore(str(folder), MANIFEST)
   store.append([Document(f"d{n}", f"d{n}") for n in range(60)], numbers)
   store.close()
   index.update(MemoryStore(str(folder)), "exact", 6)
-  queries = index.unit_vectors(numbers[:4])
+  queries = unit_vectors(numbers[:4])
 
   def check(where):
     opened = MemoryStore(str(where))
@@ -241,7 +244,7 @@ def index_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
     except index.MissingIndexError:
       return "named"
     rows, _ = loaded.search(queries, 3)
-    expected, _ = index.build("exact", opened, 6).search(queries, 3)
+    expected, _ = index.build(opened, "exact", 6).search(queries, 3)
     if not np.array_equal(loaded.rows, opened.rows) or not np.array_equal(rows, expected):
       raise BrokenPromiseError(f"{rows}, expected {expected}")
     return "right"
@@ -270,13 +273,13 @@ def checkpoints_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> 
   """Steps of a run are named as damaged, or are what was saved; every fortieth time the run itself goes on, to the same end."""
   import jax
 
-  from clara_jax.training import loop
-  from clara_jax.training.checkpoint import Checkpointer, CheckpointError
+  from clara_jax.checkpoints.workdir import Checkpointer, CheckpointError
+  from clara_jax.training import trainer
   from tests import tiny
   config = tiny.run_config("contrastive", steps=4, checkpoint_every=1, keep_checkpoints=9, log_every=4)
 
   def run(where, **options):
-    return loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("contrastive"), workdir=str(where), progress=False, **options)
+    return trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("contrastive"), workdir=str(where), progress=False, **options).run()
 
   def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
@@ -312,11 +315,11 @@ def _documents(count: int):
 
 
 def _world():
-  from clara_jax.data.world import World
+  from clara_jax.experiments.world import World
   return World(Sizes().world)
 
 
-class _Slow(offline.Offline):
+class _Slow(offline_backend.Offline):
   """Takes as long as a quick server."""
 
   async def chat(self, messages, **options):
@@ -327,7 +330,7 @@ class _Slow(offline.Offline):
 def factory_work(folder: str, limit: int | None = None) -> None:
   """The factory over all documents."""
   sys.stderr = open(os.devnull, "w")
-  items, model = _documents(12), _Slow(_world(), offline.Faults(wrong_answer=0.2, missing_fact=0.3, broken_json=0.1))
+  items, model = _documents(12), _Slow(_world(), offline_backend.Faults(wrong_answer=0.2, missing_fact=0.3, broken_json=0.1))
   faulty(limit, None)
   with contextlib.suppress(OSError):
     asyncio.run(factory.produce(iter(items), rounds.scp, model, templates.Templates(), folder, progress=False, at_once=4))
@@ -382,16 +385,16 @@ def factory_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> coll
 def served(scratch: pathlib.Path):
   """A server on loopback: its port, a question, and what is answered to it."""
   from clara_jax.inference.answer import Answerer
-  from clara_jax.memory.compress import compress_corpus
+  from clara_jax.inference.compress import compress_corpus
   from clara_jax.model import Clara
   from clara_jax.retrieval import index
   from clara_jax.serving import server
   from tests import tiny
   documents = [Document(d["id"], d["text"], d["title"]) for d in tiny.world().documents(False)[:20]]
-  model, layout, weights = Clara(tiny.config()), tiny.layout(), tiny.weights()
-  compress_corpus(model, layout, weights, documents, str(scratch / "served"), bucket=64, progress=False)
+  model, prompt_tokenizer, weights = Clara(tiny.config()), tiny.prompt_tokenizer(), tiny.weights()
+  compress_corpus(Checkpoint(model, prompt_tokenizer, weights), documents, str(scratch / "served"), bucket=64, progress=False)
   store = MemoryStore(str(scratch / "served"))
-  answerer = Answerer(model, layout, weights, store, index=index.build("exact", store), max_new_tokens=6)
+  answerer = Answerer(Checkpoint(model, prompt_tokenizer, weights), store, index=index.build(store, "exact"), max_new_tokens=6)
   question = next(iter(tiny.world().question_rows(1)))["question"]
   expected = answerer.answer([question])[0]
   limits = server.Limits(batch=32, read_seconds=5.0)
@@ -552,7 +555,7 @@ def main() -> None:
   parser.add_argument("--faults", type=int, default=1000)
   parser.add_argument("--seed", type=int, default=0)
   options = parser.parse_args()
-  quiet_logs()
+  configure_logging()
   report, broken = {}, False
   for name in options.parts:
     scratch = pathlib.Path(options.scratch, name)

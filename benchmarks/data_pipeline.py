@@ -3,7 +3,7 @@
     python benchmarks/data_pipeline.py --rows 1000000 --workers 2
 
 Generates JSONL rows of the project's world (SCP; a share is malformed), writes them as ArrayRecord (`clara records`), reads all of them
-through the pipeline that training uses (shards, shuffle, tokenise, windows of like length, batch, pad), once straight and once stopped
+through the pipeline that training uses (shards, shuffle, tokenize, windows of like length, batch, pad), once straight and once stopped
 in the middle and resumed. Prints one JSON object.
 """
 
@@ -24,8 +24,8 @@ import psutil
 from clara_jax.config import ClaraConfig, DataConfig, ModelConfig
 from clara_jax.data import records
 from clara_jax.data.pipeline import RowEncoder, TrainingBatches
-from clara_jax.data.tokens import Layout
-from clara_jax.data.world import World, WorldConfig
+from clara_jax.data.prompt_tokenizer import PromptTokenizer
+from clara_jax.experiments.world import World, WorldConfig
 
 BATCH, MALFORMED_EVERY = 128, 50_000
 
@@ -68,7 +68,7 @@ def main() -> None:
   model = ModelConfig(vocab_size=len(world.tokenizer()), width=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8)
   clara = ClaraConfig(model, doc_max_length=40, compression_rate=10, decoder_max_length=512)
   data = DataConfig(batch_size=BATCH, bucket=32, shards=8, length_window=8, workers=options.workers)
-  encoder = RowEncoder(Layout(world.tokenizer(), clara), "given", data, 1)
+  encoder = RowEncoder(PromptTokenizer(world.tokenizer(), clara), "given", data, 1)
 
   def batches(step=0):
     made = TrainingBatches(records.open_sources([report.directory], data.shards), encoder, seed=0)

@@ -20,17 +20,17 @@ import traceback
 
 import numpy as np
 
+from clara_jax.checkpoints import convert, families, formats, gguf
+from clara_jax.checkpoints.workdir import read_config
 from clara_jax.cli import commands
-from clara_jax.cli.main import quiet_logs
+from clara_jax.cli.output import configure_logging
 from clara_jax.data import schemas
 from clara_jax.evaluation import datasets
-from clara_jax.interop import checkpoints, convert, families, gguf
 from clara_jax.memory.store import MemoryStore
 from clara_jax.retrieval import index
 from clara_jax.serving import schema
 from clara_jax.synthesis import documents, journal, replies
 from clara_jax.synthesis.rounds import SCHEMAS
-from clara_jax.training.checkpoint import read_config
 
 TOKENS = [b"null", b"[]", b"{}", b"-1", b"0", b"1e999", b"1" * 5000, b'"', b"\\u0000", b"\\ud800", b"\xff", b"\0" * 8, b"[" * 3000, b"true",
           b"NaN", b'"\xe4\xb8\xad"', b"18446744073709551616", b"1e39", b",", b"\n", b"{" * 50]
@@ -141,7 +141,7 @@ def readers(work: pathlib.Path, quickstart: pathlib.Path) -> dict:
 
   def loaded(directory):
     def read(_):
-      checkpoints.load(str(work / directory), str(work / "hf") if directory == "peft" else None)
+      formats.load(str(work / directory), str(work / "hf") if directory == "peft" else None)
     return read
   values = Values()
   lines = work / "documents.jsonl"
@@ -203,7 +203,7 @@ def main() -> None:
   parser.add_argument("--readers", nargs="+")
   parser.add_argument("--seed", type=int, default=0)
   options = parser.parse_args()
-  quiet_logs()
+  configure_logging()
   work = pathlib.Path(options.scratch, "work")
   shutil.rmtree(work, ignore_errors=True)
   work.mkdir(parents=True)

@@ -86,10 +86,10 @@ def draw(report: dict, path: str) -> None:
   matplotlib.use("svg")
   import matplotlib.pyplot as plt
   figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), layout="constrained")
-  colours = dict(zip(KINDS, ("C0", "C1", "C2"), strict=True))
+  colors = dict(zip(KINDS, ("C0", "C1", "C2"), strict=True))
   for axis, (title, sweep) in zip(axes.flat, report.items(), strict=False):
     for name, points in sweep.items():
-      axis.plot([p["value"] for p in points], [1e3 * p["seconds"] for p in points], marker="o", label=name, color=colours[name])
+      axis.plot([p["value"] for p in points], [1e3 * p["seconds"] for p in points], marker="o", label=name, color=colors[name])
     axis.set(title=f"a step over {title}", xlabel=title, ylabel="milliseconds", xscale="log", yscale="log")
     axis.set_xticks([p["value"] for p in next(iter(sweep.values()))], [str(p["value"]) for p in next(iter(sweep.values()))])
     axis.minorticks_off()
@@ -99,7 +99,7 @@ def draw(report: dict, path: str) -> None:
   axes[0, 0].legend()
   last = axes.flat[-1]
   for name, points in report["layers"].items():
-    last.plot([p["value"] for p in points], [p["compile_seconds"] for p in points], marker="o", label=name, color=colours[name])
+    last.plot([p["value"] for p in points], [p["compile_seconds"] for p in points], marker="o", label=name, color=colors[name])
   last.set(title="compile time over layers", xlabel="layers", ylabel="seconds", ylim=(0, None))
   last.legend()
   last.grid(alpha=0.3)

@@ -8,12 +8,12 @@ import dataclasses
 import json
 import os
 
+from clara_jax.checkpoints import formats
 from clara_jax.config import DataConfig, RunConfig, TrainConfig
 from clara_jax.data import schemas
 from clara_jax.data.pipeline import RowEncoder, evaluation_batches
-from clara_jax.data.world import World
-from clara_jax.interop import checkpoints
-from clara_jax.quickstart.recipe import CANDIDATES, TOP_K, Sizes
+from clara_jax.experiments.quickstart.recipe import CANDIDATES, TOP_K, Sizes
+from clara_jax.experiments.world import World
 from clara_jax.sharding import put_batch
 from clara_jax.training import metrics
 from clara_jax.training.program import Program
@@ -25,7 +25,7 @@ SHOWN = ("ce", "answers", "recall_at_1")
 
 def evaluate(directory: str, stage: str, quantization: str) -> dict[str, float]:
   """Metrics of a stage's own loss on rows of people that were never seen."""
-  checkpoint = checkpoints.load(directory)
+  checkpoint = formats.load(directory)
   config = checkpoint.model.config
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, base_quantization=quantization))
   data = DataConfig(batch_size=64, candidates=CANDIDATES, bucket=512)
@@ -33,7 +33,7 @@ def evaluate(directory: str, stage: str, quantization: str) -> dict[str, float]:
   program = Program(RunConfig(config, data, TrainConfig(stage=loss)), steps=1)
   world = World(Sizes().world).question_rows(DOCUMENTS[stage], True, ROWS)
   rows = [schemas.parse_row(r, f"{stage}:{i}") for i, r in enumerate(world)]
-  encoder = RowEncoder(checkpoint.layout, program.stage.data, data, config.top_k)
+  encoder = RowEncoder(checkpoint.prompt_tokenizer, program.stage.data, data, config.top_k)
   total = None
   with program.context():
     weights = program.place_weights(checkpoint.weights)

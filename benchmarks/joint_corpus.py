@@ -16,14 +16,14 @@ import time
 
 import jax
 
+from clara_jax.checkpoints import formats
 from clara_jax.config import DataConfig, RunConfig, TrainConfig
 from clara_jax.data import schemas
-from clara_jax.data.world import World
-from clara_jax.interop import checkpoints
-from clara_jax.memory.compress import compress_corpus
+from clara_jax.experiments.quickstart.recipe import CANDIDATES, Sizes
+from clara_jax.experiments.world import World
+from clara_jax.inference.compress import compress_corpus
 from clara_jax.memory.store import MemoryStore
-from clara_jax.quickstart.recipe import CANDIDATES, Sizes
-from clara_jax.training import loop
+from clara_jax.training import trainer
 
 
 def main() -> None:
@@ -38,9 +38,9 @@ def main() -> None:
   corpus_store = os.path.join(options.scratch, "corpus")
   shutil.rmtree(corpus_store, ignore_errors=True)
   world = World(Sizes().world)
-  checkpoint = checkpoints.load(os.path.join(options.workdir, "stages", "instruct"))
+  checkpoint = formats.load(os.path.join(options.workdir, "stages", "instruct"))
   corpus = [schemas.Document(**d) for d in world.documents(False)[:options.documents]]
-  compress_corpus(checkpoint.model, checkpoint.layout, checkpoint.weights, corpus, corpus_store, progress=False)
+  compress_corpus(checkpoint, corpus, corpus_store, progress=False)
   store = MemoryStore(corpus_store)
   rows = [schemas.parse_row(r, f"joint:{i}") for i, r in enumerate(world.question_rows(1))]
   rows = [r for r in rows if r.document_ids[r.gold[0]] in store]
@@ -51,7 +51,7 @@ def main() -> None:
                       log_every=50, seed=options.seed, fresh_query_reasoner=True)
   start = time.monotonic()
   config = RunConfig(dataclasses.replace(checkpoint.model.config), data, train)
-  result = loop.train(config, checkpoint.layout, checkpoint.weights, rows, held_out, memories=store.lookup())
+  result = trainer.Trainer(config, checkpoint.prompt_tokenizer, checkpoint.weights, rows, held_out, memories=store.lookup()).run()
   curve = [{"step": step, **{k: round(v, 4) for k, v in numbers.items() if k.startswith(("recall", "answers"))}}
            for step, numbers in result.evaluations]
   print(json.dumps({"documents": len(store), "devices": jax.device_count(), "questions": len(rows), "held_out": len(held_out),

@@ -19,15 +19,15 @@ import time
 import ml_dtypes
 import numpy as np
 
+from clara_jax.checkpoints import families, huggingface
+from clara_jax.checkpoints.tensors import TensorFiles, tensor_hash, write_tensors
 from clara_jax.config import ModelConfig
-from clara_jax.interop import families, hf
-from clara_jax.interop.tensors import TensorFiles, tensor_hash, write_tensors
 from clara_jax.model import Clara, ClaraConfig
 
 LOAD = """
 import json, resource, sys, threading, time
 import jax
-from clara_jax.interop import checkpoints, hf, lazy
+from clara_jax.checkpoints import checkpoints, hf, lazy
 from clara_jax.model import Clara
 from clara_jax.sharding import make_mesh, place, tree_shardings
 
@@ -53,7 +53,7 @@ def write(directory: pathlib.Path, layers: int) -> int:
   """The random checkpoint; returns its bytes."""
   config = ModelConfig(vocab_size=32_000, width=4096, num_layers=layers, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
                        rope_theta=1e6)
-  shapes = hf.leaf_shapes(Clara(ClaraConfig(config)), "base")
+  shapes = huggingface.leaf_shapes(Clara(ClaraConfig(config)), "base")
 
   class Shape:
     dtype = np.dtype(ml_dtypes.bfloat16)
@@ -65,7 +65,7 @@ def write(directory: pathlib.Path, layers: int) -> int:
     # without CLaRa's special tokens
     return Shape({("embedding",): (config.vocab_size, config.width), ("head",): (config.width, config.vocab_size)}.get(path, shape))
 
-  tensors = hf.base_tensors(hf.lazy.nest({path: leaf(path, shape) for path, shape in shapes.items()}))
+  tensors = huggingface.base_tensors(huggingface.lazy.nest({path: leaf(path, shape) for path, shape in shapes.items()}))
   rng = np.random.default_rng(0)
   shape_of = {t.name: t.shape for t in tensors}
 

@@ -25,8 +25,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 import jax.numpy as jnp
 import numpy as np
 
+from clara_jax.checkpoints import formats
 from clara_jax.cli import main as cli
-from clara_jax.interop import checkpoints
 from clara_jax.model import Clara
 from tests import published
 
@@ -98,7 +98,7 @@ def logit_difference(base: str) -> tuple[float, float]:
   import torch
   import transformers
 
-  checkpoint = checkpoints.load(base, dtype="float32")
+  checkpoint = formats.load(base, dtype="float32")
   words = checkpoint.model.config.model.vocab_size
   ids = np.random.default_rng(0).integers(0, words, (2, 90))
   reference = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -119,12 +119,12 @@ def adapter_difference(base: str, folder: str) -> float:
     model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
   ).eval()
   adapted.save_pretrained(f"{folder}/adapter")
-  opened = checkpoints.open_checkpoint(f"{folder}/adapter", base, "float32")
+  opened = formats.open_checkpoint(f"{folder}/adapter", base, "float32")
   words = opened.config.model.vocab_size
   ids = np.random.default_rng(0).integers(0, words, (2, 30))
   with torch.no_grad():
     wanted = adapted(torch.tensor(ids), attention_mask=torch.ones(ids.shape, dtype=torch.long)).logits.numpy()[..., :words]
-  return float(np.abs(_logits(Clara(opened.config), checkpoints.on_device(opened), "generator", ids)[..., :words] - wanted).max())
+  return float(np.abs(_logits(Clara(opened.config), formats.on_device(opened), "generator", ids)[..., :words] - wanted).max())
 
 
 def _logits(model, weights, role, ids):

@@ -10,7 +10,6 @@ minus single, with its 95 % interval over the test rows of all seeds; and the se
 
 import argparse
 import dataclasses
-import importlib.resources
 import json
 import os
 import pathlib
@@ -20,24 +19,23 @@ import time
 
 import numpy as np
 
+from clara_jax.checkpoints import formats
 from clara_jax.config import DataConfig, RunConfig, TrainConfig
 from clara_jax.data import schemas
-from clara_jax.data.tokens import Layout
-from clara_jax.data.world import World
-from clara_jax.evaluation import benchmarks, report, statistics
-from clara_jax.interop import checkpoints, hf
-from clara_jax.memory.compress import compress_corpus
+from clara_jax.data.prompt_tokenizer import PromptTokenizer
+from clara_jax.evaluation import evaluator, statistics
+from clara_jax.experiments.quickstart import recipe, shipped
+from clara_jax.experiments.world import World
+from clara_jax.inference.compress import compress_corpus
 from clara_jax.memory.store import MemoryStore
-from clara_jax.model import Clara
-from clara_jax.quickstart import recipe
-from clara_jax.training import loop
+from clara_jax.reports import html
+from clara_jax.training import run as training
 
 SIZES, LONGER = (1, 3, 6), 2
 STEPS = {"scp": 200, "instruct": 80, "joint": 120}
 RATES = {"scp": 3e-3, "instruct": 2e-3, "joint": 2e-3}
 METRICS = {"answers": "answers from 3 given documents (EM)", "recall_at_1": "recall@1 of 20 after joint",
            "recall_at_3": "recall@3 of 20 after joint", "joint_answers": "answers from the 3 best of 20 (EM)"}
-PRETRAINED = str(importlib.resources.files("clara_jax") / "pretrained" / "stages" / "pretrain")
 
 
 class Variant:
@@ -56,6 +54,10 @@ class Variant:
     self._workdir, self._seed, self._rows, self._scale = workdir, seed, rows, scale * (LONGER if m is None else 1)
     self._world = World(recipe.Sizes().world)
     self._tokenizer = self._world.tokenizer()
+    # The shipped base; its own tokenizer has the special tokens of 3 memory tokens.
+    plain = PromptTokenizer(self._world.tokenizer(), recipe.clara_config(len(self._tokenizer)))
+    shipped.unpack(os.path.join(workdir, "shipped"), plain)
+    self._base = os.path.join(workdir, "shipped", "pretrain")
     self._config = dataclasses.replace(recipe.clara_config(len(self._tokenizer)), compression_rate=30 // (m or SIZES[-1]),
                                        nested_memory=SIZES if m is None else ())
 
@@ -65,7 +67,7 @@ class Variant:
     if path.exists():
       return json.loads(path.read_text())
     seconds = sum(self._train(stage) for stage in STEPS)
-    before, after = (checkpoints.load(self._directory(stage)) for stage in ("instruct", "joint"))
+    before, after = (formats.load(self._directory(stage)) for stage in ("instruct", "joint"))
     sizes = {}
     for m in self._config.nested_memory or (self._config.num_memory_tokens,):
       answers = self._evaluate(before.first(m), recipe.TOP_K, "compressor")
@@ -84,34 +86,28 @@ class Variant:
     done = pathlib.Path(self._directory(stage), "seconds")
     if done.exists():
       return float(done.read_text())
-    before = {"scp": None, "instruct": "scp", "joint": "instruct"}[stage]
-    start_from = PRETRAINED if before is None else self._directory(before)
-    checkpoint = checkpoints.load(start_from)
-    weights, memories = checkpoint.weights, None
-    if before is None:  # as many special tokens as this one has
-      plain, _ = checkpoints.open_base(Clara(self._config), PRETRAINED, "base")
-      weights = {"base": hf.with_special_tokens(plain, hf.special_tokens(self._config), self._config)}
+    previous = {"scp": None, "instruct": "scp", "joint": "instruct"}[stage]
+    init_from, memories = previous and self._directory(previous), None
     if stage == "joint":
       store = os.path.join(self._workdir, self.name, "store")
       everyone = [schemas.Document(**d) for side in (False, True) for d in self._world.documents(side)]
-      compress_corpus(checkpoint.model, checkpoint.layout, weights, everyone, store, progress=False)
+      compress_corpus(formats.load(init_from), everyone, store, progress=False)
       memories = MemoryStore(store).lookup()
     more = {"learning_rate_factors": {"generator": 0.1}} if stage == "joint" else {}
     train = TrainConfig(stage=stage, steps=max(1, round(STEPS[stage] * self._scale)), learning_rate=RATES[stage], seed=self._seed,
                         schedule="cosine" if stage == "joint" else "linear", log_every=50, checkpoint_every=10_000, **more)
-    run = RunConfig(self._config, DataConfig(batch_size=32, candidates=recipe.CANDIDATES, bucket=32), train, base=PRETRAINED,
-                    init_from=None if before is None else start_from)
+    run = RunConfig(self._config, DataConfig(batch_size=32, candidates=recipe.CANDIDATES, bucket=32), train, base=self._base,
+                    init_from=init_from)
     rows = [schemas.parse_row(r, f"{stage}:{i}") for i, r in enumerate(recipe.stage_rows(self._world, stage))]
     print(f"== {self.name} {stage}", file=sys.stderr, flush=True)
     start = time.monotonic()
-    loop.train(run, Layout(self._tokenizer, self._config), weights, rows, memories=memories, workdir=self._directory(stage),
-               base_sha256=hf.base_hash(checkpoints.open_base(Clara(self._config), PRETRAINED, "base")[0]))
+    training.train(run, self._directory(stage), rows=rows, memories=memories, tokenizer=self._tokenizer)
     done.write_text(str(time.monotonic() - start))
     return time.monotonic() - start
 
-  def _evaluate(self, checkpoint: checkpoints.Checkpoint, documents: int, setting: str) -> list[dict]:
+  def _evaluate(self, checkpoint: formats.Checkpoint, documents: int, setting: str) -> list[dict]:
     rows = [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(self._world.question_rows(documents, True, self._rows))]
-    return benchmarks.evaluate(checkpoint.model, checkpoint.layout, checkpoint.weights, rows, setting, batch_size=100, max_new_tokens=8,
+    return evaluator.evaluate(checkpoint, rows, setting, batch_size=100, max_new_tokens=8,
                                progress=False).predictions
 
 
@@ -128,7 +124,7 @@ def main() -> None:
            for seed in options.seeds}
   table = compare(found)
   if options.out:
-    text = report.figure(lambda axes: draw(axes, table), 10, 3.6, (1, 2))
+    text = html.figure(lambda axes: draw(axes, table), 10, 3.6, (1, 2))
     pathlib.Path(options.out).write_text(re.sub("</?figure>", "", text), encoding="utf-8")
   print(json.dumps(table, indent=2))
 
@@ -153,10 +149,10 @@ def compare(found: dict[int, dict[int | None, dict]]) -> dict:
 def draw(axes, table: dict) -> None:
   """Answers and recall against m."""
   for axis, metrics in zip(axes, (("answers", "joint_answers"), ("recall_at_1", "recall_at_3")), strict=True):
-    for metric, colour in zip(metrics, ("tab:blue", "tab:orange"), strict=True):
+    for metric, color in zip(metrics, ("tab:blue", "tab:orange"), strict=True):
       points = table["metrics"][metric]
       for kind, line in (("nested", "-"), ("single", "--")):
-        axis.plot(list(points), [p[kind] for p in points.values()], line, marker="o", color=colour,
+        axis.plot(list(points), [p[kind] for p in points.values()], line, marker="o", color=color,
                   label=f"{METRICS[metric]}, {'one for all' if kind == 'nested' else 'one for each'}")
     axis.set(xlabel="memory tokens a document (M = 6)", ylim=(0, 1.03), xscale="log")
     axis.set_xticks(list(SIZES), list(map(str, SIZES)))

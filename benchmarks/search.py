@@ -26,10 +26,10 @@ CHUNK = 20_000
 TOPICS, SUBTOPICS = 200, 40
 
 
-def vectors(seed: int, count: int, centres: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def vectors(seed: int, count: int, centers: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
   """[count, M, D]: a topic, a part of it, and noise."""
   rng = np.random.default_rng([1, seed])
-  topics, parts = centres
+  topics, parts = centers
   topic = rng.integers(0, TOPICS, count)
   made = topics[topic] + 0.7 * parts[topic, rng.integers(0, SUBTOPICS, count)] + 0.7 * rng.normal(size=(count, M * D)).astype(np.float32)
   return made.reshape(count, M, D).astype(np.float32)
@@ -43,11 +43,11 @@ def make_centres() -> tuple[np.ndarray, np.ndarray]:
 
 def write(store: str, documents: int) -> dict:
   """The store, in chunks."""
-  start, centres = time.monotonic(), make_centres()
+  start, centers = time.monotonic(), make_centres()
   made = MemoryStore(store, Manifest("generated", M, D, 128, "float32"))
   for chunk in range(len(made) // CHUNK, documents // CHUNK):
     ids = [Document(f"v{chunk * CHUNK + i}", "", "") for i in range(CHUNK)]
-    made.append(ids, vectors(chunk, CHUNK, centres))
+    made.append(ids, vectors(chunk, CHUNK, centers))
   return {"seconds": time.monotonic() - start, "bytes": made.nbytes(), "peak_mb": peak_mb()}
 
 
@@ -58,8 +58,8 @@ def peak_mb() -> float:
 
 def queries(count: int) -> np.ndarray:
   """Noisy copies of documents."""
-  centres = make_centres()
-  base = vectors(3, count, centres)
+  centers = make_centres()
+  base = vectors(3, count, centers)
   return index_lib.unit_vectors(base + 0.3 * np.random.default_rng(5).normal(size=base.shape).astype(np.float32))
 
 
@@ -67,7 +67,7 @@ def build(store: str, kind: str) -> dict:
   """Builds and saves an index."""
   start = time.monotonic()
   opened = MemoryStore(store)
-  index = index_lib.build(kind, opened)
+  index = index_lib.build(opened, kind)
   index_lib.save(index, kind, opened)
   return {"seconds": time.monotonic() - start, "bytes": index_lib.saved_bytes(store), "peak_mb": peak_mb()}
 
@@ -76,7 +76,7 @@ def search(store: str, kind: str, count: int, batch: int, out: str) -> dict:
   """Loads an index and searches."""
   opened = MemoryStore(store)
   start = time.monotonic()
-  index = index_lib.load(opened) if kind == "scann" else index_lib.build(kind, opened)
+  index = index_lib.load(opened) if kind == "scann" else index_lib.build(opened, kind)
   loaded = time.monotonic() - start
   asked = queries(count)
   index.search(asked[:batch], 10)  # compiles

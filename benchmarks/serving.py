@@ -20,11 +20,11 @@ import time
 import httpx
 import numpy as np
 
-from clara_jax.data.world import World
+from clara_jax.checkpoints import formats
+from clara_jax.experiments.quickstart.recipe import Sizes
+from clara_jax.experiments.world import World
 from clara_jax.inference.answer import Answerer, Question
-from clara_jax.interop import checkpoints
 from clara_jax.memory.store import MemoryStore
-from clara_jax.quickstart.recipe import Sizes
 
 PORT = 5017
 FILLERS = ("", "Please tell me. ", "Please tell me. Please tell me. ")
@@ -32,9 +32,9 @@ FILLERS = ("", "Please tell me. ", "Please tell me. Please tell me. ")
 
 def expected(workdir: str, questions: int) -> list[tuple[dict, str, list[str]]]:
   """Requests with their right answers and documents, made without a server."""
-  checkpoint = checkpoints.load(os.path.join(workdir, "stages", "joint"))
+  checkpoint = formats.load(os.path.join(workdir, "stages", "joint"))
   store = MemoryStore(os.path.join(workdir, "store"))
-  answerer = Answerer(checkpoint.model, checkpoint.layout, checkpoint.weights, store, max_new_tokens=4)
+  answerer = Answerer(checkpoint, store, max_new_tokens=4)
   rng = random.Random(0)
   asked = []
   for row in World(Sizes().world).question_rows(1, True, questions):

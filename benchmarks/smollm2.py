@@ -26,17 +26,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clara_jax.checkpoints import formats, lazy
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.inference.generate import make_generate
-from clara_jax.interop import checkpoints, lazy
 
 TOKENS, NEW = 1500, 24
 QUESTIONS = (
-    "What is the capital of France?", "Name three primary colours.", "How many legs has a spider?",
+    "What is the capital of France?", "Name three primary colors.", "How many legs has a spider?",
     "Write a short poem about rain.", "What is 12 times 12?", "Who wrote Hamlet?", "Translate 'good morning' to Spanish.",
     "What do bees make?", "Is the sun a star?", "Give me a recipe for pancakes.", "What is photosynthesis?", "List five animals.",
     "When did World War II end?", "Explain gravity to a child.", "What is the largest ocean?", "Say hello.",
-    "What colour is a banana?", "Write a haiku about winter.", "Who painted the Mona Lisa?", "Why is the sky blue?")
+    "What color is a banana?", "Write a haiku about winter.", "Who painted the Mona Lisa?", "Why is the sky blue?")
 TEXT = ("In 1969, Apollo 11 landed on the Moon: 2 men walked there for 151 minutes, while a third stayed 110 km above them. "
         "def area(r):\n    return 3.14159 * r ** 2\n\nDie Katze schläft auf dem Sofa; el niño come una manzana. ")
 
@@ -66,8 +66,8 @@ def compare(directory: str) -> dict[str, float]:
   """Logits beside transformers' in float32."""
   import torch
   import transformers
-  checkpoint = checkpoints.load(directory, dtype="float32")
-  ids = np.array((checkpoint.layout.ids(TEXT * 40))[:TOKENS])
+  checkpoint = formats.load(directory, dtype="float32")
+  ids = np.array((checkpoint.prompt_tokenizer.ids(TEXT * 40))[:TOKENS])
   reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
   with torch.no_grad():
     wanted = reference(torch.tensor(ids[None])).logits[0].numpy()
@@ -85,18 +85,18 @@ def greedy(directory: str) -> dict[str, float]:
   """How many answers are those of transformers' `generate`, token for token."""
   import torch
   import transformers
-  checkpoint = checkpoints.load(directory, dtype="float32")
-  layout = checkpoint.layout
+  checkpoint = formats.load(directory, dtype="float32")
+  prompt_tokenizer = checkpoint.prompt_tokenizer
   reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-  prompts = [layout.chat([{"role": "user", "content": q}]).ids for q in QUESTIONS]
-  generate = make_generate(checkpoint.model, NEW, layout.end_ids, layout.pad_id, None)
-  answers = np.asarray(generate(checkpoint.weights, pad_tokens(prompts, layout.pad_id, 16), None))
+  prompts = [prompt_tokenizer.chat([{"role": "user", "content": q}]).ids for q in QUESTIONS]
+  generate = make_generate(checkpoint.model, NEW, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id, None)
+  answers = np.asarray(generate(checkpoint.weights, pad_tokens(prompts, prompt_tokenizer.pad_id, 16), None))
   equal = 0
   for prompt, answer in zip(prompts, answers, strict=True):
     with torch.no_grad():
       ids = torch.tensor(prompt[None].astype(np.int64))
       wanted = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)[0, len(prompt):].numpy()
-    equal += layout.until_end(answer, with_end=True).tolist() == wanted.tolist()
+    equal += prompt_tokenizer.truncate_at_eos(answer, with_end=True).tolist() == wanted.tolist()
   return {"prompts": len(prompts), "greedy_equal": equal}
 
 
@@ -130,7 +130,7 @@ def round_trips(out: pathlib.Path) -> tuple[dict[str, dict[str, float]], list[st
       made[f"{number}: {source} -> {name}"] = convert(out / source, out / name, to, *(["--base", str(out / "hf")] if number > 3 else []))
   differs = [f"hf-again/{f.name}" for f in sorted((out / "hf").iterdir()) if f.name != "parity.json" and (
       f.read_bytes() != (out / "hf-again" / f.name).read_bytes())]
-  before, after = (dict(lazy.leaves(checkpoints.open_checkpoint(str(out / name), str(out / "hf")).groups)) for name in ("run", "run-again"))
+  before, after = (dict(lazy.leaves(formats.open_checkpoint(str(out / name), str(out / "hf")).groups)) for name in ("run", "run-again"))
   for path, leaf in before.items():
     if path[0] != "special_tokens" and not np.array_equal(lazy.read(leaf), lazy.read(after[path])):
       differs.append("/".join(path))

@@ -53,10 +53,10 @@ def encoder(scratch: pathlib.Path, task: str, config, memories=None):
   """Rows to tokens."""
   from clara_jax.config import DataConfig
   from clara_jax.data.pipeline import RowEncoder
-  from clara_jax.data.tokens import Layout
+  from clara_jax.data.prompt_tokenizer import PromptTokenizer
   data = DataConfig(batch_size=ROWS.get(task, 4), candidates=CANDIDATES, bucket=16, document_bucket=8, label_bucket=16)
   kind = "candidates" if task == "joint_step" else "given"
-  return RowEncoder(Layout(str(scratch / "tokenizer"), config), kind, data, TOP_K, memories)
+  return RowEncoder(PromptTokenizer(str(scratch / "tokenizer"), config), kind, data, TOP_K, memories)
 
 
 def row_batches(scratch: pathlib.Path, task: str) -> list:
@@ -91,10 +91,10 @@ def jax_training(scratch, task, from_store):
   """Steps of a stage."""
   import random
 
+  from clara_jax.analysis import cost
   from clara_jax.config import RunConfig, TrainConfig
   from clara_jax.memory.store import MemoryStore
   from clara_jax.sharding import put_batch
-  from clara_jax.training import cost
   from clara_jax.training.program import Program
   config = clara_config()
   memories = MemoryStore(str(scratch / "store")).lookup() if from_store else None
@@ -133,12 +133,12 @@ def jax_compress(scratch):
   import jax
   import numpy as np
 
+  from clara_jax.analysis import flops
   from clara_jax.data.pipeline import pad_tokens
   from clara_jax.model import Clara
-  from clara_jax.training import flops
   config = clara_config()
   rows, weights, model = encoder(scratch, "compress", config), make_weights(config), Clara(config)
-  inputs = rows.layout.documents(documents(scratch))
+  inputs = rows.prompt_tokenizer.documents(documents(scratch))
   order = np.argsort([len(x) for x in inputs], kind="stable")
   batches = [pad_tokens([inputs[i] for i in order[a:a + 32]], 0, 16) for a in range(0, len(order), 32)]
   compress = jax.jit(model.compress)
@@ -155,9 +155,9 @@ def answer_batch(scratch, size):
   config = clara_config()
   rows = encoder(scratch, "joint_step", config)
   questions = [r.questions[0] for batch in row_batches(scratch, "joint_step") for r in batch][:size]
-  prompts = [rows.layout.answer_prompt(q, TOP_K).ids for q in questions]
+  prompts = [rows.prompt_tokenizer.answer_prompt(q, TOP_K).ids for q in questions]
   memories = np.random.default_rng(0).normal(size=(size, TOP_K, config.num_memory_tokens, WIDTH)).astype(np.float32)
-  return rows.layout, prompts, memories
+  return rows.prompt_tokenizer, prompts, memories
 
 
 def jax_answer(scratch, size, merged=False):
@@ -165,27 +165,27 @@ def jax_answer(scratch, size, merged=False):
   import jax
   import numpy as np
 
+  from clara_jax.analysis import flops
   from clara_jax.data.pipeline import pad_tokens
   from clara_jax.inference.generate import Greedy
   from clara_jax.model import Clara
   from clara_jax.nn import linear
-  from clara_jax.training import flops
   config = clara_config()
   weights, model = make_weights(config), Clara(config)
-  layout, prompts, memories = answer_batch(scratch, size)
-  tokens = pad_tokens(prompts, layout.pad_id, 16)
+  prompt_tokenizer, prompts, memories = answer_batch(scratch, size)
+  tokens = pad_tokens(prompts, prompt_tokenizer.pad_id, 16)
   if merged:
     weights = {"base": linear.merge(weights["base"], weights["generator"], config.lora.scale),
                "memory_embedding": weights["memory_embedding"]}
-  greedy = Greedy(model, NEW_TOKENS, (-1,), layout.pad_id, None if merged else "generator")  # no token ends an answer
+  greedy = Greedy(model, NEW_TOKENS, (-1,), prompt_tokenizer.pad_id, None if merged else "generator")  # no token ends an answer
   whole, prefill = jax.jit(greedy.__call__), jax.jit(greedy.prefill)
   # What every prompt begins with is read once, when the answerer starts.
   slot = int(np.argmax(prompts[0] >= config.model.vocab_size))
-  beginning = jax.jit(greedy.read)(weights, prompts[0][:slot], None)
-  seconds, first = timed(lambda _: np.asarray(whole(weights, tokens, memories, beginning)), 1)
-  first_token, _ = timed(lambda _: jax.block_until_ready(prefill(weights, tokens, memories, beginning)), 1)
-  decoding = jax.eval_shape(prefill, weights, tokens, memories, beginning)
-  count = flops.count(prefill, weights, tokens, memories, beginning), flops.count(greedy.decode, weights, decoding, NEW_TOKENS)
+  prefix_cache = jax.jit(greedy.prefill_prefix)(weights, prompts[0][:slot], None)
+  seconds, first = timed(lambda _: np.asarray(whole(weights, tokens, memories, prefix_cache)), 1)
+  first_token, _ = timed(lambda _: jax.block_until_ready(prefill(weights, tokens, memories, prefix_cache)), 1)
+  decoding = jax.eval_shape(prefill, weights, tokens, memories, prefix_cache)
+  count = flops.count(prefill, weights, tokens, memories, prefix_cache), flops.count(greedy.decode, weights, decoding, NEW_TOKENS)
   # Every token reads all weights but the embedding, and the cache.
   read = _bytes([v for k, v in weights.items() if k != "memory_embedding"]) + _bytes(decoding.cache) - _bytes(weights["base"]["embedding"])
   return {"seconds": seconds, "check": first[0][0].tolist(), "samples": size * NEW_TOKENS, "first_token_seconds": first_token[1:],
@@ -298,7 +298,7 @@ def torch_compress(scratch):
   torch, model = reference(scratch)
   config = clara_config()
   model.training("compressor")
-  inputs = encoder(scratch, "compress", config).layout.documents(documents(scratch))
+  inputs = encoder(scratch, "compress", config).prompt_tokenizer.documents(documents(scratch))
   batches = [left_padded(torch, inputs[a:a + 32], config.doc_max_length + 3 + config.num_memory_tokens) for a in range(0, len(inputs), 32)]
   seconds, first = timed(lambda i: model.compress(*batches[i]), len(batches))
   return {"seconds": seconds, "check": float(torch.cat(first).mean((1, 2)).abs().mean()), "samples": len(inputs)}
@@ -336,11 +336,12 @@ def prepare(data: pathlib.Path, scratch: pathlib.Path) -> None:
   import numpy as np
   from squad import prepare as prepare_squad
 
+  from clara_jax.checkpoints import huggingface, lazy
+  from clara_jax.checkpoints.keymap import lora_name, lora_place
   from clara_jax.data import schemas
-  from clara_jax.data.tokens import Layout
-  from clara_jax.interop import hf, lazy
-  from clara_jax.interop.keymap import lora_name, lora_place
-  from clara_jax.memory.compress import compress_corpus
+  from clara_jax.data.prompt_tokenizer import PromptTokenizer
+  from clara_jax.inference.checkpoint import Checkpoint
+  from clara_jax.inference.compress import compress_corpus
   from clara_jax.model import Clara
   scratch.mkdir(parents=True, exist_ok=True)
   prepare_squad(data, scratch, 200, 4096)
@@ -353,14 +354,14 @@ def prepare(data: pathlib.Path, scratch: pathlib.Path) -> None:
   first = config.model.vocab_size
   base["embedding"] = base["embedding"].copy()
   base["embedding"][first:first + config.num_memory_tokens] = weights["memory_embedding"]
-  layout = Layout(str(scratch / "tokenizer"), config)
+  prompt_tokenizer = PromptTokenizer(str(scratch / "tokenizer"), config)
   (scratch / "hf").mkdir(exist_ok=True)
-  hf.write_model(str(scratch / "hf"), base, config.model, None, {})
+  huggingface.write_model(str(scratch / "hf"), base, config.model, None, {})
   for role in ("compressor", "query_reasoner", "generator"):
     named = lazy.named_tensors(weights[role], lora_name, lora_place)
     np.savez(scratch / f"{role}.npz", **{f"base_model.model.{t.name}": t.read() for t in named})
   texts = list(dict.fromkeys(itertools.chain.from_iterable(r.documents for b in row_batches(scratch, "joint_step") for r in b)))
-  compress_corpus(Clara(config), layout, weights, [schemas.Document(str(i), t) for i, t in enumerate(texts)], str(scratch / "store"),
+  compress_corpus(Checkpoint(Clara(config), prompt_tokenizer, weights), [schemas.Document(str(i), t) for i, t in enumerate(texts)], str(scratch / "store"),
                   progress=False)
 
 

@@ -22,7 +22,8 @@ import bm25s
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from clara_jax.data.world import CHAT_TEMPLATE, write_rows
+from clara_jax.data.schemas import write_rows
+from clara_jax.experiments.world import CHAT_TEMPLATE
 
 CANDIDATES = 20
 

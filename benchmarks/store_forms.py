@@ -12,15 +12,15 @@ import shutil
 
 import numpy as np
 
+from clara_jax.checkpoints import formats
 from clara_jax.data import schemas
-from clara_jax.data.world import World
 from clara_jax.evaluation.metrics import answer_scores
+from clara_jax.experiments.quickstart.recipe import Sizes
+from clara_jax.experiments.world import World
 from clara_jax.inference.answer import Answerer, Question
-from clara_jax.interop import checkpoints
-from clara_jax.memory.compress import compress_corpus
-from clara_jax.memory.quantise import quantise
+from clara_jax.inference.compress import compress_corpus
+from clara_jax.memory.quantize import quantize
 from clara_jax.memory.store import MemoryStore
-from clara_jax.quickstart.recipe import Sizes
 from clara_jax.retrieval import index as index_lib
 
 FORMS = (("float32", None), ("bfloat16", None), ("int8", None), ("pq", 2), ("pq", 4), ("pq", 8))
@@ -52,23 +52,23 @@ def main() -> None:
   scratch = os.path.join(options.scratch, "forms")
   shutil.rmtree(scratch, ignore_errors=True)
   world = World(Sizes().world)
-  checkpoint = checkpoints.load(os.path.join(options.workdir, "stages", "joint"))
+  checkpoint = formats.load(os.path.join(options.workdir, "stages", "joint"))
   corpus = [schemas.Document(**d) for d in world.documents(True)]
   rows = [schemas.parse_row(r, f"row:{i}") for i, r in enumerate(world.question_rows(1, True, options.questions))]
   whole = os.path.join(scratch, "float32")
-  compress_corpus(checkpoint.model, checkpoint.layout, checkpoint.weights, corpus, whole, form="float32", progress=False)
+  compress_corpus(checkpoint, corpus, whole, encoding="float32", progress=False)
   store = MemoryStore(whole)
   report = {"documents": len(store), "questions": len(rows), "memory_tokens": store.manifest.num_memory_tokens,
             "width": store.manifest.width, "forms": [], "projections": []}
 
   def measure(opened, dimensions=None):
-    index = index_lib.build("exact", opened, dimensions)
-    return score(Answerer(checkpoint.model, checkpoint.layout, checkpoint.weights, opened, index=index, max_new_tokens=4), rows)
+    index = index_lib.build(opened, "exact", dimensions)
+    return score(Answerer(checkpoint, opened, index=index, max_new_tokens=4), rows)
   for form, sub_width in FORMS:
     opened = store
     if form != "float32":
-      opened = quantise(store, os.path.join(scratch, f"{form}{sub_width or ''}"), form, sub_width or 0)
-    report["forms"].append({"form": form, "sub_width": sub_width, "bytes": opened.form.nbytes,
+      opened = quantize(store, os.path.join(scratch, f"{form}{sub_width or ''}"), form, sub_width or 0)
+    report["forms"].append({"form": form, "sub_width": sub_width, "bytes": opened.codec.nbytes,
                             "bytes_on_disk": round(opened.nbytes() / len(opened), 1), **measure(opened)})
   for dimensions in DIMENSIONS:
     report["projections"].append({"dimensions": dimensions, **measure(store, dimensions)})

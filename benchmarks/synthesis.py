@@ -22,9 +22,10 @@ import subprocess
 import sys
 import time
 
-from clara_jax.data.world import World, WorldConfig, write_rows
+from clara_jax.data.schemas import write_rows
+from clara_jax.experiments.offline_backend import Faults, Offline
+from clara_jax.experiments.world import World, WorldConfig
 from clara_jax.synthesis import factory
-from clara_jax.synthesis.offline import Faults, Offline
 
 WORLD = WorldConfig(level=2, kinds=("person",), people=1_000, first_names=60, last_names=60, relations=6, pages=2, wordings=2, sentences=1)
 FAULTS = Faults(wrong_answer=0.10, missing_fact=0.20, broken_json=0.05)
@@ -174,8 +175,8 @@ def memory(scratch: pathlib.Path, count: int) -> dict:
   texts = [d["text"] for d in World(WORLD).documents(False)]
   write_rows(({"id": str(i), "text": texts[i % len(texts)]} for i in range(count)), str(documents))
   code = ("import asyncio, itertools, json, resource, sys\n"
-          "from clara_jax.data.world import World\nfrom clara_jax.synthesis import documents, factory, rounds, templates\n"
-          "from clara_jax.synthesis.offline import Offline\nsys.path.insert(0, sys.argv[3])\nfrom synthesis import WORLD\n"
+          "from clara_jax.experiments.world import World\nfrom clara_jax.synthesis import documents, factory, rounds, templates\n"
+          "from clara_jax.experiments.offline_backend import Offline\nsys.path.insert(0, sys.argv[3])\nfrom synthesis import WORLD\n"
           "seen = []\n"
           "def items():\n"
           "  for n, d in enumerate(documents.read(sys.argv[1])):\n"
@@ -193,18 +194,18 @@ def training(scratch: pathlib.Path, workdir: str) -> dict:
   """The quickstart's scp stage from the factory's rows, beside the same from the world's own: exact answers on unseen people."""
   import itertools
 
+  from clara_jax.checkpoints import formats
   from clara_jax.config import RunConfig
   from clara_jax.data import schemas
-  from clara_jax.evaluation import benchmarks
-  from clara_jax.interop import checkpoints
-  from clara_jax.quickstart import recipe
+  from clara_jax.evaluation import evaluator
+  from clara_jax.experiments.quickstart import recipe
   from clara_jax.synthesis import rounds, templates
-  from clara_jax.training import loop
+  from clara_jax.training import trainer
   world = World(recipe.Sizes().world)
   documents = [schemas.Document(d["id"], d["text"]) for d in world.documents(False)]
   made = asyncio.run(factory.produce(((d.id, d) for d in documents), rounds.scp, Offline(world, FAULTS), templates.Templates(),
                                      str(scratch / "quickstart")))
-  before = checkpoints.load(f"{workdir}/stages/pretrain")
+  before = formats.load(f"{workdir}/stages/pretrain")
   data, train = recipe._stage("scp", recipe.Sizes(), 0)
   found = {"documents": len(documents), "accepted": made.accepted}
   test = [schemas.parse_row(r, "test") for r in world.question_rows(1, True, 500)]
@@ -212,9 +213,9 @@ def training(scratch: pathlib.Path, workdir: str) -> dict:
     parsed = [schemas.parse_row(r, name) for r in itertools.chain(rows_, world.lookup_rows(versions=1))]
     where = str(scratch / f"scp_{name}")
     config = RunConfig(before.model.config, data, train, base=f"{workdir}/stages/pretrain", init_from=f"{workdir}/stages/pretrain")
-    loop.train(config, before.layout, before.weights, parsed, workdir=where, base_sha256=before.base_sha256)
-    after = checkpoints.load(where)
-    found[name] = benchmarks.evaluate(after.model, after.layout, after.weights, test, "compressor", batch_size=100, max_new_tokens=4,
+    trainer.Trainer(config, before.prompt_tokenizer, before.weights, parsed, workdir=where, base_sha256=before.base_sha256).run()
+    after = formats.load(where)
+    found[name] = evaluator.evaluate(after, test, "compressor", batch_size=100, max_new_tokens=4,
                                       progress=False).scores["em"]
   return found
 

@@ -48,7 +48,7 @@ class Reference:
     return self.model(**inputs, output_hidden_states=True, use_cache=False)
 
   def training(self, *roles):
-    """Chooses what trains; returns its optimiser."""
+    """Chooses what trains; returns its optimizer."""
     chosen = self.parameters(*roles)
     self._trained = [(p, p.requires_grad) for p in self.model.parameters()]
     return torch.optim.AdamW(chosen, lr=1e-4), chosen

@@ -6,7 +6,7 @@ import pathlib
 import jax
 
 
-def keep_programs() -> None:
+def enable_compilation_cache() -> None:
   """Keeps compiled programs in `~/.cache/clara_jax/programs` (below `XDG_CACHE_HOME` where that is set), so that the next start of a 7 B
   server or run takes seconds. `JAX_COMPILATION_CACHE_DIR` names another place. Call it after `jax.distributed.initialize`.
 

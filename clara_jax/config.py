@@ -6,11 +6,18 @@ unknown or contradictory fields by name, so that a typing error costs a second a
 
 import dataclasses
 import datetime
+import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
+
+import ml_collections
+from ml_collections import config_dict as config_dict_lib
+
+from clara_jax.errors import InputError
 
 Role = Literal["compressor", "query_reasoner", "generator"]
 ROLES: tuple[Role, ...] = ("compressor", "query_reasoner", "generator")
@@ -19,7 +26,7 @@ ROLES: tuple[Role, ...] = ("compressor", "query_reasoner", "generator")
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "qkv", "gate_up")
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
   """A field is unknown, missing, of the wrong type or contradicts another."""
 
 
@@ -60,15 +67,38 @@ class RopeScaling:
 class ModelConfig:
   """A decoder-only transformer: Mistral, Llama, Qwen2, Qwen3 or Phi-3 / Phi-4-mini, by its fields.
 
-  `vocab_size` counts the words of the tokenizer; an embedding may be padded beyond them. CLaRa appends its special tokens after it (SPEC:
-  `<MEM0>` … `<MEM{M-1}>`, `<AE>`, `<ENC>`, `<SEP>`); `ClaraConfig.vocab_size` counts them. `qkv_bias`: biases on q, k and v (Qwen2).
-  `qk_norm`: RMSNorm over each head of q and k (Qwen3). `fused_projections`: one matrix for q, k, v and one for gate and up (Phi).
-  `rotary_fraction`: share of each head that is rotated. `full_attention_layers`: layers that `sliding_window` does not hold for.
+  CLaRa appends its special tokens after the vocabulary (`<MEM0>` … `<MEM{M-1}>`, `<AE>`, `<ENC>`, `<SEP>`); `ClaraConfig.vocab_size`
+  counts them.
 
-  `vocab_multiple`: embedding and head are filled up to a multiple of it, so that they can be divided over `tensor`; the filling is never
-  predicted. `logits_chunk`: label positions of a row whose logits are formed at a time (0: all), for [B, A, V] is large. `attention`: the
-  backend (`ops/attention.py`). `base_quantization`: 'int8' keeps the frozen base's matrices in 8 bits with a scale for each output
-  channel (training only).
+  Attributes:
+    vocab_size: words of the tokenizer; an embedding may be padded beyond them.
+    width: D, dimensions of the hidden states.
+    num_layers: Y, transformer blocks.
+    num_heads: query heads.
+    num_kv_heads: key and value heads (grouped-query attention).
+    head_dim: dimensions of a head.
+    mlp_dim: width of the gated MLP.
+    rope_theta: base of the rotary frequencies.
+    rope_scaling: how they are stretched for long contexts.
+    rotary_fraction: share of each head that is rotated.
+    qkv_bias: biases on q, k and v (Qwen2).
+    qk_norm: RMSNorm over each head of q and k (Qwen3).
+    fused_projections: one matrix for q, k, v and one for gate and up (Phi).
+    norm_eps: of the RMSNorms.
+    sliding_window: tokens that a position attends to; None for all before it.
+    full_attention_layers: layers that `sliding_window` does not hold for.
+    tie_embeddings: the head is the embedding.
+    max_positions: the longest context.
+    initializer_range: standard deviation of fresh weights.
+    dtype: compute dtype.
+    param_dtype: dtype of the base's weights.
+    attention: the backend (`ops/attention.py`).
+    scan_unroll: layers that a step of the scan over layers unrolls.
+    remat: what the backward pass computes again: nothing, everything of a layer, or all but matrix products.
+    vocab_multiple: embedding and head are padded to a multiple of it, so that they can be divided over `tensor`; padding entries are
+      never predicted.
+    logits_chunk: label positions of a row whose logits are formed at a time (0: all), for [B, A, V] is large.
+    base_quantization: 'int8' keeps the frozen base's matrices in 8 bits with a scale for each output channel (training only).
   """
 
   vocab_size: int
@@ -131,7 +161,14 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """Low-rank adapters (arXiv 2106.09685): `y = x W + (alpha / rank) · dropout(x) A B`."""
+  """Low-rank adapters (arXiv 2106.09685): `y = x W + (alpha / rank) · dropout(x) A B`.
+
+  Attributes:
+    rank: R, columns of A.
+    alpha: the scale is alpha / rank.
+    dropout: of the adapter's input, in training.
+    targets: linear layers that carry an adapter.
+  """
 
   rank: int = 16
   alpha: float = 32.0
@@ -153,14 +190,26 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClaraConfig:
-  """The method's own numbers (paper §3; upstream's config.json).
+  """The method's own numbers (paper §3; the released code's config.json).
 
-  `center_scores` subtracts the mean memory of a row's candidates from its candidates before the cosine. It is not in the paper
-  and stays off for released checkpoints. `nested_dropout` (joint stage; `training/stages.py`) is not in the paper either: the
-  share of training rows for which the generator reads only the first of the K documents. `nested_memory`, e.g. (4, 8, 16), ends with
-  M: each training batch is written and read with one of these numbers of memory tokens, drawn at random, so that the first m of them
-  are enough for every m of these (Matryoshka representations, arXiv 2205.13147); empty: always with all M. `prompt_date` (ISO 8601)
-  is what a chat template is told that asks for the date; set when a run starts, it stays.
+  Attributes:
+    model: the base.
+    lora: the adapters of the three roles.
+    doc_max_length: tokens of a document; longer ones are cut.
+    compression_rate: document tokens for each memory token: M = doc_max_length / compression_rate.
+    query_max_length: tokens of a question's encoder input.
+    decoder_max_length: tokens of a prompt with its answer.
+    top_k: K, documents given to the generator.
+    temperature: τ of the selection; with `train.temperature_schedule` the τ it starts from.
+    masking: how earlier slots are masked in the straight-through gradient: as in the paper's Algorithm 1 (and the released code), or as
+      in its Eq. 3.3.
+    mse_weight: λ of the alignment loss of document and memory means.
+    center_scores: subtracts the mean memory of a row's candidates before the cosine; not in the paper.
+    nested_dropout: share of training rows for which the generator reads only the first few of the K documents (joint stage;
+      `training/stages/losses.py`); not in the paper.
+    nested_memory: e.g. (4, 8, 16), ends with M: each training batch is written and read with one of these numbers of memory tokens, drawn
+      at random, so that the first m are enough for each of them (Matryoshka representations, arXiv 2205.13147); empty: always all M.
+    prompt_date: ISO 8601, told to a chat template that asks for the date; set when a run starts.
   """
 
   model: ModelConfig
@@ -222,24 +271,29 @@ def check_memory_tokens(m: int | None, config: ClaraConfig) -> None:
 class DataConfig:
   """Where rows come from and how they are batched.
 
-  `candidates` is N of the joint and contrastive stages. `store` names a memory store with the candidates' memory tokens; without one
-  they are compressed in the step. With `retrieve='store'` the joint stage takes the N nearest documents of the whole store, which lies
-  on the devices, in place of those that a row names. Texts are padded to multiples of `bucket` (prompts), `document_bucket` and
-  `label_bucket`.
-
   Attributes:
     rows: JSONL files (.gz allowed) or directories of `clara records` (ArrayRecord); one after the other, or mixed by `weights`.
     weights: how often each entry of `rows` is drawn, by its share of the batch; empty: every row as often as any other.
     eval_rows: as `rows`.
+    batch_size: rows of a step, over all devices.
+    eval_batch_size: rows of an evaluation step.
+    candidates: N of the joint and contrastive stages.
+    store: a memory store with the candidates' memory tokens; without one they are compressed in the step.
+    retrieve: candidates are the row's own, or the N nearest documents of the whole store, which lies on the devices ('store', joint
+      stage).
+    label_documents: pretrain: the documents in the prompt are labels, too.
+    bucket: prompts are padded to a multiple of it.
+    document_bucket: documents and questions are padded to a multiple of it.
+    label_bucket: labels are padded to a multiple of it.
     shards: a batch consists of that many equal parts, each from files of its own, so that a process opens only the files of its
       part. Which rows a step sees depends on it and on the seed, not on how many processes there are.
     share_documents: so many rows that follow each other in a file stay together in the shuffle, and a document that several rows of a
       batch have is compressed once; without dropout the loss is as it would be. A file's last such run is filled up with its first rows.
       Not for rows of `clara records`, which are read at random.
     length_window: rows of that many batches are sorted by length before they are cut into batches, which are then shuffled.
-    workers: processes that tokenise ahead; 0 does it in this one.
+    workers: processes that tokenize ahead; 0 does it in this one.
     prefetch: windows that are made ahead (by each worker).
-    max_malformed: bad rows that are passed over and reported before the run stops.
+    max_malformed: bad rows that are skipped and reported before the run stops.
   """
 
   rows: tuple[str, ...] = ()
@@ -275,12 +329,36 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """One stage of training. Learning-rate factors let one role move faster than another. `keep_best` names an evaluation metric: the
-  checkpoint that is best by it stays beside the last `keep_checkpoints`.
+  """One stage of training.
 
-  The temperature τ of the selection (joint stage) is `clara.temperature`, or starts there and is 'annealed' to `final_temperature`, by the
-  same factor each step, or 'learned'. `gradients_every` reports, every so many steps, what the gradient of the selection is made of
-  (`training/paths.py`); it costs another backward pass.
+  Attributes:
+    stage: a name of the table of stages, or FILE.py:STAGE (`training/stages`).
+    steps: length of the run; None: as many as `epochs` take.
+    epochs: passes over the rows, where `steps` is None.
+    learning_rate: its maximum (AdamW).
+    learning_rate_factors: by group of weights, so that one role moves faster than another.
+    schedule: of the learning rate, after the warm-up.
+    warmup_fraction: share of the steps in which the learning rate rises from 0.
+    final_learning_rate_fraction: of the maximum, at the end of the schedule.
+    weight_decay: of AdamW.
+    beta1: of AdamW.
+    beta2: of AdamW.
+    clip_norm: global norm to which gradients are clipped.
+    accumulate: micro-batches of a step; the gradient is that of the whole batch.
+    freeze: groups of the stage that do not train in this run.
+    fresh_generator: the generator starts anew, as the released code's instruct does.
+    fresh_query_reasoner: the query reasoner starts anew, instead of as a copy of the compressor (the paper's ablation).
+    seed: of weights, dropout, draws and the order of rows.
+    log_every: steps between reports.
+    eval_every: steps between evaluations; 0: at the start and the end.
+    checkpoint_every: steps between checkpoints.
+    keep_checkpoints: last checkpoints that stay.
+    keep_best: an evaluation metric: the checkpoint that is best by it stays, too.
+    temperature_schedule: τ of the selection (joint stage) is `clara.temperature`, or starts there and is 'annealed' to
+      `final_temperature`, by the same factor each step, or 'learned'.
+    final_temperature: τ at the end, where it is annealed.
+    gradients_every: steps between reports of what the gradient of the selection is made of (`training/stages/gradient_paths.py`), which
+      cost another backward pass; 0: none.
   """
 
   stage: str = "scp"
@@ -305,13 +383,13 @@ class TrainConfig:
   checkpoint_every: int = 500
   keep_checkpoints: int = 2
   keep_best: str | None = None
-  temperature: Literal["fixed", "annealed", "learned"] = "fixed"
+  temperature_schedule: Literal["fixed", "annealed", "learned"] = "fixed"
   final_temperature: float | None = None
   gradients_every: int = 0
 
   def __post_init__(self):
-    if (self.temperature == "annealed") != (self.final_temperature is not None):
-      raise ConfigError(f"train.temperature={self.temperature!r} and train.final_temperature={self.final_temperature}: 'annealed' needs a "
+    if (self.temperature_schedule == "annealed") != (self.final_temperature is not None):
+      raise ConfigError(f"train.temperature_schedule={self.temperature_schedule!r} and train.final_temperature={self.final_temperature}: 'annealed' needs a "
                         "final temperature, others have none")
     if self.final_temperature is not None and self.final_temperature <= 0:
       raise ConfigError(f"train.final_temperature={self.final_temperature} must be positive")
@@ -328,8 +406,11 @@ class MeshConfig:
 
   Attributes:
     preset: 'chip' (one device), 'host' (fsdp over all), 'pod' (fsdp over 32, data over the rest), 'slices' (each slice as fsdp,
-      data parallel between slices); None: data over all.
-    slice, data, fsdp, tensor: sizes that override the preset's; -1 takes what the others leave.
+      data parallel between slices); None: data over all. Sizes below override the preset's; -1 takes what the others leave.
+    slice: slices of a pod, joined by the data center network.
+    data: devices with rows of their own and the same weights.
+    fsdp: devices with rows of their own, over which weights are divided.
+    tensor: devices that share a row's computation.
   """
 
   preset: Literal["chip", "host", "pod", "slices"] | None = None
@@ -343,10 +424,18 @@ class MeshConfig:
 class RunConfig:
   """Everything `clara train` needs.
 
-  `base` is a Hugging Face directory (safetensors) or the working directory of a `pretrain` run; None starts a fresh base
-  (`pretrain` only). `init_from` is the checkpoint of the stage before. `tokenizer` is a directory; by default the base's own.
-  `estimator` is what teaches the query reasoner in the joint stage (`ops/estimators.py`, with `estimator_args`); by default the
-  straight-through top-k of `clara.masking`.
+  Attributes:
+    clara: the method.
+    data: rows and batches.
+    train: the stage.
+    base: a Hugging Face directory (safetensors), its id in the hub's cache, or the working directory of a `pretrain` run; None starts a
+      fresh base (`pretrain` only).
+    init_from: the checkpoint of the previous stage.
+    tokenizer: a directory; by default the base's own.
+    mesh: how the devices are arranged.
+    estimator: what teaches the query reasoner in the joint stage (`ops/estimators`); by default the straight-through top-k of
+      `clara.masking`.
+    estimator_args: its arguments.
   """
 
   clara: ClaraConfig
@@ -372,6 +461,13 @@ def from_config_dict(cls: type, values: Mapping[str, Any], where: str = "") -> A
   fields = {f.name: f for f in dataclasses.fields(cls)}
   made = {}
   for name, value in values.items():
+    if (renamed := _FORMER_NAMES.get((cls, name))) is not None:
+      if renamed in values and values[renamed] not in (value, fields[renamed].default):
+        raise ConfigError(f"{where}.{name}={value!r} and {renamed}={values[renamed]!r}: the first is the former name of the second")
+      made.pop(renamed, None)
+      name = renamed
+    elif name in made:
+      continue
     path = f"{where}.{name}" if where else str(name)
     if name not in fields:
       raise ConfigError(f"{path}: unknown field of {cls.__name__}; known: {', '.join(sorted(fields))}")
@@ -383,6 +479,55 @@ def from_config_dict(cls: type, values: Mapping[str, Any], where: str = "") -> A
     return cls(**made)
   except ConfigError as error:
     raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+
+
+# Fields that were called otherwise in configurations of version 0.1.
+_FORMER_NAMES = {(TrainConfig, "temperature"): "temperature_schedule"}
+
+
+def field_meanings(cls: type = RunConfig) -> dict[str, str]:
+  """What each field means, by its full path: the `Attributes` of the classes above."""
+  found = {}
+  hints = typing.get_type_hints(cls)
+  for name, meaning in _attributes(cls).items():
+    nested = next((t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)), None)
+    found[name] = meaning
+    if nested:
+      found |= {f"{name}.{inner}": text for inner, text in field_meanings(nested).items()}
+  return found
+
+
+def _attributes(cls: type) -> dict[str, str]:
+  text = inspect.getdoc(cls).partition("Attributes:\n")[2]
+  entries = re.findall(r"^  ([\w, ]+): ((?:.+\n?)(?:    .*\n?)*)", text, re.MULTILINE)
+  return {name.strip(): " ".join(meaning.split()) for names, meaning in entries for name in names.split(",")}
+
+
+def config_dict() -> ml_collections.ConfigDict:
+  """The defaults of `RunConfig` for a config file, which then says what differs.
+
+  `clara.model` has a placeholder for each field: the shape is the base's unless the file says otherwise.
+  """
+  return ml_collections.ConfigDict(_defaults(RunConfig))
+
+
+def _defaults(cls: type, unset: bool = False) -> dict[str, Any]:
+  hints, values = typing.get_type_hints(cls), {}
+  for field in dataclasses.fields(cls):
+    hint = hints[field.name]
+    options = [t for t in typing.get_args(hint) if t is not type(None)] if typing.get_origin(hint) in (typing.Union, types.UnionType) else []
+    plain = options[0] if options else hint
+    if dataclasses.is_dataclass(plain) and not options:
+      values[field.name] = _defaults(plain, unset=plain is ModelConfig)
+    elif field.default_factory is not dataclasses.MISSING:
+      values[field.name] = field.default_factory()
+    elif not unset and field.default not in (None, dataclasses.MISSING):
+      values[field.name] = field.default
+    else:
+      origin = typing.get_origin(plain) or plain
+      kind = type(typing.get_args(plain)[0]) if origin is Literal else object if dataclasses.is_dataclass(plain) else origin
+      values[field.name] = config_dict_lib.placeholder(kind)
+  return values
 
 
 def _coerce(hint: Any, value: Any, path: str) -> Any:

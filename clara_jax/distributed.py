@@ -1,13 +1,15 @@
 """Several processes as one: who is who, and what they agree on."""
 
+import logging
 import os
-import sys
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from clara_jax.config import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -36,8 +38,7 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     jax.distributed.initialize(coordinator, processes, process)
   except (ValueError, RuntimeError) as error:
     raise ConfigError(f"--distributed: {str(error).splitlines()[0]}") from None
-  print(f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of {jax.device_count()} devices",
-        file=sys.stderr, flush=True)
+  log.info(f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of {jax.device_count()} devices")
 
 
 def is_main() -> bool:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from clara_jax import axes
 from clara_jax.batch import Batch, Prompt, Tokens
 from clara_jax.config import ROLES, ClaraConfig, Role, check_memory_tokens
+from clara_jax.errors import InputError
 from clara_jax.nn.decoder import Decoder, KeyValues
 from clara_jax.ops.estimators import Estimator
 from clara_jax.ops.topk import straight_through_top_k
@@ -32,7 +33,7 @@ Weights = Mapping[str, Any]
 GROUPS = ("base", "memory_embedding", *ROLES)
 
 
-class MissingWeightsError(ValueError):
+class MissingWeightsError(InputError):
   """A group of weights that a computation needs is not there."""
 
 
@@ -132,7 +133,7 @@ class Clara:
     return jnp.where(is_memory[..., None], rows.astype(table.dtype), table)
 
   def hidden(self, weights: Weights, role: Role | None, x: jax.Array, *, positions: jax.Array | None = None,
-             cache: KeyValues | None = None, dropout: jax.Array | None = None, keep: bool = False
+             cache: KeyValues | None = None, dropout: jax.Array | None = None, return_kv: bool = False
              ) -> tuple[jax.Array, KeyValues | None]:
     """Last hidden states of the decoder in a role (None: the plain base), and keys and values; see `Decoder.__call__`.
 
@@ -144,7 +145,7 @@ class Clara:
       variables["lora"] = _group(weights, role)
       decoder = self.decoder
     rngs = None if dropout is None else {"dropout": dropout}
-    return decoder.apply(variables, x, positions, cache, deterministic=dropout is None, keep=keep, rngs=rngs)
+    return decoder.apply(variables, x, positions, cache, deterministic=dropout is None, return_kv=return_kv, rngs=rngs)
 
   def logits(self, weights: Weights, hidden: jax.Array, output_matrix: jax.Array | None = None) -> jax.Array:
     """hidden: [..., D] -> next-token logits [..., V] float32; `output_matrix` where many calls share it."""
@@ -194,7 +195,7 @@ class Clara:
     memories = memories.reshape(*memories.shape[:-2], -1).astype(jnp.float32)
     if self.config.center_scores:
       memories = memories - memories.mean(axis=-2, keepdims=True)
-    return jnp.einsum("bd,bnd->bn", _normalise(query), _normalise(memories))
+    return jnp.einsum("bd,bnd->bn", _normalize(query), _normalize(memories))
 
   def select(self, scores: jax.Array, memories: jax.Array, k: int | None = None) -> tuple[jax.Array, jax.Array]:
     """The K best candidates with the straight-through gradient (paper Eq. 3.3, Algorithm 1; `ops/topk.py`).
@@ -261,5 +262,5 @@ def _group(weights: Weights, name: str) -> Any:
   return weights[name]
 
 
-def _normalise(x: jax.Array) -> jax.Array:
+def _normalize(x: jax.Array) -> jax.Array:
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

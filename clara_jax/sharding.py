@@ -31,7 +31,7 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     axes.KV_HEADS: "tensor",
     axes.VOCAB: "tensor",
     axes.RANK: None,
-    axes.LORA: ("tensor", "fsdp"),  # adapters and their optimiser slots have one long axis: all of it is divided
+    axes.LORA: ("tensor", "fsdp"),  # adapters and their optimizer slots have one long axis: all of it is divided
     axes.LAYERS: None,
     axes.MEMORY: None,
 }
@@ -79,7 +79,7 @@ def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> dict[str, i
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh with the axes slice, data, fsdp and tensor. Neighbours along tensor and fsdp are neighbours in the network; only `slice`
+  """A mesh with the axes slice, data, fsdp and tensor. Neighbors along tensor and fsdp are neighbors in the network; only `slice`
   crosses between slices.
 
   Args:
@@ -102,7 +102,7 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
   return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
 
 
-def batch_ways(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh) -> int:
   """Into how many parts a batch is divided."""
   return math.prod(mesh.shape[axis] for axis in RULES[axes.BATCH])
 
@@ -161,7 +161,7 @@ def check_heads(config: ModelConfig, mesh: Mesh) -> None:
 def place(leaf: Any, sharding: jax.sharding.Sharding, like: Any = None) -> jax.Array:
   """An array on devices, in the shape and type of `like` (by default its own); where the leaf is smaller it is filled up with zeros.
 
-  What is not a `jax.Array` is read by the index of each shard (numpy, or a leaf of `interop/lazy.py`), so that no host reads what
+  What is not a `jax.Array` is read by the index of each shard (numpy, or a leaf of `checkpoints/lazy.py`), so that no host reads what
   none of its devices holds.
   """
   like = leaf if like is None else like

@@ -8,9 +8,10 @@ import math
 import sys
 
 from clara_jax.cli.commands import bad_input_errors
-from clara_jax.cli.main import quiet_logs
+
+from clara_jax.checkpoints import formats, lazy
+from clara_jax.cli.output import configure_logging
 from clara_jax.config import to_json
-from clara_jax.interop import checkpoints, lazy
 
 
 def main() -> int:
@@ -21,9 +22,9 @@ def main() -> int:
   parser.add_argument("--allow-config", action="append", default=[], metavar="FIELD", help="a field that is not known and changes nothing")
   parser.add_argument("--hash", action="store_true", help="read the whole base and compare its hash with the record")
   options = parser.parse_args()
-  quiet_logs()
+  configure_logging()
   try:
-    opened = checkpoints.open_checkpoint(options.checkpoint, options.base, allow=options.allow_config)
+    opened = formats.open_checkpoint(options.checkpoint, options.base, allow=options.allow_config)
     print(f"kind    {opened.kind}\nstage   {opened.stage}\nbase    {opened.base or 'its own'}")
     print(f"sha256  {opened.base_sha256 or 'not recorded'}")
     if options.hash:

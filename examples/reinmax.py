@@ -30,7 +30,7 @@ def reinmax(scores, k, temperature, rng, sharpness: float = 1.0) -> Selection:
 
 
 if __name__ == "__main__":
-  from clara_jax.gradients import laboratory
+  from clara_jax.experiments.laboratory import laboratory
   with tempfile.TemporaryDirectory() as out:
     laboratory.run_audit(out, ("algorithm1", "gumbel", "score_function", f"{__file__}:reinmax"), draws=500, varied=())
     print(open(f"{out}/gradients.md", encoding="utf-8").read())

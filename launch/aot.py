@@ -26,14 +26,14 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from clara_jax.analysis import cost
 from clara_jax.batch import Tokens
-from clara_jax.cli import configs
 from clara_jax.config import ConfigError
 from clara_jax.data.pipeline import padded_length
-from clara_jax.data.tokens import EXTRA_TOKENS
+from clara_jax.data.prompt_tokenizer import EXTRA_TOKENS
 from clara_jax.inference.generate import Greedy
 from clara_jax.sharding import make_mesh
-from clara_jax.training import cost
+from clara_jax.training import config_file
 from clara_jax.training.program import Program
 
 
@@ -45,12 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
   where.add_argument("--topology", help="chip and shape: v5e:4x8, v5p:2x2x4, v6e:4x4")
   where.add_argument("--gpus", type=int, help="how many GPUs; by analysis")
   parser.add_argument("--program", choices=("train", *PROGRAMS), default="train")
-  parser.add_argument("--slices", type=int, default=1, help="how many such topologies, joined by the data centre network")
+  parser.add_argument("--slices", type=int, default=1, help="how many such topologies, joined by the data center network")
   parser.add_argument("--chip", choices=sorted(cost.CHIPS), default="h100", help="of --gpus; default h100")
   parser.add_argument("--json", action="store_true")
   options, overrides = parser.parse_known_args(arguments)
   try:
-    config = configs.load(options.config, overrides)
+    config = config_file.load_config(options.config, overrides)
     if options.topology:
       chip, devices = _topology(options.topology, options.slices)
     else:
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
       parser.error(f"--program {options.program} needs --topology")
     report |= {"program": options.program, **cost.compiled(program, chip, *PROGRAMS[options.program](program)), "remedies": []}
   else:
-    report |= cost.compiled(program, chip) if options.topology else cost.analysed(program, chip)
+    report |= cost.compiled(program, chip) if options.topology else cost.analyzed(program, chip)
     report["remedies"] = [] if report["fits"] else cost.remedies(program, chip)
   print(json.dumps(report) if options.json else _text(report))
   return 0 if report["fits"] else 1

@@ -1,5 +1,6 @@
 """Shared test helpers. Golden data and real data live beside the repository; tests that need them skip where they are missing."""
 
+import logging
 import os
 import pathlib
 
@@ -32,6 +33,16 @@ def shared(*parts: str) -> pathlib.Path:
 def golden() -> pathlib.Path:
   """The folder with the reference implementation's numbers."""
   return shared("golden")
+
+
+@pytest.fixture(autouse=True)
+def plain_logging():
+  """A command configures clara_jax's logger; other tests find it as it was."""
+  logger = logging.getLogger("clara_jax")
+  handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+  yield
+  logger.handlers, logger.propagate = handlers, propagate
+  logger.setLevel(level)
 
 
 ESTIMATOR = '''

@@ -22,7 +22,8 @@ import numpy as np
 from clara_jax import distributed
 from clara_jax.config import DataConfig, MeshConfig, RunConfig
 from clara_jax.data import records
-from clara_jax.training import loop
+from clara_jax.training import trainer
+from clara_jax.training.hooks import Hook
 from clara_jax.training.program import Program
 from tests import tiny
 
@@ -43,15 +44,18 @@ def train(job: dict, run: dict) -> dict:
   with contextlib.ExitStack() as stack:
     log = stack.enter_context(open(run["log"], "a", encoding="utf-8")) if "log" in run else None
 
-    def on_step(step, rows):
-      ids[step] = rows
-      if log:
-        log.write(json.dumps([step, rows]) + "\n")
-        log.flush()
+    class Record(Hook):
+      def after_step(self, trainer, row_ids):
+        ids[trainer.step] = row_ids
+        if log:
+          log.write(json.dumps([trainer.step, row_ids]) + "\n")
+          log.flush()
 
-    result = loop.train(config, tiny.layout(), tiny.pod_weights(), sources=sources, workdir=run.get("workdir"), progress=False,
-                        stop_at=run.get("stop_at"), on_step=on_step,
-                        on_report=lambda step, numbers: losses.__setitem__(step, numbers["loss"]))
+      def after_report(self, trainer, metrics):
+        losses[trainer.step] = metrics["loss"]
+
+    result = trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.pod_weights(), sources=sources, workdir=run.get("workdir"), progress=False,
+                        stop_at=run.get("stop_at"), hooks=[Record()]).run()
   trained = Program(config, 1).trained
   leaves = {f"{g}{jax.tree_util.keystr(path)}": leaf for g in (*trained, "base")
             for path, leaf in jax.tree_util.tree_leaves_with_path(result.weights[g])}

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from clara_jax.data.world import write_rows
+from clara_jax.data.schemas import write_rows
 from tests import published, tiny
 from tests.conftest import SHARED, shared
 

@@ -9,18 +9,19 @@ import jax
 import numpy as np
 import pytest
 
+from clara_jax.checkpoints import native
+from clara_jax.checkpoints.workdir import OF_ORBAX, Checkpointer, CheckpointError, claim
 from clara_jax.config import ConfigError
 from clara_jax.data.pipeline import TrainingBatches
-from clara_jax.interop import native
-from clara_jax.training import loop, program
-from clara_jax.training.checkpoint import OF_ORBAX, Checkpointer, CheckpointError, claim
+from clara_jax.training import program, trainer
+from clara_jax.training.hooks import Hook
 from tests import tiny
 
 
 def run(workdir, stop_at=None, eval_rows=(), **fields):
   config = tiny.run_config("contrastive", **{"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 5, "log_every": 1, **fields})
-  return loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("contrastive"), eval_rows, workdir=workdir and str(workdir),
-                    progress=False, stop_at=stop_at)
+  return trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("contrastive"), eval_rows, workdir=workdir and str(workdir),
+                    progress=False, stop_at=stop_at).run()
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def largest(folder):
 
 
 @pytest.mark.parametrize("harm", ["truncate", "remove", "progress"])
-def test_a_broken_last_step_is_passed_over(straight, tmp_path, capsys, harm):
+def test_a_broken_last_step_is_passed_over(straight, tmp_path, caplog, harm):
   run(tmp_path / "run", stop_at=4)
   step = tmp_path / "run" / "checkpoints" / "4"
   if harm == "truncate":
@@ -44,13 +45,13 @@ def test_a_broken_last_step_is_passed_over(straight, tmp_path, capsys, harm):
   else:
     (step / "progress" / "metadata").write_text("{")
   again = run(tmp_path / "run")
-  assert "step 4 cannot be read and is passed over" in capsys.readouterr().err
+  assert "step 4 cannot be read and is passed over" in caplog.text
   assert [p.name.split("-")[0] for p in (tmp_path / "run" / "broken").iterdir()] == ["4"]
   for a, b in zip(jax.tree.leaves(straight.weights), jax.tree.leaves(again.weights), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
-def test_a_flipped_bit_is_passed_over_and_named(straight, tmp_path, capsys):
+def test_a_flipped_bit_is_passed_over_and_named(straight, tmp_path, caplog):
   """One bit in any file of a step: another step is gone on from, and a reader of the weights is told the file."""
   run(tmp_path / "run", stop_at=4)
   step = tmp_path / "run" / "checkpoints" / "4"
@@ -74,9 +75,17 @@ def test_a_flipped_bit_is_passed_over_and_named(straight, tmp_path, capsys):
     if file is not files[-1]:
       file.write_bytes(whole)
   again = run(tmp_path / "run")
-  assert "step 4 cannot be read and is passed over" in capsys.readouterr().err
+  assert "step 4 cannot be read and is passed over" in caplog.text
   for a, b in zip(jax.tree.leaves(straight.weights), jax.tree.leaves(again.weights), strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+class AfterStep(Hook):
+  def __init__(self, call):
+    self._call = call
+
+  def after_step(self, trainer, row_ids):
+    self._call(trainer.step)
 
 
 def test_other_inputs_are_refused(tmp_path):
@@ -86,8 +95,8 @@ def test_other_inputs_are_refused(tmp_path):
   def go(weights, path=str(rows), base="1", **options):
     config = tiny.run_config("contrastive", steps=4, checkpoint_every=2)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=(path,)))
-    return loop.train(config, tiny.layout(), weights, tiny.rows("contrastive"), workdir=str(tmp_path / "run"), progress=False,
-                      base_sha256=base, **options)
+    return trainer.Trainer(config, tiny.prompt_tokenizer(), weights, tiny.rows("contrastive"), workdir=str(tmp_path / "run"), progress=False,
+                      base_sha256=base, **options).run()
 
   weights = tiny.weights()
   go(weights, stop_at=2)
@@ -129,8 +138,8 @@ def test_an_interruption_anywhere_loses_and_doubles_nothing(straight, tmp_path, 
   monkeypatch.setattr(TrainingBatches, "__next__", lambda self: (interrupted("before the step"), following(self), interrupted("within"))[1])
   with pytest.raises(KeyboardInterrupt):
     config = tiny.run_config("contrastive", steps=6, checkpoint_every=2, keep_checkpoints=5, log_every=1)
-    loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("contrastive"), workdir=str(tmp_path), progress=False,
-               on_step=lambda *_: interrupted("after"))
+    trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("contrastive"), workdir=str(tmp_path), progress=False,
+               hooks=[AfterStep(lambda step: interrupted("after"))]).run()
   monkeypatch.undo()
   assert Checkpointer(str(tmp_path), read_only=True).latest_step() == 3
   again = run(tmp_path)
@@ -140,13 +149,13 @@ def test_an_interruption_anywhere_loses_and_doubles_nothing(straight, tmp_path, 
 
 def test_a_second_interruption_stops_at_once(tmp_path):
   """… and what was saved before stands."""
-  def twice(step, _):
+  def twice(step):
     if step == 3:
       signal.raise_signal(signal.SIGINT)
       signal.raise_signal(signal.SIGINT)
   with pytest.raises(KeyboardInterrupt):
     config = tiny.run_config("contrastive", steps=6, checkpoint_every=2, log_every=1)
-    loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("contrastive"), workdir=str(tmp_path), progress=False, on_step=twice)
+    trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("contrastive"), workdir=str(tmp_path), progress=False, hooks=[AfterStep(twice)]).run()
   assert Checkpointer(str(tmp_path), read_only=True).latest_step() == 2
 
 
@@ -166,7 +175,7 @@ def test_the_best_step_stays(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_the_rows(tmp_path):
-  with pytest.raises(loop.NonFiniteLossError, match=r"the loss is nan at step [23] .*rows person/\w+/0/\w+/0, person/"):
+  with pytest.raises(trainer.NonFiniteLossError, match=r"the loss is nan at step [23] .*rows person/\w+/0/\w+/0, person/"):
     run(tmp_path, learning_rate=1e38, log_every=6, clip_norm=1e38)
 
 
@@ -184,7 +193,7 @@ def test_metrics_file(tmp_path):
 
 def test_a_profile_on_demand(tmp_path, monkeypatch):
   seconds = iter(range(0, 10**6, 10))
-  monkeypatch.setattr(loop.time, "monotonic", lambda: next(seconds))
+  monkeypatch.setattr(trainer.time, "monotonic", lambda: next(seconds))
   tmp_path.joinpath("profile").touch()
   run(tmp_path, steps=12)
   assert not (tmp_path / "profile").exists()
@@ -198,13 +207,13 @@ def layouts(**model):
 
 @pytest.fixture(scope="module")
 def plain():
-  return loop.train(layouts(), tiny.layout(), tiny.weights(), tiny.rows("scp"), progress=False)
+  return trainer.Trainer(layouts(), tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("scp"), progress=False).run()
 
 
 def test_filling_the_vocabulary_up_changes_nothing(plain, tmp_path):
   rows = tiny.rows("scp")
-  filled = loop.train(layouts(vocab_multiple=64, logits_chunk=16), tiny.layout(), tiny.weights(), rows, progress=False,
-                      workdir=str(tmp_path))
+  filled = trainer.Trainer(layouts(vocab_multiple=64, logits_chunk=16), tiny.prompt_tokenizer(), tiny.weights(), rows, progress=False,
+                      workdir=str(tmp_path)).run()
   assert filled.weights["base"]["embedding"].shape[0] % 64 == 0
   assert filled.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-6)
   saved = Checkpointer(str(tmp_path), read_only=True).weights()
@@ -213,7 +222,7 @@ def test_filling_the_vocabulary_up_changes_nothing(plain, tmp_path):
 
 def test_a_base_in_eight_bits(plain):
   pytest.importorskip("qwix")
-  small = loop.train(layouts(base_quantization="int8"), tiny.layout(), tiny.weights(), tiny.rows("scp"), progress=False)
+  small = trainer.Trainer(layouts(base_quantization="int8"), tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("scp"), progress=False).run()
   kernel = small.weights["base"]["layers"]["mlp"]["up"]
   whole = plain.weights["base"]["layers"]["mlp"]["up"]["kernel"]
   assert kernel["kernel"].dtype == np.int8 and kernel["scale"].shape == (whole.shape[0], whole.shape[2])

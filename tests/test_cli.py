@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from clara_jax.cli.main import main
-from clara_jax.data.world import write_rows
-from clara_jax.training import loop
+from clara_jax.data.schemas import write_rows
+from clara_jax.training import trainer
 from tests import tiny
 
 
@@ -27,12 +27,12 @@ def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp("cli")
   world = tiny.world()
   weights = tiny.weights()
-  base = loop.train(tiny.run_config("pretrain", steps=2), tiny.layout(), {}, tiny.rows("pretrain"), workdir=str(path / "base"),
-                    progress=False)
+  base = trainer.Trainer(tiny.run_config("pretrain", steps=2), tiny.prompt_tokenizer(), {}, tiny.rows("pretrain"), workdir=str(path / "base"),
+                    progress=False).run()
   weights["base"] = base.weights["base"]
   config = tiny.run_config("joint", steps=2)
-  config = loop.dataclasses.replace(config, base=str(path / "base"))
-  loop.train(config, tiny.layout(), weights, tiny.rows("joint"), workdir=str(path / "joint"), progress=False)
+  config = trainer.dataclasses.replace(config, base=str(path / "base"))
+  trainer.Trainer(config, tiny.prompt_tokenizer(), weights, tiny.rows("joint"), workdir=str(path / "joint"), progress=False).run()
   write_rows(world.question_rows(6, test=True), str(path / "joint.jsonl"))
   write_rows(world.question_rows(2, test=True), str(path / "given.jsonl"))
   write_rows(world.documents(test=True), str(path / "documents.jsonl"))
@@ -247,11 +247,11 @@ def test_wrong_usage(capsys):
 
 def test_a_store_of_another_compressor_is_refused(folder, capsys, tmp_path):
   other = tiny.weights(1)
-  config = loop.dataclasses.replace(tiny.run_config("joint", steps=1), base=str(folder / "base"))
-  from clara_jax.interop import checkpoints
-  other["base"] = checkpoints.load(str(folder / "joint")).weights["base"]
+  config = trainer.dataclasses.replace(tiny.run_config("joint", steps=1), base=str(folder / "base"))
+  from clara_jax.checkpoints import formats
+  other["base"] = formats.load(str(folder / "joint")).weights["base"]
   other["compressor"] = {**other["generator"]}
-  loop.train(config, tiny.layout(), other, tiny.rows("joint"), workdir=str(tmp_path / "other"), progress=False)
+  trainer.Trainer(config, tiny.prompt_tokenizer(), other, tiny.rows("joint"), workdir=str(tmp_path / "other"), progress=False).run()
   store = tmp_path / "store"
   arguments = ("--documents", folder / "documents.jsonl", "--store", store, "--json")
   assert run(capsys, "compress", "--checkpoint", folder / "joint", *arguments)[0] == 0

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clara_jax.checkpoints import formats, huggingface, keymap, lazy
+from clara_jax.checkpoints.convert import convert
+from clara_jax.checkpoints.tensors import TensorFiles
+from clara_jax.checkpoints.workdir import CheckpointError
 from clara_jax.cli import main as cli
 from clara_jax.config import MeshConfig
-from clara_jax.data.world import write_rows
-from clara_jax.interop import checkpoints, hf, keymap, lazy
-from clara_jax.interop.convert import convert
-from clara_jax.interop.tensors import TensorFiles
+from clara_jax.data.schemas import write_rows
 from clara_jax.sharding import make_mesh, place, tree_shardings
-from clara_jax.training.checkpoint import CheckpointError
 
 torch = pytest.importorskip("torch")
 
@@ -91,10 +91,10 @@ def test_a_base_of_ours_is_sharded_from_disk(golden, tmp_path):
   """Each device's shard is read by its own index; the result equals the plain one, from safetensors and from our store."""
   convert(str(golden / "tiny_mistral"), str(tmp_path / "ours"), "clara")
   mesh = make_mesh(MeshConfig("host"))
-  opened = checkpoints.open_checkpoint(str(golden / "ckpt_stage2"), str(golden / "tiny_mistral"))
-  shardings = tree_shardings(jax.eval_shape(lambda: hf.Clara(opened.config).init_boxed(jax.random.key(0), ("base",))["base"]), mesh)
+  opened = formats.open_checkpoint(str(golden / "ckpt_stage2"), str(golden / "tiny_mistral"))
+  shardings = tree_shardings(jax.eval_shape(lambda: huggingface.Clara(opened.config).init_boxed(jax.random.key(0), ("base",))["base"]), mesh)
   plain = opened.weights["base"]
-  ours = checkpoints.open_checkpoint(str(golden / "ckpt_stage2"), str(tmp_path / "ours")).weights["base"]
+  ours = formats.open_checkpoint(str(golden / "ckpt_stage2"), str(tmp_path / "ours")).weights["base"]
   stored, sharding_of = dict(lazy.leaves(ours)), dict(lazy.leaves(shardings))
   for path, leaf in lazy.leaves(plain):
     a, b = (place(x, sharding_of[path]) for x in (leaf, stored[path]))

@@ -9,11 +9,12 @@ import pytest
 from clara_jax.config import ConfigError
 from clara_jax.data.pipeline import RowEncoder, evaluation_batches
 from clara_jax.data.schemas import DataError, Document
-from clara_jax.memory.compress import compress_corpus
+from clara_jax.inference.checkpoint import Checkpoint
+from clara_jax.inference.compress import compress_corpus
 from clara_jax.memory.store import MemoryStore
 from clara_jax.model import Clara
 from clara_jax.sharding import make_mesh, put_batch
-from clara_jax.training import corpus, loop, stages
+from clara_jax.training import corpus, stages, trainer
 from clara_jax.training.program import Program
 from tests import tiny
 
@@ -22,7 +23,7 @@ from tests import tiny
 def store(tmp_path_factory):
   folder = str(tmp_path_factory.mktemp("corpus"))
   documents = [Document(d["id"], d["text"], d["title"]) for d in tiny.world().documents(False)]
-  compress_corpus(Clara(tiny.config()), tiny.layout(), tiny.weights(), documents, folder, bucket=64, progress=False)
+  compress_corpus(Checkpoint(Clara(tiny.config()), tiny.prompt_tokenizer(), tiny.weights()), documents, folder, bucket=64, progress=False)
   made = MemoryStore(folder)
   made.delete([documents[2].id])
   made.close()
@@ -39,7 +40,7 @@ def rows(store, count=8):
 
 
 def batch_of(run, store, count=8):
-  encoder = RowEncoder(tiny.layout(), "candidates", run.data, run.clara.top_k, store.lookup())
+  encoder = RowEncoder(tiny.prompt_tokenizer(), "candidates", run.data, run.clara.top_k, store.lookup())
   return evaluation_batches(rows(store, count), encoder, count)[0]
 
 
@@ -95,8 +96,8 @@ def test_loss_and_gradient_equal_the_dense_formula(store, candidates):
 
 def test_a_run_over_the_whole_store(store, tmp_path):
   run = config(store, 4, steps=2)
-  result = loop.train(run, tiny.layout(), tiny.weights(), rows(store, 16), rows(store, 8), memories=store.lookup(), progress=False,
-                      workdir=str(tmp_path))
+  result = trainer.Trainer(run, tiny.prompt_tokenizer(), tiny.weights(), rows(store, 16), rows(store, 8), memories=store.lookup(), progress=False,
+                      workdir=str(tmp_path)).run()
   assert "corpus" not in result.weights and 0 <= result.metrics["recall_at_1"] <= 1
   assert not any("corpus" in p.name for p in tmp_path.rglob("*"))
 
@@ -112,4 +113,4 @@ def test_refusals(store):
     Program(contrastive, 1)
   missing = next(r for r in tiny.rows("joint") if any(r.document_ids[p] not in store for p in r.gold))
   with pytest.raises(DataError, match="a gold document is not in the store"):
-    RowEncoder(tiny.layout(), "candidates", config(store, 4).data, 2, store.lookup()).encode(missing, None)
+    RowEncoder(tiny.prompt_tokenizer(), "candidates", config(store, 4).data, 2, store.lookup()).encode(missing, None)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from clara_jax.cli import configs
+from clara_jax.analysis import cost, flops, hlo
 from clara_jax.config import MeshConfig
 from clara_jax.sharding import make_mesh, mesh_sizes
-from clara_jax.training import cost, flops, hlo
+from clara_jax.training import config_file
 from clara_jax.training.program import Program
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def test_flops_are_counted_as_often_as_they_run():
 def test_model_flops_leave_recomputation_out():
   """With full recomputation a product with frozen weights runs three times, the method needs two; one of attention four and three."""
   def program(stage, *overrides):
-    return Program(dataclasses.replace(configs.load(f"configs/mistral_7b.py:{stage}", overrides), mesh=MeshConfig("chip")), 10)
+    return Program(dataclasses.replace(config_file.load_config(f"configs/mistral_7b.py:{stage}", overrides), mesh=MeshConfig("chip")), 10)
 
   scp, joint, contrastive = program("scp"), *(program(s, "--config.data.store=S") for s in ("joint", "contrastive"))
   assert 4 / 3 < cost.step_flops(scp) / cost.model_flops(scp, scp.batch_shapes()) < 3 / 2
@@ -81,7 +81,7 @@ def test_a_tpu_program_is_read_right():
   x = jax.ShapeDtypeStruct((64, 512), jnp.float32, sharding=rows)
   w = jax.ShapeDtypeStruct((7, 512, 512), jnp.float32, sharding=whole)
   text = jax.jit(step, out_shardings=(rows, whole)).lower(x, w).compile().as_text()
-  found = hlo.analyse(text)
+  found = hlo.analyze(text)
   # One sum over the rows in each of seven layers, or one of all seven after the loop.
   assert found.collectives["all-reduce"] in (1, 7)
   assert found.interconnect_bytes == pytest.approx(7 * 2 * 512 * 4 * 3 / 4, rel=0.01)
@@ -112,7 +112,7 @@ def test_the_real_step_compiles_for_a_topology():
 def test_gpus_by_analysis_and_what_would_make_it_fit():
   status, report, _ = aot("--config", "configs/mistral_7b.py:scp", "--gpus", 8, "--chip", "h100")
   assert (status, report["method"], report["fits"], report["remedies"]) == (0, "analysis", True, [])
-  # 7.24e9 weights in bfloat16 and their share of 8; adapters and optimiser: 84e6 floats three times.
+  # 7.24e9 weights in bfloat16 and their share of 8; adapters and optimizer: 84e6 floats three times.
   expected = (7.242e9 * 2 + 84e6 * 12) / 8
   assert report["bytes_per_chip"]["arguments"] == pytest.approx(expected, rel=0.03)
   assert np.isclose(report["flops_per_step"], 3 * 2 * 7.0e9 * 128 * (2048 + 288), rtol=0.1)

@@ -11,7 +11,7 @@ import pytest
 from clara_jax.config import ClaraConfig, ConfigError, DataConfig, ModelConfig
 from clara_jax.data import records, schemas
 from clara_jax.data.pipeline import RowEncoder, TrainingBatches, evaluation_batches, pad_prompts
-from clara_jax.data.tokens import Layout, PromptTokens
+from clara_jax.data.prompt_tokenizer import PromptTokenizer, PromptTokens
 from tests import tiny
 
 
@@ -21,9 +21,9 @@ def reference(golden):
 
 
 @pytest.fixture(scope="module")
-def layout(golden):
+def prompt_tokenizer(golden):
   config = ClaraConfig(ModelConfig(1024, 64, 3, 4, 2, 16, 160), doc_max_length=32, compression_rate=8, query_max_length=32)
-  return Layout(str(golden / "tiny_mistral"), config)
+  return PromptTokenizer(str(golden / "tiny_mistral"), config)
 
 
 def unpadded(entry):
@@ -31,45 +31,45 @@ def unpadded(entry):
                                                                                 strict=True)]
 
 
-def test_encoder_inputs(reference, layout):
+def test_encoder_inputs(reference, prompt_tokenizer):
   wanted, inputs = reference
-  assert [layout.document(t).tolist() for t in inputs["DOCS"]] == unpadded(wanted["encoder_inputs/max_length=32"])
-  assert [layout.query(t).tolist() for t in inputs["QUESTIONS"]] == unpadded(
+  assert [prompt_tokenizer.document(t).tolist() for t in inputs["DOCS"]] == unpadded(wanted["encoder_inputs/max_length=32"])
+  assert [prompt_tokenizer.query(t).tolist() for t in inputs["QUESTIONS"]] == unpadded(
       wanted["query_inputs/generate (max_length=doc_max_length=32)"])
 
 
-def test_special_tokens(reference, layout):
+def test_special_tokens(reference, prompt_tokenizer):
   wanted, _ = reference
   for token, number in wanted["special"].items():
-    assert layout.tokenizer.convert_tokens_to_ids(token) == number
-  assert layout.pad_id == wanted["pad_token_id"]
+    assert prompt_tokenizer.tokenizer.convert_tokens_to_ids(token) == number
+  assert prompt_tokenizer.pad_id == wanted["pad_token_id"]
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_prompts(reference, layout, k):
+def test_prompts(reference, prompt_tokenizer, k):
   wanted, inputs = reference
   for i, question in enumerate(inputs["QUESTIONS"]):
     with_answer = wanted["prompts"][f"standard+answer/top_k={k}"][i]
-    made = layout.answer_prompt(question, k, inputs["ANSWERS"][i])
+    made = prompt_tokenizer.answer_prompt(question, k, inputs["ANSWERS"][i])
     assert (made.ids.tolist(), made.prompt_length) == (with_answer["ids"], with_answer["prompt_len"])
-    assert layout.answer_prompt(question, k).ids.tolist() == wanted["prompts"][f"standard/top_k={k}"][i]["ids"]
+    assert prompt_tokenizer.answer_prompt(question, k).ids.tolist() == wanted["prompts"][f"standard/top_k={k}"][i]["ids"]
     listed = wanted["prompts"][f"qa/top_k={k}"][i]
     row = schemas.Row(tuple(inputs["QA_QUESTIONS"][i]), tuple(inputs["QA_ANSWERS"][i]), ("d",), is_question_list=True)
-    made = layout.row_prompt(row, k)
+    made = prompt_tokenizer.row_prompt(row, k)
     assert (made.ids.tolist(), made.prompt_length) == (listed["ids"], listed["prompt_len"])
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(golden):
   config = ClaraConfig(ModelConfig(1000, 64, 3, 4, 2, 16, 160), doc_max_length=32, compression_rate=8)
   with pytest.raises(schemas.DataError, match="<MEM0> became token 1024, expected 1000"):
-    Layout(str(golden / "tiny_mistral"), config)
+    PromptTokenizer(str(golden / "tiny_mistral"), config)
 
 
-def test_too_long(layout):
-  ids = layout.document("word " * 100)
-  assert len(ids) == 32 + 3 + 4 and layout.tokenizer.eos_token_id not in ids
+def test_too_long(prompt_tokenizer):
+  ids = prompt_tokenizer.document("word " * 100)
+  assert len(ids) == 32 + 3 + 4 and prompt_tokenizer.tokenizer.eos_token_id not in ids
   with pytest.raises(schemas.DataError, match="file:3: the prompt has"):
-    layout.answer_prompt("word " * 2000, 1, "a", "file:3")
+    prompt_tokenizer.answer_prompt("word " * 2000, 1, "a", "file:3")
 
 
 def test_gzip_and_field_names(tmp_path):
@@ -108,7 +108,7 @@ def test_labels_are_the_answer_only():
 
 
 def encoder(kind, **data):
-  return RowEncoder(tiny.layout(), kind, DataConfig(batch_size=4, candidates=6, bucket=16, **data), 2)
+  return RowEncoder(tiny.prompt_tokenizer(), kind, DataConfig(batch_size=4, candidates=6, bucket=16, **data), 2)
 
 
 def test_rows_with_fewer_documents_are_filled_up():
@@ -149,7 +149,7 @@ def test_an_epoch_has_every_row_once():
 def given_batches(data, **fields):
   rows = tiny.rows("scp")
   config = DataConfig(batch_size=8, bucket=16, **data)
-  made = RowEncoder(tiny.layout(), "given", config, 2)
+  made = RowEncoder(tiny.prompt_tokenizer(), "given", config, 2)
   return TrainingBatches([records.divide(rows, config.shards)], made, seed=5, **fields)
 
 
@@ -196,14 +196,14 @@ def test_sources_are_mixed_by_weight():
   sources = [[[dataclasses.replace(r, identifier=f"{name}{i}") for i, r in enumerate(rows[:count])]]
              for name, count in (("a", 40), ("b", 7))]
   config = DataConfig(batch_size=8, rows=("a", "b"), weights=(0.75, 0.25))
-  batches = TrainingBatches(sources, RowEncoder(tiny.layout(), "given", config, 2), seed=1)
+  batches = TrainingBatches(sources, RowEncoder(tiny.prompt_tokenizer(), "given", config, 2), seed=1)
   ids = [i for _ in range(20) for i in next(batches).ids]
   assert sum(i.startswith("a") for i in ids) == 120 and len({i for i in ids if i.startswith("b")}) == 7
   with pytest.raises(ConfigError, match="data.weights"):
     DataConfig(rows=("a",), weights=(1.0, 2.0))
 
 
-def test_malformed_rows_are_counted_and_limited(tmp_path, capsys):
+def test_malformed_rows_are_counted_and_limited(tmp_path, caplog):
   good = [json.dumps(r) for r in tiny.raw_rows("scp")[:20]]
   path = tmp_path / "rows.jsonl"
   path.write_text("\n".join([*good[:5], "{", *good[5:9], '{"docs": ["x"]}', "[]", *good[9:]]))
@@ -213,21 +213,21 @@ def test_malformed_rows_are_counted_and_limited(tmp_path, capsys):
     records.open_sources([str(path)], 1, max_malformed=2)
   ((rows,),) = records.open_sources([str(path)], 1, max_malformed=3)
   assert len(rows) == 20
-  err = capsys.readouterr().err
+  err = caplog.text
   assert "rows.jsonl:6" in err and "rows.jsonl:11: the row has no answer" in err and "malformed row 3 of at most 3" in err
 
 
-def test_a_row_that_does_not_fit_is_replaced_and_counted(capsys):
+def test_a_row_that_does_not_fit_is_replaced_and_counted(caplog):
   rows = tiny.rows("scp")[:16]
   rows[3] = dataclasses.replace(rows[3], documents=rows[3].documents * 100, identifier="long")  # too many memory slots
 
   def batches(limit):
     config = DataConfig(batch_size=8, max_malformed=limit)
-    return TrainingBatches([[rows]], RowEncoder(tiny.layout(), "given", config, 2), seed=1)
+    return TrainingBatches([[rows]], RowEncoder(tiny.prompt_tokenizer(), "given", config, 2), seed=1)
 
   made = batches(1)
   ids = [i for _ in range(4) for i in next(made).ids]
-  assert "long" not in ids and made.malformed == 1 and "long: the prompt has" in capsys.readouterr().err
+  assert "long" not in ids and made.malformed == 1 and "long: the prompt has" in caplog.text
   with pytest.raises(schemas.DataError, match="long: the prompt has"):
     made = batches(0)
     for _ in range(4):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from clara_jax.checkpoints import formats
 from clara_jax.config import ClaraConfig, LoraConfig, MeshConfig, ModelConfig
 from clara_jax.inference.generate import empty_cache
-from clara_jax.interop import checkpoints
 from clara_jax.model import Clara
 from clara_jax.nn.decoder import EMPTY, extend
 from clara_jax.nn.linear import MissingAdapterError
@@ -33,8 +33,8 @@ def test_logits_equal_transformers(tmp_path, window, tied):
   with torch.no_grad():
     expected = reference(torch.tensor(ids), attention_mask=torch.ones(2, 12, dtype=torch.long)).logits.numpy()
 
-  opened = checkpoints.open_checkpoint(str(tmp_path))
-  model, weights = Clara(opened.config), checkpoints.on_device(opened)
+  opened = formats.open_checkpoint(str(tmp_path))
+  model, weights = Clara(opened.config), formats.on_device(opened)
   weights["memory_embedding"] = jnp.zeros((opened.config.num_memory_tokens, 48))
   hidden, _ = model.hidden(weights, None, model.embed(weights, jnp.asarray(ids)))
   np.testing.assert_allclose(model.logits(weights, hidden)[..., :97], expected, rtol=0, atol=1e-4)
@@ -55,7 +55,7 @@ def test_cached_decoding_equals_full_forward(window):
   full, _ = model.hidden(weights, "generator", model.embed(weights, ids))
   lengths = jnp.array([4, 7])
   prompt = jnp.where(jnp.arange(7) < lengths[:, None], ids[:, :7], 0)  # right-padded
-  _, read = model.hidden(weights, "generator", model.embed(weights, prompt), keep=True)
+  _, read = model.hidden(weights, "generator", model.embed(weights, prompt), return_kv=True)
   read = read._replace(positions=jnp.where(read.positions < lengths[:, None], read.positions, EMPTY))
   cache = extend(empty_cache(model.config.model, 2, 16), read, 0)
   for step in range(3):

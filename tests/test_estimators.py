@@ -10,8 +10,8 @@ import pytest
 from jax.test_util import check_grads
 
 from clara_jax.config import ConfigError
-from clara_jax.gradients import audit, exact
-from clara_jax.gradients.variants import parse
+from clara_jax.experiments.laboratory import audit, exact
+from clara_jax.experiments.laboratory.variants import parse
 from clara_jax.ops import estimators
 from clara_jax.ops.topk import straight_through_top_k
 
@@ -219,7 +219,7 @@ def test_draws_have_their_distribution(name, policy):
 
 def test_the_score_function_is_unbiased():
   """1e5 draws of four, a loss that is no sum over documents, against the enumeration."""
-  setting = audit.Setting(n=5, k=2, temperature=0.5, spread=0.5, loss="two_hops")
+  setting = audit.AuditSetting(n=5, k=2, temperature=0.5, spread=0.5, loss="two_hops")
   (found,) = (audit.audit_setting(setting, [parse("score_function")], draws=SAMPLES, count=1).values(),)
   values = next(iter(found))["plackett_luce"]
   assert values["bias"] < 2.5 * values["bias_error"] < 0.05 and values["cosine"] > 0.999
@@ -324,7 +324,7 @@ def no_log(scores, k, temperature, rng, draws: int = 2): return good(scores, k, 
 """)
   assert estimators.get(f"{tmp_path}/mine.py:good", {"x": 2}).arguments == (("x", 2),)
   for text, message in (
-      ("mine.py:bad", "expected a function of .scores, k, temperature, rng"), ("mine.py:none", "has no function 'none'"),
+      ("mine.py:bad", "expected a function of .scores, k, temperature, rng"), ("mine.py:none", "has no 'none'"),
       ("mine.py", "name the function, too"), ("mine.py:nothing", "'NoneType' object has no attribute 'indices'"),
       ("mine.py:decides", "TracerBoolConversionError"), ("mine.py:too_many", r"expected indices of integers \[2, 3\], got int32 \[2, 4\]"),
       ("mine.py:few_rows", r"expected rows \[2, 3, 4, 5\], got \[2, 1, 4, 5\]"), ("mine.py:no_log", "expected log_prob")):
@@ -345,5 +345,5 @@ def test_bad_variants(text):
 def test_variants():
   variant = parse("perturbed(samples=16, temperature=0.2, final_temperature=0.02)")
   assert dict(variant.estimator.arguments) == {"samples": 16} and variant.temperature == 0.2
-  assert variant.train == {"temperature": "annealed", "final_temperature": 0.02}
-  assert parse("algorithm1(learned=True)").train == {"temperature": "learned"}
+  assert variant.train == {"temperature_schedule": "annealed", "final_temperature": 0.02}
+  assert parse("algorithm1(learned=True)").train == {"temperature_schedule": "learned"}

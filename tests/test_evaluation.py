@@ -14,16 +14,15 @@ import pytest
 
 from clara_jax.config import ConfigError
 from clara_jax.data.pipeline import pad_tokens
-from clara_jax.data.schemas import DataError, Document, Malformed, Row
-from clara_jax.data.world import write_rows
-from clara_jax.evaluation import benchmarks, candidates, datasets, explain, fidelity, metrics, report, runs, statistics
+from clara_jax.data.schemas import DataError, Document, Malformed, Row, write_rows
+from clara_jax.evaluation import candidates, datasets, evaluator, explain, fidelity, metrics, plots, runs, statistics
 from clara_jax.evaluation.likelihood import make_likelihood
 from clara_jax.evaluation.settings import SETTINGS
-from clara_jax.gradients.compare import compare
-from clara_jax.gradients.variants import parse
-from clara_jax.interop.checkpoints import Checkpoint
+from clara_jax.experiments.claims import claims
+from clara_jax.experiments.laboratory.compare import compare
+from clara_jax.experiments.laboratory.variants import parse
+from clara_jax.inference.checkpoint import Checkpoint
 from clara_jax.model import Clara
-from clara_jax.reproduction import claims
 from tests import tiny
 from tests.conftest import shared
 
@@ -64,10 +63,10 @@ def official_hotpot(prediction, gold):
 def upstream(prediction, gold):
   """SPEC §5: True and False are yes and no; F1 as HotpotQA's, two empty texts are equal; every gold token in the prediction, and at
   least one."""
-  def normalise(text):
+  def normalize(text):
     found = official_normalise(text)
     return {"true": "yes", "false": "no"}.get(found, found)
-  p, g = normalise(prediction), normalise(gold)
+  p, g = normalize(prediction), normalize(gold)
   f1 = float(p == g) if not p and not g else official_hotpot(p, g)[1]
   return float(p == g), f1, float(bool(g.split()) and all(t in p.split() for t in g.split()))
 
@@ -175,9 +174,9 @@ def test_other_formats(tmp_path):
 
 def test_tfds_sets(monkeypatch):
   tfds = pytest.importorskip("tensorflow_datasets")
-  rows = [{"id": b"1", "title": b"A_b", "context": b"It is red.", "question": b"What colour?", "answers": {"text": [b"red", b"red"]}}]
+  rows = [{"id": b"1", "title": b"A_b", "context": b"It is red.", "question": b"What color?", "answers": {"text": [b"red", b"red"]}}]
   monkeypatch.setattr(tfds, "data_source", lambda name, split: rows if (name, split) == ("squad", "train") else None)
-  assert datasets.read("tfds:squad:train") == [Row(("What colour?",), ("red",), ("A b\nIt is red.",), (0,), "qa", "1")]
+  assert datasets.read("tfds:squad:train") == [Row(("What color?",), ("red",), ("A b\nIt is red.",), (0,), "qa", "1")]
   with pytest.raises(DataError, match="tfds:nothing: expected tfds:NAME"):
     datasets.read("tfds:nothing")
 
@@ -257,7 +256,7 @@ def test_questions_without_documents_and_dense_retrievers(tmp_path, monkeypatch)
 
 @pytest.fixture(scope="module")
 def checkpoint():
-  return Checkpoint("here", Clara(tiny.config()), tiny.weights(), tiny.layout(), None, None)
+  return Checkpoint("here", Clara(tiny.config()), tiny.weights(), tiny.prompt_tokenizer(), None, None)
 
 
 def test_every_setting_and_a_page(checkpoint, tmp_path, monkeypatch):
@@ -278,9 +277,9 @@ def test_every_setting_and_a_page(checkpoint, tmp_path, monkeypatch):
   lines = path.read_text().splitlines()
   path.write_text("\n".join(lines[:4]) + "\n" + lines[4][:20])
   passes = []
-  run = benchmarks._Answers._pass
-  monkeypatch.setattr(benchmarks._Answers, "_pass", lambda self, rows: passes.append(len(rows)) or run(self, rows))
-  again = benchmarks.evaluate(checkpoint.model, checkpoint.layout, checkpoint.weights, rows, "joint", batch_size=4, max_new_tokens=3,
+  run = evaluator._Answers._pass
+  monkeypatch.setattr(evaluator._Answers, "_pass", lambda self, rows: passes.append(len(rows)) or run(self, rows))
+  again = evaluator.evaluate(checkpoint, rows, "joint", batch_size=4, max_new_tokens=3,
                               path=str(path))
   assert passes == [4, 4]  # seven rows
   whole = [json.loads(line) for line in lines]
@@ -288,16 +287,16 @@ def test_every_setting_and_a_page(checkpoint, tmp_path, monkeypatch):
   assert sorted(map(str, map(same, again.predictions))) == sorted(map(str, map(same, whole)))
   assert len(path.read_text().splitlines()) == 11
   with pytest.raises(ConfigError, match="another checkpoint, setting, K"):
-    benchmarks.evaluate(checkpoint.model, checkpoint.layout, tiny.weights(1), rows, "joint", path=str(path))
+    evaluator.evaluate(Checkpoint(checkpoint.model, checkpoint.prompt_tokenizer, tiny.weights(1)), rows, "joint", path=str(path))
 
 
 def test_two_runs_are_compared(checkpoint, tmp_path):
   rows = tiny.rows("joint")[:8]
   for name, seed in (("a", 0), ("b", 1)):
-    other = Checkpoint(name, checkpoint.model, tiny.weights(seed), checkpoint.layout, None, None)
+    other = Checkpoint(checkpoint.model, checkpoint.prompt_tokenizer, tiny.weights(seed), name)
     runs.run(other, rows, ["joint"], str(tmp_path / name), also={}, title=name, max_new_tokens=3)
   found = runs.compare(str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "page.html"))["joint"]
-  a, b = (benchmarks.read_predictions(str(tmp_path / n / "predictions" / "joint.jsonl")) for n in "ab")
+  a, b = (evaluator.read_predictions(str(tmp_path / n / "predictions" / "joint.jsonl")) for n in "ab")
   assert found["recall_at_1"]["mean"] == pytest.approx(np.mean([q["recall_at_1"] - p["recall_at_1"] for p, q in zip(a, b, strict=True)]))
   assert "B is right where A was wrong" in (tmp_path / "page.html").read_text()
   with pytest.raises(DataError, match="no such file or directory"):
@@ -311,22 +310,22 @@ def test_two_runs_are_compared(checkpoint, tmp_path):
 
 def test_explanations(checkpoint):
   row = tiny.rows("joint")[0]
-  found = explain.Explainer(checkpoint.model, checkpoint.layout, checkpoint.weights, max_new_tokens=3).explain(row)
+  found = explain.Explainer(checkpoint, max_new_tokens=3).explain(row)
   assert len(found.documents) == 2 and sum(d.attention for d in found.documents) == pytest.approx(1)
   assert [d.score for d in found.documents] == sorted((d.score for d in found.documents), reverse=True)
   assert all(d.is_gold == (d.place in row.gold) for d in found.documents)
   asked = row.questions[0].lower()
   assert all(w.in_question == (w.word.lower() in re.findall(r"[^\W_]{2,}", asked)) for w in found.lens)
-  assert found.question in report.explained(found)
+  assert found.question in plots.explained(found)
 
 
 def test_gains_and_attention_by_the_plain_formula(checkpoint):
-  model, weights, layout = checkpoint.model, checkpoint.weights, checkpoint.layout
+  model, weights, prompt_tokenizer = checkpoint.model, checkpoint.weights, checkpoint.prompt_tokenizer
   rng = np.random.default_rng(0)
   memories = jnp.asarray(rng.normal(size=(1, 2, 2, 16)), jnp.float32)
-  prompt = layout.answer_prompt("who", 2).ids
+  prompt = prompt_tokenizer.answer_prompt("who", 2).ids
   answer = np.array([5, 6, 7], np.int32)
-  log_p, count = make_likelihood(model, layout)(weights, [prompt], [answer], memories)
+  log_p, count = make_likelihood(model, prompt_tokenizer)(weights, [prompt], [answer], memories)
   ids = jnp.asarray(np.concatenate([prompt, answer]))[None]
   hidden, _ = model.hidden(weights, "generator", model.splice(weights, ids, memories))
   logits = jax.nn.log_softmax(model.logits(weights, hidden))[0]
@@ -350,13 +349,13 @@ def test_gains_and_attention_by_the_plain_formula(checkpoint):
 
 def test_pictures_are_of_what_the_mse_measures(checkpoint):
   texts = [d["text"] for d in tiny.world().documents(False)[:6]]
-  documents, memories = explain.document_and_memory_means(checkpoint.model, checkpoint.layout, checkpoint.weights, texts)
-  tokens = pad_tokens(checkpoint.layout.documents(texts), checkpoint.layout.pad_id, 1)
+  documents, memories = explain.document_and_memory_means(checkpoint, texts)
+  tokens = pad_tokens(checkpoint.prompt_tokenizer.documents(texts), checkpoint.prompt_tokenizer.pad_id, 1)
   made_, hidden = checkpoint.model.encode(checkpoint.weights, "compressor", tokens)
   length = int(tokens.lengths[2]) - 2
   np.testing.assert_allclose(documents[2], hidden[2, :length].mean(0), rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(memories, made_.mean(1), rtol=1e-5)
-  a, b, share = explain.picture(documents, memories)
+  a, b, share = explain.pca_2d(documents, memories)
   assert a.shape == b.shape == (6, 2) and 0 < share[1] <= share[0] <= 1
 
 
@@ -365,7 +364,7 @@ def test_pictures_are_of_what_the_mse_measures(checkpoint):
 
 def test_paraphrases_from_memory_tokens(checkpoint, tmp_path):
   documents = [Document(d["id"], d["text"]) for d in tiny.world().documents(False)[:5]]
-  found = fidelity.paraphrase(checkpoint.model, checkpoint.layout, checkpoint.weights, documents, batch_size=4, max_new_tokens=8,
+  found = fidelity.paraphrase(checkpoint, documents, batch_size=4, max_new_tokens=8,
                               bert_model=bert(tmp_path))
   assert [p["id"] for p in found.predictions] == [d.id for d in documents] and found.scores["n"] == 5
   for p in found.predictions:

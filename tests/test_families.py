@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clara_jax.checkpoints import families, formats
+from clara_jax.checkpoints.convert import convert
 from clara_jax.config import ConfigError
-from clara_jax.interop import checkpoints, families
-from clara_jax.interop.convert import convert
 from clara_jax.model import Clara
 
 SHAPE = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -54,8 +54,8 @@ def torch_logits(torch, model):
 
 
 def logits(directory, role=None, base=None):
-  opened = checkpoints.open_checkpoint(directory, base)
-  model, weights = Clara(opened.config), checkpoints.on_device(opened)
+  opened = formats.open_checkpoint(directory, base)
+  model, weights = Clara(opened.config), formats.on_device(opened)
   weights.setdefault("memory_embedding", jnp.zeros((opened.config.num_memory_tokens, opened.config.model.width)))
   hidden, _ = model.hidden(weights, role, model.embed(weights, jnp.asarray(IDS)))
   return np.asarray(model.logits(weights, hidden))[..., :SHAPE["vocab_size"]]

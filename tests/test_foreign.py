@@ -1,13 +1,13 @@
 """What people bring: published files in all their forms, damaged ones, files that no program of ours wrote."""
 
 import gzip
-import html.parser
 import json
 import os
 import subprocess
 import sys
 import threading
 import zlib
+from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +17,8 @@ from rouge_score import rouge_scorer
 from clara_jax.cli.main import main
 from clara_jax.data import schemas
 from clara_jax.data.schemas import DataError, Malformed
-from clara_jax.evaluation import datasets, explain, metrics, report
+from clara_jax.evaluation import datasets, explain, metrics, plots
+from clara_jax.reports import html
 from clara_jax.synthesis import documents as documents_lib
 from clara_jax.synthesis import pages as pages_lib
 from clara_jax.synthesis.journal import Journal
@@ -184,14 +185,14 @@ def test_a_pipe_with_an_id_that_comes_twice(tmp_path):
 
 def test_disks_and_terminals(tmp_path, monkeypatch, capsys):
   """A full disk is one line and status 1; a terminal that knows ASCII only gets escapes."""
-  from clara_jax.cli import commands
+  from clara_jax.cli import records
 
   def full(_):
     raise OSError(28, "No space left on device", "out")
-  monkeypatch.setattr(commands, "records", full)
+  monkeypatch.setattr(records, "run", full)
   assert main(["records", "--kind", "scp", "--rows", "r", "--out", "o"]) == 1
   assert capsys.readouterr().err == "clara records: [Errno 28] No space left on device: 'out'\n"
-  code = ("from clara_jax.cli import commands, main\ncommands.records = lambda _: {'word': 'na\\u00efve \\u6771'}\n"
+  code = ("from clara_jax.cli import main, records\nrecords.run = lambda _: {'word': 'na\\u00efve \\u6771'}\n"
           "print(main.main(['records', '--kind', 'scp', '--rows', '\\u6771', '--out', 'o', *__import__('sys').argv[1:]]))")
   for flags, expected in (((), "word  na\\xefve \\u6771"), (("--json",), '{"word": "na\\u00efve \\u6771"}')):
     done = subprocess.run([sys.executable, "-c", code, *flags], env={**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
@@ -202,7 +203,7 @@ def test_disks_and_terminals(tmp_path, monkeypatch, capsys):
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>'\"&lt;"
 
 
-class _Tags(html.parser.HTMLParser):
+class _Tags(HTMLParser):
   def __init__(self):
     super().__init__()
     self.seen = []
@@ -222,8 +223,8 @@ def test_a_text_is_text_on_every_page(tmp_path):
   word = explain.Word(HOSTILE, 1.0, True, False)
   found = explain.Explanation("1", HOSTILE, [HOSTILE], HOSTILE, -1.0, [word],
                               [explain.ReadDocument(0, HOSTILE, True, 0.5, 0.5, 0.1, [word])])
-  pages = [report.page(HOSTILE, HOSTILE, [(HOSTILE, HOSTILE), ("t", report.table([HOSTILE], [[HOSTILE], [1], [None]])),
-                                          ("e", report.explained(found))])]
+  pages = [html.page(HOSTILE, HOSTILE, [(HOSTILE, HOSTILE), ("t", html.table([HOSTILE], [[HOSTILE], [1], [None]])),
+                                          ("e", plots.explained(found))])]
   journal = Journal(str(tmp_path / "journal-00000-of-00001.jsonl"))
   (tmp_path / "settings-00000-of-00001.json").write_text(json.dumps({"kind": "scp", HOSTILE: HOSTILE}))
   row = {"id": f"{HOSTILE}/simple", "question": [HOSTILE], "answers": [HOSTILE], "docs": [HOSTILE], "kind": "simple"}

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clara_jax.checkpoints import gguf as reader
+from clara_jax.checkpoints.convert import convert
+from clara_jax.checkpoints.tensors import TensorFiles
 from clara_jax.config import RopeScaling
-from clara_jax.interop import gguf as reader
-from clara_jax.interop.convert import convert
-from clara_jax.interop.tensors import TensorFiles
 from clara_jax.ops.rope import llama3_frequencies
 from tests import published
 from tests.test_published import refused

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from clara_jax.batch import Batch, Prompt, Tokens
-from clara_jax.interop import checkpoints, upstream
-from clara_jax.interop.keymap import lora_place
+from clara_jax.checkpoints import formats, upstream
+from clara_jax.checkpoints.keymap import lora_place
 from clara_jax.model import Clara
 from clara_jax.training import stages
 
@@ -18,8 +18,8 @@ VALUES = {"rtol": 0, "atol": 1e-4}
 
 
 def load(golden, name, **overrides):
-  opened = checkpoints.open_checkpoint(str(golden / f"ckpt_{name}"), str(golden / "tiny_mistral"), "float32")
-  return Clara(dataclasses.replace(opened.config, **overrides)), checkpoints.on_device(opened)
+  opened = formats.open_checkpoint(str(golden / f"ckpt_{name}"), str(golden / "tiny_mistral"), "float32")
+  return Clara(dataclasses.replace(opened.config, **overrides)), formats.on_device(opened)
 
 
 def right_pad(ids, mask):

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clara_jax.checkpoints.formats import Checkpoint
 from clara_jax.cli.main import main
 from clara_jax.config import ConfigError, DataConfig
 from clara_jax.data.pipeline import RowEncoder, evaluation_batches
-from clara_jax.gradients import audit, laboratory
-from clara_jax.gradients.compare import verdict
-from clara_jax.gradients.variants import parse_all
-from clara_jax.interop.checkpoints import Checkpoint
+from clara_jax.experiments.laboratory import audit, laboratory
+from clara_jax.experiments.laboratory.compare import verdict
+from clara_jax.experiments.laboratory.variants import parse_all
 from clara_jax.model import Clara
 from clara_jax.ops import estimators
-from clara_jax.training import loop, optim, stages
-from clara_jax.training.paths import selection_gradients
+from clara_jax.training import optim, stages, trainer
+from clara_jax.training.stages.gradient_paths import selection_gradients
 from clara_jax.training.step import TrainState
 from tests import tiny
 
@@ -69,10 +69,10 @@ def test_reinmax_is_exact_for_quadratic_losses():
 
 def test_a_learned_temperature_and_the_log_of_the_gradient(tmp_path):
   """With an estimator that draws; annealing runs in tests/test_cli.py."""
-  config = dataclasses.replace(tiny.run_config("joint", gradients_every=2, temperature="learned"), estimator="simple")
+  config = dataclasses.replace(tiny.run_config("joint", gradients_every=2, temperature_schedule="learned"), estimator="simple")
 
   def run(**options):
-    return loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("joint")[:32], workdir=str(tmp_path), progress=False, **options)
+    return trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("joint")[:32], workdir=str(tmp_path), progress=False, **options).run()
   stopped, whole = run(stop_at=2), run()
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   paths = [line for line in lines if line["kind"] == "gradients"]
@@ -84,17 +84,17 @@ def test_a_learned_temperature_and_the_log_of_the_gradient(tmp_path):
 
 
 def test_annealing():
-  config = tiny.run_config("joint", temperature="annealed", final_temperature=0.2).train
+  config = tiny.run_config("joint", temperature_schedule="annealed", final_temperature=0.2).train
   taus = [float(optim.temperature(config, 0.02, 4)(step)) for step in range(4)]
   np.testing.assert_allclose(taus, 0.02 * 10 ** (np.arange(4) / 3), rtol=1e-5)
 
 
 def test_unfit_temperatures():
   with pytest.raises(ConfigError, match="'annealed' needs a final temperature"):
-    tiny.run_config("joint", temperature="annealed")
-  config = tiny.run_config("scp", temperature="learned")
-  with pytest.raises(ConfigError, match="train.temperature: stage 'scp' selects no documents"):
-    loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("scp")[:8], progress=False)
+    tiny.run_config("joint", temperature_schedule="annealed")
+  config = tiny.run_config("scp", temperature_schedule="learned")
+  with pytest.raises(ConfigError, match="train.temperature_schedule: stage 'scp' selects no documents"):
+    trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("scp")[:8], progress=False).run()
 
 
 def test_score_function_in_the_joint_loss():
@@ -114,7 +114,7 @@ def test_score_function_in_the_joint_loss():
 
 
 def batches(size):
-  encoder = RowEncoder(tiny.layout(), "candidates", DataConfig(**tiny.DATA), tiny.config().top_k)
+  encoder = RowEncoder(tiny.prompt_tokenizer(), "candidates", DataConfig(**tiny.DATA), tiny.config().top_k)
   return evaluation_batches(tiny.rows("joint")[:size], encoder, size)
 
 
@@ -136,7 +136,7 @@ def test_the_two_paths_add_up():
 
 
 def test_audit_of_a_generator(tmp_path):
-  checkpoint = Checkpoint("here", Clara(tiny.config()), tiny.weights(), tiny.layout(), None, None)
+  checkpoint = Checkpoint("here", Clara(tiny.config()), tiny.weights(), tiny.prompt_tokenizer(), None, None)
   names = ("algorithm1", "selected_only", "score_function(draws=8)")
   report = laboratory.run_generator(str(tmp_path), checkpoint, tiny.rows("joint")[:3], names, n=4, draws=60)
   found = json.loads((tmp_path / "generator.json").read_text())

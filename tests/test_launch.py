@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from clara_jax.training import loop
+from clara_jax.training import trainer
 from tests import tiny
 from tests.test_pod import free_port
 
@@ -44,7 +44,7 @@ def test_two_processes_on_this_machine(tmp_path):
   rows = tmp_path / "rows.jsonl"
   rows.write_text("\n".join(map(json.dumps, tiny.raw_rows("scp"))))
   config = tiny.run_config("pretrain", steps=2)
-  loop.train(config, tiny.layout(), {}, tiny.rows("pretrain"), workdir=str(tmp_path / "base"), progress=False)
+  trainer.Trainer(config, tiny.prompt_tokenizer(), {}, tiny.rows("pretrain"), workdir=str(tmp_path / "base"), progress=False).run()
   model = config.clara.model
   overrides = {"model.vocab_size": model.vocab_size, "model.width": model.width, "model.num_layers": model.num_layers,
                "model.num_heads": model.num_heads, "model.num_kv_heads": model.num_kv_heads, "model.head_dim": model.head_dim,

@@ -15,9 +15,10 @@ from clara_jax import io
 from clara_jax.cli import main as cli
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import Document
-from clara_jax.memory import forms
-from clara_jax.memory.compress import compress_corpus, fingerprints
-from clara_jax.memory.quantise import quantise
+from clara_jax.inference.checkpoint import Checkpoint
+from clara_jax.inference.compress import compress_corpus, fingerprints
+from clara_jax.memory import codecs
+from clara_jax.memory.quantize import quantize
 from clara_jax.memory.store import Manifest, MemoryStore, StoreError, _Keys
 from clara_jax.model import Clara
 from clara_jax.retrieval import index
@@ -31,7 +32,7 @@ def documents(count, first=0):
 
 
 def compress(directory, corpus, **options):
-  return compress_corpus(Clara(tiny.config()), tiny.layout(), tiny.weights(), corpus, str(directory), progress=False,
+  return compress_corpus(Checkpoint(Clara(tiny.config()), tiny.prompt_tokenizer(), tiny.weights()), corpus, str(directory), progress=False,
                          **{"bucket": 64, **options})
 
 
@@ -174,31 +175,31 @@ def test_forms(tmp_path):
   whole = MemoryStore(str(tmp_path / "float32"), MANIFEST)
   whole.append(corpus, memories)
   np.testing.assert_array_equal(whole.memories(), memories)
-  half = quantise(whole, str(tmp_path / "bfloat16"), "bfloat16")
+  half = quantize(whole, str(tmp_path / "bfloat16"), "bfloat16")
   np.testing.assert_allclose(half.memories().astype(np.float32), memories, rtol=2**-8)
-  small = quantise(whole, str(tmp_path / "int8"), "int8")
+  small = quantize(whole, str(tmp_path / "int8"), "int8")
   step = np.abs(memories).max(-1, keepdims=True) / 127
   assert (np.abs(small.memories() - memories) <= 0.51 * step).all()
-  assert [forms.make(name, 2, 16).nbytes for name in ("float32", "bfloat16", "int8")] == [128, 64, 36]
-  assert MemoryStore(str(tmp_path / "int8")).manifest.form == "int8"
+  assert [codecs.make(name, 2, 16).nbytes for name in ("float32", "bfloat16", "int8")] == [128, 64, 36]
+  assert MemoryStore(str(tmp_path / "int8")).manifest.encoding == "int8"
 
 
 def test_product_quantisation(tmp_path):
   pytest.importorskip("faiss")
   rng = np.random.default_rng(0)
-  centres = rng.normal(size=(4, 8, 8)).astype(np.float32)  # each part of a vector is one of eight
-  memories = np.stack([centres[np.arange(4), rng.integers(0, 8, 4)].reshape(2, 16) for _ in range(400)])
+  centers = rng.normal(size=(4, 8, 8)).astype(np.float32)  # each part of a vector is one of eight
+  memories = np.stack([centers[np.arange(4), rng.integers(0, 8, 4)].reshape(2, 16) for _ in range(400)])
   whole = MemoryStore(str(tmp_path / "float32"), MANIFEST)
   whole.append([Document(f"d{i}", "t", "") for i in range(400)], memories)
-  small = quantise(whole, str(tmp_path / "pq"), "pq", sub_width=8)
-  assert small.form.nbytes == 4
+  small = quantize(whole, str(tmp_path / "pq"), "pq", sub_width=8)
+  assert small.codec.nbytes == 4
   np.testing.assert_allclose(MemoryStore(str(tmp_path / "pq")).memories(), memories, atol=1e-5)
   with pytest.raises(ConfigError, match="sub_width=5"):
-    quantise(whole, str(tmp_path / "no"), "pq", sub_width=5)
+    quantize(whole, str(tmp_path / "no"), "pq", sub_width=5)
   with pytest.raises(StoreError, match="is a store already"):
-    quantise(whole, str(tmp_path / "pq"), "pq", sub_width=8)
+    quantize(whole, str(tmp_path / "pq"), "pq", sub_width=8)
   with pytest.raises(ConfigError, match="needs as many documents"):
-    forms.learn_pq(memories[:100], 8)
+    codecs.learn_pq(memories[:100], 8)
 
 
 def test_refusals(tmp_path):
@@ -215,7 +216,7 @@ def test_refusals(tmp_path):
   with pytest.raises(StoreError, match=r"another process writes .*process \d+ on "):
     MemoryStore(str(tmp_path)).append(*numbered(2))
   store.close()
-  for field, value in {"compressor": "other", "form": "int8", "num_memory_tokens": 3}.items():
+  for field, value in {"compressor": "other", "encoding": "int8", "num_memory_tokens": 3}.items():
     with pytest.raises(StoreError, match=f"{field}"):
       MemoryStore(str(tmp_path), dataclasses.replace(MANIFEST, **{field: value}))
   (tmp_path / "manifest.json").write_text(json.dumps({"version": 1}))
@@ -423,8 +424,8 @@ def test_the_fingerprint_depends_on_the_compressor_only():
 
 
 def test_documents_that_are_cut_are_counted(tmp_path):
-  layout = tiny.layout()
+  prompt_tokenizer = tiny.prompt_tokenizer()
   short = tiny.world().document(tiny.world().side(False)[0])
   corpus = [Document("a", short), Document("b", " ".join([short] * 5))]
-  report = compress_corpus(Clara(tiny.config()), layout, tiny.weights(), corpus, str(tmp_path / "store"), progress=False)
+  report = compress_corpus(Checkpoint(Clara(tiny.config()), prompt_tokenizer, tiny.weights()), corpus, str(tmp_path / "store"), progress=False)
   assert (report.documents, report.cut) == (2, 1)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from clara_jax.evaluation.metrics import answer_scores, cover_em, exact_match, f1, normalise, retrieval_scores
+from clara_jax.evaluation.metrics import answer_scores, cover_em, exact_match, f1, normalize, retrieval_scores
 from clara_jax.training.metrics import Mean, values
 
 
@@ -11,7 +11,7 @@ from clara_jax.training.metrics import Mean, values
     ("The  Cat's hat!", "cats hat"), ("A an the", ""), ("True", "yes"), ("False.", "no"), ("U.S.", "us"),
 ])
 def test_normalise(text, wanted):
-  assert normalise(text) == wanted
+  assert normalize(text) == wanted
 
 
 def test_answers():

@@ -12,16 +12,16 @@ import pytest
 from clara_jax.cli.main import main
 from clara_jax.config import ClaraConfig, ConfigError, DataConfig
 from clara_jax.data.pipeline import RowEncoder, TrainingBatches, evaluation_batches, pad_tokens
-from clara_jax.data.schemas import Document
-from clara_jax.data.tokens import Layout
-from clara_jax.data.world import write_rows
+from clara_jax.data.prompt_tokenizer import PromptTokenizer
+from clara_jax.data.schemas import Document, write_rows
 from clara_jax.inference.answer import Answerer
-from clara_jax.memory.compress import compress_corpus
-from clara_jax.memory.quantise import quantise, truncate
+from clara_jax.inference.checkpoint import Checkpoint
+from clara_jax.inference.compress import compress_corpus
+from clara_jax.memory.quantize import quantize, truncate
 from clara_jax.memory.store import MemoryStore, StoreError
 from clara_jax.model import Clara
 from clara_jax.retrieval import index as index_lib
-from clara_jax.training import loop, stages
+from clara_jax.training import stages, trainer
 from tests import tiny
 
 SIZES = (1, 2, 4)
@@ -31,8 +31,8 @@ def config(m: int = 4, **fields) -> ClaraConfig:
   return dataclasses.replace(tiny.config(), compression_rate=40 // m, **fields)
 
 
-def layout(m: int = 4, **fields) -> Layout:
-  return Layout(tiny.world().tokenizer(), config(m, **fields))
+def prompt_tokenizer(m: int = 4, **fields) -> PromptTokenizer:
+  return PromptTokenizer(tiny.world().tokenizer(), config(m, **fields))
 
 
 def weights(m: int = 4) -> dict:
@@ -48,7 +48,7 @@ def weights(m: int = 4) -> dict:
   return made
 
 
-def batch_of(stage: str, m: int, made: Layout, count: int = 8):
+def batch_of(stage: str, m: int, made: PromptTokenizer, count: int = 8):
   encoder = RowEncoder(made, stages.get(stage).data, DataConfig(**tiny.DATA), 2)
   return evaluation_batches(tiny.rows(stage)[:count], encoder, count)[0]
 
@@ -57,18 +57,18 @@ def batch_of(stage: str, m: int, made: Layout, count: int = 8):
 def test_the_first_tokens_are_those_of_a_compressor_with_so_many(m):
   texts = [d["text"] for d in tiny.world().documents(False)[:6]]
   whole, few = Clara(config()), Clara(config(m))
-  all_ids, ids = (pad_tokens(made.documents(texts), 0, 64) for made in (layout(), layout(m)))
+  all_ids, ids = (pad_tokens(made.documents(texts), 0, 64) for made in (prompt_tokenizer(), prompt_tokenizer(m)))
   all_memories = jax.jit(whole.compress)(weights(), all_ids)
   np.testing.assert_array_equal(all_memories[:, :m], jax.jit(few.compress)(weights(m), ids))
-  first = pad_tokens(layout().first(m).documents(texts), 0, 64)
+  first = pad_tokens(prompt_tokenizer().first(m).documents(texts), 0, 64)
   np.testing.assert_array_equal(all_memories[:, :m], jax.jit(whole.first(m).compress)(weights(), first))
 
 
 @pytest.mark.parametrize("m", SIZES)
 def test_a_prompt_with_the_first_tokens_is_the_prompt_with_so_many(m):
-  whole = layout()
+  whole = prompt_tokenizer()
   row = tiny.rows("instruct")[0]
-  wanted = layout(m).row_prompt(row, 2)
+  wanted = prompt_tokenizer(m).row_prompt(row, 2)
   made = whole.first(m).row_prompt(row, 2)
   is_word = wanted.ids < config().model.vocab_size + m
   np.testing.assert_array_equal(made.ids[is_word], wanted.ids[is_word])
@@ -82,8 +82,8 @@ def test_a_loss_with_the_first_tokens_is_that_of_a_model_with_so_many(stage, m):
   def loss(model, values, batch):
     terms, metrics = stages.get(stage).loss(model.reading(batch), values, {}, batch, None)
     return sum(t.value for t in terms.values()), metrics
-  found = jax.jit(lambda w, b: loss(Clara(config()), w, b))(weights(), batch_of(stage, m, layout().first(m)))
-  wanted = jax.jit(lambda w, b: loss(Clara(config(m)), w, b))(weights(m), batch_of(stage, m, layout(m)))
+  found = jax.jit(lambda w, b: loss(Clara(config()), w, b))(weights(), batch_of(stage, m, prompt_tokenizer().first(m)))
+  wanted = jax.jit(lambda w, b: loss(Clara(config(m)), w, b))(weights(m), batch_of(stage, m, prompt_tokenizer(m)))
   # The vocabularies differ by the memory tokens that one does not have: in the softmax only.
   np.testing.assert_allclose(found[0], wanted[0], rtol=2e-3)
   if stage == "joint":
@@ -98,7 +98,7 @@ def nested_run(stage: str, estimator=None, steps=4, **data):
 
 
 def test_sizes_are_drawn_from_seed_and_step_alone():
-  encoder = RowEncoder(layout(nested_memory=SIZES), "given", DataConfig(**tiny.DATA, length_window=2), 2)
+  encoder = RowEncoder(prompt_tokenizer(nested_memory=SIZES), "given", DataConfig(**tiny.DATA, length_window=2), 2)
   batches = TrainingBatches([[tiny.rows("scp")]], encoder, 3)
   drawn = [next(batches) for _ in range(9)]
   assert [b.batch.memory_tokens for b in drawn] == [batches.memory_tokens(step) for step in range(9)]
@@ -115,17 +115,17 @@ def test_sizes_are_drawn_from_seed_and_step_alone():
 def test_a_run_goes_on_with_the_same_sizes(tmp_path):
   run, rows = nested_run("scp"), tiny.rows("scp")
   drawn = nested_run("scp").clara.nested_memory
-  whole = loop.train(run, layout(nested_memory=drawn), weights(), rows, rows[:8], workdir=str(tmp_path / "run"), progress=False)
+  whole = trainer.Trainer(run, prompt_tokenizer(nested_memory=drawn), weights(), rows, rows[:8], workdir=str(tmp_path / "run"), progress=False).run()
   assert {"ce", "ce_m1", "answers_m1"} <= set(whole.evaluations[-1][1])
   for stop in (1, None):
-    parts = loop.train(run, layout(nested_memory=drawn), weights(), rows, workdir=str(tmp_path / "parts"), progress=False, stop_at=stop)
+    parts = trainer.Trainer(run, prompt_tokenizer(nested_memory=drawn), weights(), rows, workdir=str(tmp_path / "parts"), progress=False, stop_at=stop).run()
   for a, b in zip(*(jax.tree.leaves(r.weights["compressor"]) for r in (whole, parts)), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_any_estimator_teaches_every_size():
   run = nested_run("joint", "softmax")
-  result = loop.train(run, layout(nested_memory=run.clara.nested_memory), weights(), tiny.rows("joint"), progress=False)
+  result = trainer.Trainer(run, prompt_tokenizer(nested_memory=run.clara.nested_memory), weights(), tiny.rows("joint"), progress=False).run()
   assert np.isfinite(result.metrics["loss"]) and result.metrics["gradient_norm_query_reasoner"] > 0
 
 
@@ -133,7 +133,7 @@ def test_any_estimator_teaches_every_size():
 def store(tmp_path_factory):
   folder = str(tmp_path_factory.mktemp("nested") / "store")
   documents = [Document(d["id"], d["text"], d["title"]) for d in tiny.world().documents(False)]
-  compress_corpus(Clara(config()), layout(), weights(), documents, folder, bucket=64, progress=False)
+  compress_corpus(Checkpoint(Clara(config()), prompt_tokenizer(), weights()), documents, folder, bucket=64, progress=False)
   return folder
 
 
@@ -141,8 +141,8 @@ def test_joint_training_searches_a_whole_store_with_every_size(store):
   run = nested_run("joint", steps=1, store=store, retrieve="store")
   known = MemoryStore(store)
   rows = [r for r in tiny.rows("joint") if all(r.document_ids[p] in known for p in r.gold)]
-  made = layout(nested_memory=run.clara.nested_memory)
-  result = loop.train(run, made, weights(), rows, rows[:8], memories=known.lookup(), progress=False)
+  made = prompt_tokenizer(nested_memory=run.clara.nested_memory)
+  result = trainer.Trainer(run, made, weights(), rows, rows[:8], memories=known.lookup(), progress=False).run()
   # Of one batch, the same as with candidates that are the whole store's nearest by the plain formula.
   encoder = RowEncoder(made.first(1), "candidates", run.data, 2, known.lookup())
   batch = evaluation_batches(rows[:8], encoder, 8)[0]
@@ -162,13 +162,13 @@ def test_a_truncated_store_holds_the_first_bytes(store, form, tmp_path):
     many = np.random.default_rng(0).normal(size=(300, 4, 16)).astype(np.float32)
     whole = MemoryStore(str(tmp_path / "many"), dataclasses.replace(whole.manifest))
     whole.append([Document(str(i), "text") for i in range(300)], many)
-  whole = quantise(whole, str(tmp_path / "form"), form)
+  whole = quantize(whole, str(tmp_path / "form"), form)
   small = truncate(whole, str(tmp_path / "small"), 2)
   assert small.manifest == dataclasses.replace(whole.manifest, num_memory_tokens=2, codebook=small.manifest.codebook)
   np.testing.assert_array_equal(small.memories(), whole.memories()[:, :2])
   np.testing.assert_array_equal(whole.first(2).memories(), whole.memories()[:, :2])
   assert small.documents() == whole.documents() and small.verify()["documents"] == len(whole)
-  assert small.form.nbytes * 2 == whole.form.nbytes
+  assert small.codec.nbytes * 2 == whole.codec.nbytes
   for m in (0, 5):
     with pytest.raises(StoreError, match=f"memory tokens {m}: expected 1 to 4"):
       whole.first(m)
@@ -192,10 +192,10 @@ def test_search_with_few_read_with_many(store):
     if not index_lib.available(kind):
       continue
     index_lib.save(index_lib.build(kind, whole.first(1)), kind, whole.first(1))
-    answerer = Answerer(model, layout(), weights(), whole, max_new_tokens=4)
+    answerer = Answerer(Checkpoint(model, prompt_tokenizer(), weights()), whole, max_new_tokens=4)
     assert answerer.search_tokens == 1 and answerer.model.num_memory_tokens == 4
     found = answerer.answer(questions)
-    query = jax.jit(model.first(1).encode_query)(weights(), pad_tokens([layout().first(1).query(q) for q in questions], 0, 32))
+    query = jax.jit(model.first(1).encode_query)(weights(), pad_tokens([prompt_tokenizer().first(1).query(q) for q in questions], 0, 32))
     scores = index_lib.unit_vectors(np.asarray(query)) @ index_lib.unit_vectors(whole.memories()[:, :1]).T
     for answer, row in zip(found, scores, strict=True):
       best = np.argsort(-row)[:2]
@@ -214,18 +214,18 @@ def test_sizes_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match=f"memory tokens {m}: expected 1 to 4"):
       Clara(config()).first(m)
     with pytest.raises(ConfigError, match="expected 1 to 4"):
-      layout().first(m)
+      prompt_tokenizer().first(m)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """A joint run, rows and documents."""
   path = tmp_path_factory.mktemp("commands")
-  base = loop.train(dataclasses.replace(tiny.run_config("pretrain", steps=1), clara=config()), layout(), {}, tiny.rows("pretrain"),
-                    workdir=str(path / "base"), progress=False)
+  base = trainer.Trainer(dataclasses.replace(tiny.run_config("pretrain", steps=1), clara=config()), prompt_tokenizer(), {}, tiny.rows("pretrain"),
+                    workdir=str(path / "base"), progress=False).run()
   run = dataclasses.replace(nested_run("joint", steps=1), clara=config(nested_memory=SIZES), base=str(path / "base"))
-  loop.train(run, layout(nested_memory=SIZES), {**weights(), "base": base.weights["base"]}, tiny.rows("joint"), workdir=str(path / "joint"),
-             progress=False)
+  trainer.Trainer(run, prompt_tokenizer(nested_memory=SIZES), {**weights(), "base": base.weights["base"]}, tiny.rows("joint"), workdir=str(path / "joint"),
+             progress=False).run()
   write_rows(tiny.world().question_rows(6, test=True), str(path / "joint.jsonl"))
   write_rows(tiny.world().documents(test=True), str(path / "documents.jsonl"))
   return path

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from clara_jax.data import records
-from clara_jax.data.world import write_rows
+from clara_jax.data.schemas import write_rows
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -14,24 +14,24 @@ from hypothesis import strategies as st
 from clara_jax.config import ClaraConfig, DataConfig, ModelConfig
 from clara_jax.data import prompts, schemas, templates
 from clara_jax.data.pipeline import RowEncoder
+from clara_jax.data.prompt_tokenizer import PromptTokenizer
 from clara_jax.data.schemas import DataError
-from clara_jax.data.tokens import Layout
 from tests import published, tiny
 
 M = 2
 
 
-def layout(name: str, **changes) -> Layout:
+def prompt_tokenizer(name: str, **changes) -> PromptTokenizer:
   """Of a published model; changes of `Published`."""
   model = dataclasses.replace(published.MODELS[name], **changes)
   tokenizer = published.tokenizer(model)
   config = ClaraConfig(ModelConfig(len(tokenizer), 8, 1, 1, 1, 8, 8), doc_max_length=40, compression_rate=40 // M, decoder_max_length=1024)
-  return Layout(tokenizer, config, end_ids=[tokenizer.convert_tokens_to_ids(t) for t in model.ends])
+  return PromptTokenizer(tokenizer, config, end_ids=[tokenizer.convert_tokens_to_ids(t) for t in model.ends])
 
 
 @pytest.mark.parametrize("name", published.MODELS)
 def test_the_prompt_is_the_templates_own_and_begins_the_training_text(name):
-  made = layout(name)
+  made = prompt_tokenizer(name)
   tokenizer = made.tokenizer
   messages = prompts.answer_messages(made.slots(2), "Where is it?")
   if "v0.1" in name:  # refuses a system message: in front of the user's, one newline between, as in the released code
@@ -50,7 +50,7 @@ def test_the_prompt_is_the_templates_own_and_begins_the_training_text(name):
 
 
 def test_nothing_stands_for_a_bos_that_is_not_there():
-  made = layout("Qwen2.5-0.5B-Instruct")
+  made = prompt_tokenizer("Qwen2.5-0.5B-Instruct")
   ids = made.document("Paris is old.")
   assert made.tokenizer.decode(ids) == "<ENC>Paris is old.<|im_end|><MEM0><MEM1>" and not made.is_cut(ids)
   long = made.document("Paris " * 100)
@@ -58,14 +58,14 @@ def test_nothing_stands_for_a_bos_that_is_not_there():
 
 
 def test_a_tokenizer_without_an_end():
-  turns = layout("Qwen2.5-0.5B-Instruct", eos=None, ends=())
+  turns = prompt_tokenizer("Qwen2.5-0.5B-Instruct", eos=None, ends=())
   assert turns.tokenizer.convert_ids_to_tokens(list(turns.end_ids)) == ["<|im_end|>"]
   ids = turns.document("Paris is old.")
   assert turns.tokenizer.decode(ids) == "<ENC>Paris is old.<MEM0><MEM1>" and not turns.is_cut(ids)
   template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
   with pytest.raises(schemas.DataError, match="nothing can end an answer"):
-    layout("Qwen2.5-0.5B-Instruct", eos=None, ends=(), template=template)
-  named = layout("Qwen2.5-0.5B-Instruct", eos=None, template=template)  # generation_config.json names one
+    prompt_tokenizer("Qwen2.5-0.5B-Instruct", eos=None, ends=(), template=template)
+  named = prompt_tokenizer("Qwen2.5-0.5B-Instruct", eos=None, template=template)  # generation_config.json names one
   assert named.tokenizer.decode(named.answer_prompt("Who?", 1, "Ada").ids[-4:]).endswith("Ada<|im_end|>")
 
 
@@ -74,21 +74,21 @@ def test_blanks_that_are_tokens_end_nothing():
   tokenizer.add_tokens(["\n", "  "])
   tokenizer.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content }}{{ '\\n' }}{{ '<|im_end|>' }}{% endfor %}"
   config = ClaraConfig(ModelConfig(len(tokenizer), 8, 1, 1, 1, 8, 8), doc_max_length=40, compression_rate=20)
-  assert Layout(tokenizer, config).end_ids == (2,)
+  assert PromptTokenizer(tokenizer, config).end_ids == (2,)
 
 
 def test_a_template_that_does_not_know_the_generation_prompt():
   """The header of the assistant's turn belongs to the prompt, whatever the template does about it."""
   template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
-  made = layout("SmolLM2-135M-Instruct", template=template)
+  made = prompt_tokenizer("SmolLM2-135M-Instruct", template=template)
   trained = made.answer_prompt("Who?", 1, "Ada")
   assert made.tokenizer.decode(trained.ids[trained.prompt_length :]) == "Ada<|im_end|>"
   assert made.tokenizer.decode(made.answer_prompt("Who?", 1).ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_without_a_template_a_plain_one_is_used_and_said(capsys):
-  made = layout("SmolLM2-135M-Instruct", template=None)
-  assert "has no chat template; a plain one is used" in capsys.readouterr().err
+def test_without_a_template_a_plain_one_is_used_and_said(caplog):
+  made = prompt_tokenizer("SmolLM2-135M-Instruct", template=None)
+  assert "has no chat template; a plain one is used" in caplog.text
   trained = made.answer_prompt("Who?", 1, "Ada")
   assert made.tokenizer.decode(trained.ids).endswith("\n\nQuestion:Who?\nAssistant: Ada<|im_end|>")
 
@@ -109,25 +109,25 @@ def test_without_a_template_a_plain_one_is_used_and_said(capsys):
 )
 def test_templates_that_cannot_be_had_are_refused_by_name(template, message):
   with pytest.raises(schemas.DataError, match=message):
-    layout("SmolLM2-135M-Instruct", template=template)
+    prompt_tokenizer("SmolLM2-135M-Instruct", template=template)
 
 
 def test_a_list_of_templates_has_a_default():
   chatml = published.MODELS["SmolLM2-135M-Instruct"].template
-  made = layout("SmolLM2-135M-Instruct", template={"default": chatml, "tool_use": "{{ messages }}"})
-  assert made.answer_prompt("Who?", 1).ids.tolist() == layout("SmolLM2-135M-Instruct").answer_prompt("Who?", 1).ids.tolist()
+  made = prompt_tokenizer("SmolLM2-135M-Instruct", template={"default": chatml, "tool_use": "{{ messages }}"})
+  assert made.answer_prompt("Who?", 1).ids.tolist() == prompt_tokenizer("SmolLM2-135M-Instruct").answer_prompt("Who?", 1).ids.tolist()
 
 
 def test_a_date_is_told_once():
-  made = layout("Llama-3.2-1B-Instruct")
+  made = prompt_tokenizer("Llama-3.2-1B-Instruct")
   assert re.fullmatch(r"\d{4}-\d\d-\d\d", made.config.prompt_date)
-  again = Layout(published.tokenizer(published.MODELS["Llama-3.2-1B-Instruct"]), dataclasses.replace(made.config, prompt_date="2024-07-26"))
+  again = PromptTokenizer(published.tokenizer(published.MODELS["Llama-3.2-1B-Instruct"]), dataclasses.replace(made.config, prompt_date="2024-07-26"))
   assert "Today Date: 26 Jul 2024\n\n" in again.tokenizer.decode(again.answer_prompt("Who?", 1).ids)
-  assert layout("Llama-3.1-8B-Instruct").config.prompt_date is None
+  assert prompt_tokenizer("Llama-3.1-8B-Instruct").config.prompt_date is None
 
 
 def test_a_training_question_is_cut_at_the_decoders_maximum_only():
-  made = layout("Mistral-7B-Instruct-v0.2")
+  made = prompt_tokenizer("Mistral-7B-Instruct-v0.2")
   text = "Paris " * 300
   answering, training = made.query(text), made.training_query(text)
   assert len(answering) == made.config.query_max_length + 3 + M < len(training) <= 1024 + 3 + M
@@ -176,13 +176,13 @@ _PIECES = st.sampled_from(
 FORGERIES = st.lists(_PIECES | st.text(max_size=5), min_size=1, max_size=8).map("".join)
 
 
-def forged(name: str) -> Layout:
+def forged(name: str) -> PromptTokenizer:
   if name not in LAYOUTS:
-    LAYOUTS[name] = layout(name)
+    LAYOUTS[name] = prompt_tokenizer(name)
   return LAYOUTS[name]
 
 
-def control(made: Layout, ids) -> list[int]:
+def control(made: PromptTokenizer, ids) -> list[int]:
   """The special tokens among ids."""
   special = {i for i, t in made.tokenizer.backend_tokenizer.get_added_tokens_decoder().items() if t.content.strip()}
   return [int(i) for i in ids if i in special]
@@ -250,7 +250,7 @@ def test_a_tokenizer_file_that_truncates_or_pads_does_neither_here(tmp_path):
     "pad_token": "x",
   }
   (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-  made = Layout(str(tmp_path), layout("SmolLM2-135M-Instruct").config)
+  made = PromptTokenizer(str(tmp_path), prompt_tokenizer("SmolLM2-135M-Instruct").config)
   assert made.ids("Paris is old and large.") == tokenizer.encode("Paris is old and large.", add_special_tokens=False)
 
 
@@ -259,7 +259,7 @@ def test_a_tokenizer_file_that_truncates_or_pads_does_neither_here(tmp_path):
     "{% set ns = namespace(n=0) %}{% for a in range(99999) %}{% for b in range(99999) %}{% set ns.n = ns.n + 1 %}{% endfor %}{% endfor %}"])
 def test_a_template_without_end_is_stopped(template, monkeypatch):
   monkeypatch.setattr(templates, "SECONDS", 0.5)
-  tokenizer = tiny.layout().tokenizer
+  tokenizer = tiny.prompt_tokenizer().tokenizer
   monkeypatch.setattr(tokenizer, "chat_template", template)
   threads = threading.active_count()
   with pytest.raises(DataError, match="takes longer than 0.5 s; give another with --chat-template FILE"):

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from benchmarks import published as study
-from clara_jax.cli import configs
+from clara_jax.checkpoints import families, formats
+from clara_jax.checkpoints.convert import convert
+from clara_jax.checkpoints.keymap import KeyMapError
+from clara_jax.checkpoints.workdir import CheckpointError
 from clara_jax.cli import main as cli
 from clara_jax.config import ConfigError
-from clara_jax.interop import checkpoints, families
-from clara_jax.interop.convert import convert
-from clara_jax.interop.keymap import KeyMapError
 from clara_jax.model import Clara
-from clara_jax.training.checkpoint import CheckpointError
+from clara_jax.training import config_file
 from tests import published
 
 torch = pytest.importorskip("torch")
@@ -85,14 +85,14 @@ def test_one_base_through_every_command(bases, tmp_path):
 
 
 def test_the_base_is_the_shape(bases):
-  config = configs.load(f"{CONFIG}:scp", [f"--config.base={bases('Mistral-7B-Instruct-v0.1')}"])
+  config = config_file.load_config(f"{CONFIG}:scp", [f"--config.base={bases('Mistral-7B-Instruct-v0.1')}"])
   assert config.clara.model.rope_theta == 1e4 and config.clara.model.sliding_window == 24 and config.clara.model.remat == "full"
   assert config.clara.model.dtype == "bfloat16"
-  padded = configs.load(f"{CONFIG}:scp", [f"--config.base={bases('Qwen3-0.6B')}"])
+  padded = config_file.load_config(f"{CONFIG}:scp", [f"--config.base={bases('Qwen3-0.6B')}"])
   rows = json.loads(open(f"{bases('Qwen3-0.6B')}/config.json").read())["vocab_size"]
   assert padded.clara.model.vocab_size == rows - 37
   # The number in config.json is no contradiction, others are.
-  assert configs.load(f"{CONFIG}:scp", [f"--config.base={bases('Qwen3-0.6B')}", f"--config.clara.model.vocab_size={rows}"]) == padded
+  assert config_file.load_config(f"{CONFIG}:scp", [f"--config.base={bases('Qwen3-0.6B')}", f"--config.clara.model.vocab_size={rows}"]) == padded
 
 
 @pytest.mark.parametrize(
@@ -108,14 +108,14 @@ def test_the_base_is_the_shape(bases):
 )
 def test_a_contradiction_names_both_values(bases, field, value, message):
   with pytest.raises(ConfigError, match=message):
-    configs.load(f"{CONFIG}:scp", [f"--config.base={bases('Mistral-7B-Instruct-v0.1')}", f"--config.clara.model.{field}={value}"])
+    config_file.load_config(f"{CONFIG}:scp", [f"--config.base={bases('Mistral-7B-Instruct-v0.1')}", f"--config.clara.model.{field}={value}"])
 
 
 def test_mistral_7b_is_not_another_mistral(bases):
   with pytest.raises(ConfigError, match="clara.model.* but .*zephyr-7b-beta has"):
-    configs.load("configs/mistral_7b.py:scp", [f"--config.base={bases('zephyr-7b-beta')}"])
+    config_file.load_config("configs/mistral_7b.py:scp", [f"--config.base={bases('zephyr-7b-beta')}"])
   with pytest.raises(ConfigError, match="config.base: name the directory"):
-    configs.load(f"{CONFIG}:scp")
+    config_file.load_config(f"{CONFIG}:scp")
 
 
 def test_neutral_fields_and_unknown_ones(base):
@@ -179,7 +179,7 @@ def test_windows_of_some_layers_hold_in_answers_and_in_what_explains_them(bases)
   from clara_jax.batch import Tokens
   from clara_jax.inference.generate import make_generate
 
-  checkpoint = checkpoints.load(bases("Ministral-8B-Instruct-2410"), dtype="float32")
+  checkpoint = formats.load(bases("Ministral-8B-Instruct-2410"), dtype="float32")
   assert checkpoint.model.config.model.full_attention_layers == (0,)
   reference = transformers.AutoModelForCausalLM.from_pretrained(bases("Ministral-8B-Instruct-2410"), dtype=torch.float32).eval()
   ids = np.random.default_rng(0).integers(9, 300, (1, 70))
@@ -238,7 +238,7 @@ def test_float16_is_kept_or_cast(bases, tmp_path, dtype, capsys):
   with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
     assert str(file.get_tensor("model.norm.weight").dtype) == f"torch.{dtype or 'float16'}"
   assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == (dtype or "float16")
-  checkpoints.load(bases("Llama-2-7b-chat"), dtype=dtype)
+  formats.load(bases("Llama-2-7b-chat"), dtype=dtype)
   assert ("are rounded to bfloat16" in capsys.readouterr().err) == (dtype != "float32")
 
 
@@ -287,8 +287,8 @@ def test_a_tokenizer_with_a_token_that_has_no_row(base, tmp_path, file):
     values = json.loads((base / file).read_text())
     (base / file).write_text(json.dumps({**values, "pad_token": "[PAD]"}))
   words = len(transformers.AutoTokenizer.from_pretrained(base))
-  checkpoint = checkpoints.load(str(base), dtype="float32")
-  assert checkpoint.model.config.model.vocab_size == words == checkpoint.layout.tokenizer.pad_token_id + 1
+  checkpoint = formats.load(str(base), dtype="float32")
+  assert checkpoint.model.config.model.vocab_size == words == checkpoint.prompt_tokenizer.tokenizer.pad_token_id + 1
   assert not np.asarray(checkpoint.weights["base"]["embedding"])[words - 1].any()
 
 
@@ -301,7 +301,7 @@ def test_hub_ids(base, tmp_path, monkeypatch):
   (snapshot.parents[1] / "refs").mkdir()
   (snapshot.parents[1] / "refs" / "main").write_text("abc")
   study.run("convert", "me/mine", str(tmp_path / "out"), "--to", "clara")
-  assert configs.load(f"{CONFIG}:scp", ["--config.base=me/mine"]).base == str(snapshot)
+  assert config_file.load_config(f"{CONFIG}:scp", ["--config.base=me/mine"]).base == str(snapshot)
   assert "fetch it with: hf download me/other" in refused("convert", "me/other", tmp_path / "x", "--to", "clara")
   assert "no such checkpoint" in refused("convert", "nowhere at all", tmp_path / "x", "--to", "clara")
 
@@ -313,7 +313,7 @@ def test_any_path(bases, tmp_path, name):
   report = convert(bases("SmolLM2-135M-Instruct"), str(tmp_path / "x" / name), "clara", verify=True)
   assert report.verify["exact"] and os.listdir(tmp_path / "x") == [name]
   assert convert(str(tmp_path / "x" / name), str(tmp_path / "y" / name), "hf", verify=True).verify["exact"]
-  checkpoints.load(str(tmp_path / "y" / name))
+  formats.load(str(tmp_path / "y" / name))
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------------------------
@@ -342,8 +342,8 @@ def adapter(directory, base, change=None, **fields):
 
 
 def logits(directory, base):
-  opened = checkpoints.open_checkpoint(str(directory), base, "float32")
-  model, weights = Clara(opened.config), checkpoints.on_device(opened)
+  opened = formats.open_checkpoint(str(directory), base, "float32")
+  model, weights = Clara(opened.config), formats.on_device(opened)
   hidden, _ = model.hidden(weights, "generator", model.embed(weights, jnp.asarray(IDS)))
   return np.asarray(model.logits(weights, hidden))[..., : opened.config.model.vocab_size]
 
@@ -404,9 +404,9 @@ def test_what_cannot_be_computed_is_refused_by_its_field(bases, tmp_path, fields
   file = tmp_path / "adapter" / "adapter_config.json"
   file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
   with pytest.raises((ConfigError, KeyMapError), match=message):
-    checkpoints.open_checkpoint(str(tmp_path / "adapter"), base)
+    formats.open_checkpoint(str(tmp_path / "adapter"), base)
   if "use_something_new" in fields:
-    checkpoints.open_checkpoint(str(tmp_path / "adapter"), base, allow=("use_something_new",))
+    formats.open_checkpoint(str(tmp_path / "adapter"), base, allow=("use_something_new",))
 
 
 def test_an_adapter_of_a_base_that_is_not_here(bases, tmp_path):
@@ -414,7 +414,7 @@ def test_an_adapter_of_a_base_that_is_not_here(bases, tmp_path):
   file = tmp_path / "adapter" / "adapter_config.json"
   file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "me/nothing"}))
   with pytest.raises(CheckpointError, match="its base 'me/nothing' is not a directory here; name one with --base"):
-    checkpoints.open_checkpoint(str(tmp_path / "adapter"))
+    formats.open_checkpoint(str(tmp_path / "adapter"))
 
 
 def test_upstream_files_that_were_saved_with_gradients(golden, tmp_path):
@@ -444,5 +444,5 @@ def test_trained_memory_tokens_are_not_rounded_on_their_way_out(golden, tmp_path
   convert(str(tmp_path / "peft"), str(tmp_path / "ours"), "clara", base=str(golden / "tiny_mistral"), dtype="bfloat16")
   report = convert(str(tmp_path / "ours"), str(tmp_path / "up"), "upstream", verify=True)
   assert report.verify["exact"]
-  again = checkpoints.open_checkpoint(str(tmp_path / "up"), str(golden / "tiny_mistral"))
+  again = formats.open_checkpoint(str(tmp_path / "up"), str(golden / "tiny_mistral"))
   np.testing.assert_array_equal(np.asarray(again.groups["memory_embedding"]), tensors["memory_embedding"])

@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 
-from clara_jax.data.world import WorldConfig
-from clara_jax.interop import checkpoints
-from clara_jax.quickstart import recipe, ship
+from clara_jax.checkpoints import formats
+from clara_jax.data.prompt_tokenizer import PromptTokenizer
+from clara_jax.experiments.quickstart import recipe, shipped
+from clara_jax.experiments.world import World, WorldConfig
 
 SIZES = recipe.Sizes(
     world=WorldConfig(level=2, kinds=("person",), people=60, first_names=10, last_names=10, relations=6, pages=6, wordings=2,
@@ -14,7 +15,8 @@ SIZES = recipe.Sizes(
     evaluation_rows=20, corpus=40, pretrain=2, scp=2, instruct=2, contrastive=2, joint=2)
 
 
-def test_quickstart_and_what_is_shipped(tmp_path, capsys):
+def test_quickstart_and_what_is_shipped(tmp_path, caplog, monkeypatch):
+  caplog.set_level("INFO", "clara_jax")
   report = recipe.run(str(tmp_path / "run"), from_scratch=True, sizes=SIZES)
   assert report == json.loads((tmp_path / "run" / "report.json").read_text())
   assert report["documents"] == SIZES.corpus and report["compression_ratio"] >= 8
@@ -25,13 +27,16 @@ def test_quickstart_and_what_is_shipped(tmp_path, capsys):
   assert only[0] == only[1]  # the query reasoner is frozen
   page = (tmp_path / "run" / "report.html").read_text()
   assert page.count("<svg") == 3 and "recall@5, generator only" in page and "<script" not in page
-  assert "joint.recall_at_1" in capsys.readouterr().err
+  assert "joint.recall_at_1" in caplog.text
 
-  size = ship.ship(str(tmp_path / "run"), tmp_path / "package")
-  assert 0 < size < 8 * 2**20
-  shipped, trained = (checkpoints.load(str(folder / "stages" / "instruct")) for folder in (tmp_path / "package", tmp_path / "run"))
+  assert 0 < shipped.pack(str(tmp_path / "run"), tmp_path / "package") < 4 * 2**20
+  monkeypatch.setattr(shipped, "FOLDER", tmp_path / "package")
+  tokenizer = World(SIZES.world).tokenizer()
+  record = shipped.unpack(str(tmp_path / "unpacked"), PromptTokenizer(tokenizer, recipe.clara_config(len(tokenizer))))
+  assert set(record) == {"recipe", "seed", "stages", "seconds"}
+  unpacked, trained = (formats.load(str(folder / "instruct")) for folder in (tmp_path / "unpacked", tmp_path / "run" / "stages"))
   for role in ("compressor", "generator"):
-    a, b = (np.concatenate([np.ravel(x) for x in _leaves(c.weights[role])]) for c in (shipped, trained))
+    a, b = (np.concatenate([np.ravel(x) for x in _leaves(c.weights[role])]) for c in (unpacked, trained))
     np.testing.assert_allclose(a, b, rtol=2**-8)
 
 

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import smollm2
 from clara_jax.config import ClaraConfig, ModelConfig
 from clara_jax.data import schemas
-from clara_jax.data.tokens import Layout
+from clara_jax.data.prompt_tokenizer import PromptTokenizer
 from tests import published
 from tests.conftest import REAL
 
@@ -83,18 +83,18 @@ def test_prompts_equal_mistral_common(mistral, version, template):
   """To the token, with the published templates. (Tokenizers of old that put a word's mark before every segment, also after a special
   token, have one mark more after `<s>` or `[INST]` than Mistral's own: that is in their tokenizer.json, and they are read as they are.)"""
   (file,) = real(f"axolotl/utils/chat_templates/templates/{template}.jinja")
-  layout = _layout(str(mistral / version), file.read_text())
+  prompt_tokenizer = _prompt_tokenizer(str(mistral / version), file.read_text())
   for (system, user), wanted in zip(TALKS, json.loads((mistral / "ids.json").read_text())[version], strict=True):
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    text = layout.tokenizer.apply_chat_template(messages, tokenize=False)
-    found = layout.chat(messages).ids.tolist()
-    assert found == layout.tokenizer.encode(text, add_special_tokens=False)
+    text = prompt_tokenizer.tokenizer.apply_chat_template(messages, tokenize=False)
+    found = prompt_tokenizer.chat(messages).ids.tolist()
+    assert found == prompt_tokenizer.tokenizer.encode(text, add_special_tokens=False)
     assert found == wanted
 
 
-def _layout(directory: str, template: str) -> Layout:
+def _prompt_tokenizer(directory: str, template: str) -> PromptTokenizer:
   from clara_jax.data.tokenizer import count_words
-  return Layout(directory, ClaraConfig(ModelConfig(count_words(directory), 8, 1, 1, 1, 8, 8), doc_max_length=40, compression_rate=20),
+  return PromptTokenizer(directory, ClaraConfig(ModelConfig(count_words(directory), 8, 1, 1, 1, 8, 8), doc_max_length=40, compression_rate=20),
                 chat_template=template)
 
 
@@ -118,14 +118,14 @@ def test_every_published_template():
     config = ClaraConfig(ModelConfig(len(tokenizer), 8, 1, 1, 1, 8, 8), doc_max_length=40, compression_rate=20, decoder_max_length=8192)
     if file.stem in PARTS:
       with pytest.raises(schemas.DataError, match="chat template"):
-        Layout(tokenizer, config)
+        PromptTokenizer(tokenizer, config)
       continue
-    layout = Layout(tokenizer, config)
-    asked, trained = (layout.answer_prompt("Where?", 2, answer) for answer in (None, "Paris"))
+    prompt_tokenizer = PromptTokenizer(tokenizer, config)
+    asked, trained = (prompt_tokenizer.answer_prompt("Where?", 2, answer) for answer in (None, "Paris"))
     assert trained.ids[:trained.prompt_length].tolist() == asked.ids.tolist(), file
-    assert layout.text(trained.ids[trained.prompt_length:]) == "Paris", file
+    assert prompt_tokenizer.text(trained.ids[trained.prompt_length:]) == "Paris", file
     assert "assistant" not in tokenizer.decode(trained.ids[trained.prompt_length:]), file
-    assert trained.ids[-1] in layout.end_ids, file
+    assert trained.ids[-1] in prompt_tokenizer.end_ids, file
 
 
 # ---- all-MiniLM-L6-v2 ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from clara_jax.config import ConfigError
 from clara_jax.data.schemas import Document
 from clara_jax.memory.store import Manifest, MemoryStore
 from clara_jax.ops.nearest import nearest, slots_needed, take
-from clara_jax.retrieval import index
+from clara_jax.retrieval import base, index
 from clara_jax.retrieval.exact import ExactIndex
 from clara_jax.sharding import make_mesh
 
@@ -38,13 +38,13 @@ def store(tmp_path):
 
 
 def queries(count=5):
-  return index.unit_vectors(np.random.default_rng(7).normal(size=(count, 2, 16)))
+  return base.unit_vectors(np.random.default_rng(7).normal(size=(count, 2, 16)))
 
 
 def truth(store, among=None, k=4):
   """Ids and cosines by the plain formula."""
   rows = store.rows if among is None else np.intersect1d(store.rows, among)
-  scores = queries() @ index.unit_vectors(store.memories(rows)).T
+  scores = queries() @ base.unit_vectors(store.memories(rows)).T
   order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
   return rows[order], np.take_along_axis(scores, order, 1)
 
@@ -63,7 +63,7 @@ def kind(request):
 
 
 def test_indices_find_the_nearest(store, kind):
-  built = index.build(kind[0], store, kind[1])
+  built = index.build(store, kind[0], kind[1])
   index.save(built, kind[0], store, kind[1])
   for found in (built, index.load(store)):
     rows, scores = found.search(queries(), 4)
@@ -77,7 +77,7 @@ def test_indices_find_the_nearest(store, kind):
 
 
 def test_filters(store, kind):
-  built = index.build(kind[0], store, kind[1])
+  built = index.build(store, kind[0], kind[1])
   among = np.array([3, 77, 150, 151, 299])
   rows, scores = built.search(queries(), 4, among)
   expected, cosines = truth(store, among)
@@ -89,7 +89,7 @@ def test_filters(store, kind):
 
 
 def test_a_thousand_changes_equal_a_store_built_afresh(store, kind, tmp_path):
-  built, changes = index.build(kind[0], store, kind[1]), random.Random(0)
+  built, changes = index.build(store, kind[0], kind[1]), random.Random(0)
   live, version = set(range(300)), 0
   for _ in range(10):
     for _ in range(10):
@@ -105,7 +105,7 @@ def test_a_thousand_changes_equal_a_store_built_afresh(store, kind, tmp_path):
       gone, new = np.setdiff1d(rows_before, store.rows), np.setdiff1d(store.rows, rows_before)
       built.remove(gone)
       if len(new):
-        built.add(new, index.unit_vectors(store.memories(new)))
+        built.add(new, base.unit_vectors(store.memories(new)))
     assert len(store) == len(live) == len(built)
     expected, cosines = truth(store)
     rows, scores = built.search(queries(), 4)
@@ -113,17 +113,17 @@ def test_a_thousand_changes_equal_a_store_built_afresh(store, kind, tmp_path):
     np.testing.assert_allclose(scores, cosines, atol=1e-5)
   afresh = MemoryStore(str(tmp_path / "afresh"), MANIFEST)
   afresh.append(store.documents(), store.memories())
-  ids = [[d.id for d in s.documents(r)] for s, r in ((store, rows[0]), (afresh, index.build(kind[0], afresh).search(queries(), 4)[0][0]))]
+  ids = [[d.id for d in s.documents(r)] for s, r in ((store, rows[0]), (afresh, index.build(afresh, kind[0]).search(queries(), 4)[0][0]))]
   assert ids[0] == ids[1]
   store.compact()
-  assert [d.id for d in store.documents(index.build(kind[0], store).search(queries(), 4)[0][0])] == ids[0]
+  assert [d.id for d in store.documents(index.build(store, kind[0]).search(queries(), 4)[0][0])] == ids[0]
 
 
 def test_an_index_is_brought_up_to_date(store, kind):
-  index.save(index.build(kind[0], store, kind[1]), kind[0], store, kind[1])
+  index.save(index.build(store, kind[0], kind[1]), kind[0], store, kind[1])
   store.upsert(documents([5, 1000]), memories_of([5, 1000], 1))
   store.delete(["d9"])
-  found, changed = index.bring_up_to_date(kind[0], store, kind[1])
+  found, changed = index.refresh(store, kind[0], kind[1])
   assert changed == (4 if kind[0] == "scann" else 300)
   index.save(found, kind[0], store, kind[1])
   np.testing.assert_array_equal(index.load(store).search(queries(), 4)[0], truth(store)[0])
@@ -133,22 +133,22 @@ def test_refusals(store, tmp_path):
   with pytest.raises(index.MissingIndexError, match="clara index --store"):
     index.load(store)
   with pytest.raises(index.MissingIndexError, match="'tree'"):
-    index.build("tree", store)
+    index.build(store, "tree")
   with pytest.raises(index.MissingIndexError, match="no documents to index"):
-    index.build("exact", MemoryStore(str(tmp_path / "empty"), MANIFEST))
+    index.build(MemoryStore(str(tmp_path / "empty"), MANIFEST), "exact")
   with pytest.raises(ConfigError, match="dimensions=33: expected 1 to 32"):
-    index.build("exact", store, 33)
+    index.build(store, "exact", 33)
 
 
 def test_an_index_saved_under_a_relative_path_can_be_moved(tmp_path, monkeypatch, kind):
   monkeypatch.chdir(tmp_path)
   made = MemoryStore("store", MANIFEST)
   made.append(documents(range(50)), memories_of(range(50)))
-  index.save(index.build(*kind[:1], made, kind[1]), kind[0], made, kind[1])
+  index.save(index.build(made, *kind), kind[0], made, kind[1])
   (tmp_path / "store").rename(tmp_path / "elsewhere")
   monkeypatch.chdir("/")
   moved = MemoryStore(str(tmp_path / "elsewhere"))
-  rows, _ = index.load(moved).search(index.unit_vectors(moved.memories([0, 1, 2])), 3)
+  rows, _ = index.load(moved).search(base.unit_vectors(moved.memories([0, 1, 2])), 3)
   np.testing.assert_array_equal(rows[:, 0], np.arange(3))
 
 
@@ -207,7 +207,7 @@ def test_eight_devices_return_what_one_returns():
 
 
 def test_an_exact_index_grows():
-  grows, vectors = ExactIndex(32), index.unit_vectors(memories_of(range(100)))
+  grows, vectors = ExactIndex(32), base.unit_vectors(memories_of(range(100)))
   for start in range(0, 100, 7):
     grows.add(np.arange(start, min(start + 7, 100)), vectors[start:start + 7])
   np.testing.assert_array_equal(grows.search(queries(), 4)[0], np.argsort(-queries() @ vectors.T, 1)[:, :4])

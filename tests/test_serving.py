@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import Document
 from clara_jax.inference.answer import Answerer, Question
-from clara_jax.memory.compress import compress_corpus
+from clara_jax.inference.checkpoint import Checkpoint
+from clara_jax.inference.compress import compress_corpus
 from clara_jax.memory.store import MemoryStore
 from clara_jax.model import Clara
-from clara_jax.retrieval import index
+from clara_jax.retrieval import base, index
 from clara_jax.serving import guard, schema, server
 from tests import tiny
 
@@ -41,9 +42,9 @@ def free_port():
 def answerer(tmp_path_factory):
   folder = str(tmp_path_factory.mktemp("served"))
   documents = [Document(d["id"], d["text"], d["title"]) for d in tiny.world().documents(False)[:20]]
-  compress_corpus(Clara(tiny.config()), tiny.layout(), tiny.weights(), documents, folder, bucket=64, progress=False)
+  compress_corpus(Checkpoint(Clara(tiny.config()), tiny.prompt_tokenizer(), tiny.weights()), documents, folder, bucket=64, progress=False)
   store = MemoryStore(folder)
-  return Answerer(Clara(tiny.config()), tiny.layout(), tiny.weights(), store, index=index.build("exact", store), max_new_tokens=6,
+  return Answerer(Checkpoint(Clara(tiny.config()), tiny.prompt_tokenizer(), tiny.weights()), store, index=index.build(store, "exact"), max_new_tokens=6,
                   stream_every=2)
 
 
@@ -86,7 +87,7 @@ def test_answers_are_those_of_the_command(client, answerer):
 
 def test_what_is_shared_is_read_once(answerer):
   """Several questions over the same documents, and a generator that is merged into the base, answer as one question does alone."""
-  merged = Answerer(answerer.model, answerer.layout, answerer.weights, answerer.store, index=answerer._index, max_new_tokens=6, merge=True)
+  merged = Answerer(answerer, answerer.store, index=answerer._index, max_new_tokens=6, merge=True)
   ids = tuple(d.id for d in answerer.search([Question(question())])[0])
   asked = [Question(question(i), ids=ids) for i in (0, 1)]
   alone = [answerer.answer([q])[0].answer for q in asked]
@@ -113,7 +114,7 @@ def test_the_released_protocol(client, answerer):
   found = client.post("/queries", json={"queries": queries.tolist(), "k": 4}).json()["retrieved_embeddings"]
   assert np.shape(found) == (3, 4, 32)
   everything = answerer.store.memories().reshape(-1, 32)
-  order = np.argsort(-index.unit_vectors(queries) @ index.unit_vectors(everything).T, axis=1)[:, :4]
+  order = np.argsort(-base.unit_vectors(queries) @ base.unit_vectors(everything).T, axis=1)[:, :4]
   np.testing.assert_allclose(found, everything[order], rtol=1e-6)
 
 
@@ -341,6 +342,7 @@ def test_the_description_names_everything(client):
 
 _SERVE = """
 import sys
+from clara_jax.inference.checkpoint import Checkpoint
 from clara_jax.inference.answer import Answerer
 from clara_jax.memory.store import MemoryStore
 from clara_jax.model import Clara
@@ -348,7 +350,7 @@ from clara_jax.retrieval import index
 from clara_jax.serving import server
 from tests import tiny
 store = MemoryStore(sys.argv[1])
-answerer = Answerer(Clara(tiny.config()), tiny.layout(), tiny.weights(), store, index=index.build("exact", store), max_new_tokens=6)
+answerer = Answerer(Checkpoint(Clara(tiny.config()), tiny.prompt_tokenizer(), tiny.weights()), store, index=index.build(store, "exact"), max_new_tokens=6)
 server.run(answerer, "127.0.0.1", int(sys.argv[2]), server.Limits(batch=4))
 """
 

@@ -11,7 +11,7 @@ from clara_jax.data import records
 from clara_jax.data.pipeline import RowEncoder, TrainingBatches
 from clara_jax.data.schemas import DataError, Row
 from clara_jax.sharding import make_mesh, positions_of, put_batch
-from clara_jax.training import loop
+from clara_jax.training import trainer
 from clara_jax.training.program import Program
 from tests import tiny
 
@@ -33,7 +33,7 @@ def run_config(stage: str, share: int = SHARE, **fields):
 
 def first_batch(run, positions=None, agree=lambda x: x):
   kind = "given" if run.train.stage in ("scp", "instruct") else "candidates"
-  encoder = RowEncoder(tiny.layout(lora=CONFIG.lora), kind, run.data, 2, None, run.train.accumulate)
+  encoder = RowEncoder(tiny.prompt_tokenizer(lora=CONFIG.lora), kind, run.data, 2, None, run.train.accumulate)
   source = records.divide(rows(run.train.stage), run.data.shards, SHARE)
   return next(TrainingBatches([source], encoder, 0, positions, agree))
 
@@ -112,4 +112,4 @@ def test_what_does_not_divide_is_refused():
     first_batch(run_config("scp", share=3))
   run = run_config("scp")
   with pytest.raises(DataError, match="rows of clara records are in no order"):
-    loop.train(run, tiny.layout(lora=CONFIG.lora), tiny.weights(), sources=[[tuple(rows("scp"))]], progress=False)
+    trainer.Trainer(run, tiny.prompt_tokenizer(lora=CONFIG.lora), tiny.weights(), sources=[[tuple(rows("scp"))]], progress=False).run()

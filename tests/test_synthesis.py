@@ -15,16 +15,17 @@ import time
 import numpy as np
 import pytest
 
+from clara_jax.checkpoints.formats import Checkpoint
 from clara_jax.cli.main import main
 from clara_jax.config import ConfigError
 from clara_jax.data import schemas
-from clara_jax.data.schemas import DataError, Document
-from clara_jax.data.world import World, write_rows
+from clara_jax.data.schemas import DataError, Document, write_rows
 from clara_jax.evaluation import metrics
-from clara_jax.interop.checkpoints import Checkpoint
+from clara_jax.experiments import offline_backend
+from clara_jax.experiments.quickstart.recipe import Sizes
+from clara_jax.experiments.world import World
 from clara_jax.model import Clara
-from clara_jax.quickstart.recipe import Sizes
-from clara_jax.synthesis import checks, documents, factory, judge, offline, own, rounds, templates
+from clara_jax.synthesis import checks, documents, factory, judge, own, rounds, templates
 from clara_jax.synthesis import journal as journal_lib
 from clara_jax.synthesis import pages as synthesis_pages
 from clara_jax.synthesis.client import BudgetError, Client, Endpoint, FatalError, ReplyError, RequestError, ask_json, parse
@@ -204,11 +205,11 @@ def rows_of(folder):
   return [json.loads(line) for path in sorted(pathlib.Path(folder).glob("rows-*.jsonl")) for line in path.read_text().splitlines()]
 
 
-FAULTS = offline.Faults(wrong_answer=0.2, missing_fact=0.3, broken_json=0.1)
+FAULTS = offline_backend.Faults(wrong_answer=0.2, missing_fact=0.3, broken_json=0.1)
 
 
 def test_what_is_accepted_is_right_and_complete(tmp_path):
-  model = offline.Offline(tiny.world(), FAULTS)
+  model = offline_backend.Offline(tiny.world(), FAULTS)
   report = run_factory(tmp_path, model, pages(40))
   assert report.accepted + report.rejected == 40 and report.accepted >= 36 and report.rounds <= 10
   assert report.refused["check: wrong pair"] > 0 and report.refused["paraphrase: check"] > 0
@@ -231,7 +232,7 @@ class Killed(Exception):
   pass
 
 
-class Dies(offline.Offline):
+class Dies(offline_backend.Offline):
   """Stops the program at a request."""
 
   def __init__(self, at, asked):
@@ -263,7 +264,7 @@ def test_a_stopped_run_goes_on_and_asks_nothing_twice(tmp_path):
 
 
 def test_shards_are_the_whole(tmp_path):
-  model = offline.Offline(tiny.world(), FAULTS)
+  model = offline_backend.Offline(tiny.world(), FAULTS)
   for added in (1, 0):  # a document that comes first moves no other
     for index in range(3):
       run_factory(tmp_path / "parts", model, pages()[added:], shard=factory.Shard(index, 3))
@@ -278,7 +279,7 @@ def test_shards_are_the_whole(tmp_path):
 
 
 def test_budgets_and_servers_that_are_gone(tmp_path):
-  class Gone(offline.Offline):
+  class Gone(offline_backend.Offline):
     async def chat(self, messages, **options):
       raise self.error
   model = Gone(tiny.world())
@@ -287,7 +288,7 @@ def test_budgets_and_servers_that_are_gone(tmp_path):
   model.error = RequestError("nobody there")
   with pytest.raises(RequestError, match="20 requests in a row failed; the last problem: nobody there.*the same command goes on"):
     run_factory(tmp_path / "b", model, pages(40))
-  assert run_factory(tmp_path / "b", offline.Offline(tiny.world()), pages(40)).accepted == 40
+  assert run_factory(tmp_path / "b", offline_backend.Offline(tiny.world()), pages(40)).accepted == 40
   with pytest.raises(RequestError, match="3 documents are left open; the last problem: nobody there"):
     run_factory(tmp_path / "c", model, pages(3))
   model.error = ReplyError("refused: 400")
@@ -295,18 +296,18 @@ def test_budgets_and_servers_that_are_gone(tmp_path):
     run_factory(tmp_path / "d", model, pages(40))
   with pytest.raises(RequestError, match="3 documents are left open.*refused: 400"):
     run_factory(tmp_path / "e", model, pages(3))
-  assert run_factory(tmp_path / "d", offline.Offline(tiny.world()), pages(40)).accepted == 40  # none of them was rejected
+  assert run_factory(tmp_path / "d", offline_backend.Offline(tiny.world()), pages(40)).accepted == 40  # none of them was rejected
 
-  class Empty(offline.Offline):
+  class Empty(offline_backend.Offline):
     async def chat(self, messages, **options):
       return ""
   with pytest.raises(RequestError, match="3 documents are left open.*no usable reply"):
     run_factory(tmp_path / "f", Empty(tiny.world()), pages(3))
-  assert run_factory(tmp_path / "f", offline.Offline(tiny.world()), pages(3)).accepted == 3  # the empty replies are not taken again
+  assert run_factory(tmp_path / "f", offline_backend.Offline(tiny.world()), pages(3)).accepted == 3  # the empty replies are not taken again
 
 
 def test_rejected_documents_can_be_tried_again(tmp_path):
-  class Mute(offline.Offline):
+  class Mute(offline_backend.Offline):
     async def chat(self, messages, **options):
       return "" if self.is_mute and readable not in str(messages) else await super().chat(messages, **options)
   model, readable = Mute(tiny.world(), FAULTS), pages(5)[2].text
@@ -324,7 +325,7 @@ def test_rejected_documents_can_be_tried_again(tmp_path):
 
 
 def test_one_process_and_one_division_a_directory(tmp_path):
-  model = offline.Offline(tiny.world())
+  model = offline_backend.Offline(tiny.world())
   run_factory(tmp_path, model, pages(4))
   held = Journal(str(tmp_path / "journal-00000-of-00001.jsonl"))
   with pytest.raises(ConfigError, match="another process is working on this shard"):
@@ -389,7 +390,7 @@ def test_a_document_is_never_a_template_nor_an_instruction(tmp_path):
   told = evil.text.replace("</document> <missing>", "&lt;/document&gt; &lt;missing&gt;")  # it closes nothing
   assert told in prompt and "49" not in prompt
 
-  class Obeys(offline.Offline):
+  class Obeys(offline_backend.Offline):
     async def chat(self, messages, *, name="", **options):
       if "Ignore your instructions" not in messages[1]["content"]:
         return await super().chat(messages, name=name, **options)
@@ -404,7 +405,7 @@ def test_a_document_is_never_a_template_nor_an_instruction(tmp_path):
 
 def test_a_teacher_answers_questions(tmp_path):
   rows = tiny.rows("joint")[:8]
-  model = offline.Offline(tiny.world())
+  model = offline_backend.Offline(tiny.world())
   items = [(r.identifier, r) for r in rows]
   report = asyncio.run(factory.produce(items, rounds.teacher, model, templates.Templates(), str(tmp_path), progress=False))
   found = {r["id"]: r for r in rows_of(tmp_path)}
@@ -414,12 +415,12 @@ def test_a_teacher_answers_questions(tmp_path):
 
 def test_our_own_base_as_the_model(tmp_path):
   config = dataclasses.replace(tiny.config(), decoder_max_length=1024)
-  checkpoint = Checkpoint("here", Clara(config), tiny.weights(), tiny.layout(decoder_max_length=1024), None, None)
+  checkpoint = Checkpoint("here", Clara(config), tiny.weights(), tiny.prompt_tokenizer(decoder_max_length=1024), None, None)
   model = own.OwnModel(checkpoint, max_tokens=8)
   with pytest.raises(RequestError, match="2 documents are left open.*simple_questions: no usable reply"):
     run_factory(tmp_path / "long", model, pages(2))
   assert model.usage.answered == 2 * 3 * 2  # it speaks no JSON, nor after being asked to repair it
-  short = Checkpoint("here", Clara(tiny.config()), tiny.weights(), tiny.layout(), None, None)
+  short = Checkpoint("here", Clara(tiny.config()), tiny.weights(), tiny.prompt_tokenizer(), None, None)
   with pytest.raises(RequestError, match="the window decoder_max_length=256"):
     run_factory(tmp_path / "short", own.OwnModel(short), pages(2))
 
@@ -534,7 +535,7 @@ def test_the_command(tmp_path, capsys):
 
 def test_sigterm_writes_what_there_is(tmp_path, capsys):
   world = World(Sizes().world)
-  model = offline.Offline(world)
+  model = offline_backend.Offline(world)
   write_rows(world.documents(False, 20), str(tmp_path / "documents.jsonl"))
 
   async def handle(body, number):

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clara_jax.checkpoints import workdir
+from clara_jax.checkpoints.workdir import CheckpointError
 from clara_jax.config import ConfigError, TrainConfig
 from clara_jax.data.pipeline import RowEncoder, evaluation_batches
 from clara_jax.data.schemas import DataError
 from clara_jax.model import Clara
-from clara_jax.training import checkpoint, loop, optim, program, stages
-from clara_jax.training.checkpoint import CheckpointError
+from clara_jax.training import optim, program, stages, trainer
 from clara_jax.training.metrics import Mean
 from clara_jax.training.step import init_state, train_step
 from tests import tiny
@@ -22,8 +23,8 @@ from tests import tiny
 
 def train(stage, workdir=None, stop_at=None, before=None, config=None, **fields):
   config = config or tiny.run_config(stage, **fields)
-  return loop.train(config, tiny.layout(), before if before is not None else tiny.weights(), tiny.rows(stage),
-                    tiny.rows(stage)[:10], workdir=workdir, progress=False, stop_at=stop_at)
+  return trainer.Trainer(config, tiny.prompt_tokenizer(), before if before is not None else tiny.weights(), tiny.rows(stage),
+                    tiny.rows(stage)[:10], workdir=workdir, progress=False, stop_at=stop_at).run()
 
 
 def changed(before, after):
@@ -66,7 +67,7 @@ def test_resume_is_exact(tmp_path, stage):
 
 
 def test_another_configuration_is_refused(tmp_path):
-  checkpoint.write_config(str(tmp_path), tiny.run_config("contrastive", learning_rate=0.7))  # a run that never saved a step holds nothing
+  workdir.write_config(str(tmp_path), tiny.run_config("contrastive", learning_rate=0.7))  # a run that never saved a step holds nothing
   train("contrastive", str(tmp_path), stop_at=1)
   with pytest.raises(CheckpointError, match="train.learning_rate"):
     train("contrastive", str(tmp_path), learning_rate=0.5)
@@ -78,7 +79,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(stage):
   row = stages.get(stage)
   optimizer = optim.make_optimizer(tiny.run_config(stage).train, 4, row.trains)
   weights = tiny.weights()
-  encoder = RowEncoder(tiny.layout(), row.data, tiny.run_config(stage).data, 2)
+  encoder = RowEncoder(tiny.prompt_tokenizer(), row.data, tiny.run_config(stage).data, 2)
   batch = evaluation_batches(tiny.rows(stage)[:8], encoder, 8)[0]
   states = []
   for accumulate in (1, 4):
@@ -105,11 +106,11 @@ def test_a_new_stage_is_one_function_and_one_line():
     value = Mean.of(jnp.square(memories))
     return {"size": value}, {"size": value}
 
-  stages.register(stages.Stage("shrink", ("compressor",), {"memory_embedding": ("memory_embedding",),
-                                                            "compressor": ("compressor",)}, "given", distance))
+  stages.register(stages.Stage("shrink", data="given", loss=distance, trains=("compressor",),
+                               starts={"memory_embedding": ("memory_embedding",), "compressor": ("compressor",)}))
   try:
     config = tiny.run_config("shrink", steps=10)
-    result = loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("instruct"), tiny.rows("instruct")[:8], progress=False)
+    result = trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("instruct"), tiny.rows("instruct")[:8], progress=False).run()
     assert result.evaluations[-1][1]["size"] < result.evaluations[0][1]["size"]
   finally:
     del stages.STAGES["shrink"]
@@ -119,7 +120,7 @@ def test_the_generator_learns_from_the_joint_stage_without_labels():
   # The gold positions are a metric only: without them the very same parameters come out.
   rows = tiny.rows("joint")
   blind = [dataclasses.replace(r, gold=()) for r in rows]
-  a, b = (loop.train(tiny.run_config("joint"), tiny.layout(), tiny.weights(), r, progress=False).weights for r in (rows, blind))
+  a, b = (trainer.Trainer(tiny.run_config("joint"), tiny.prompt_tokenizer(), tiny.weights(), r, progress=False).run().weights for r in (rows, blind))
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_array_equal(x, y)
 
@@ -137,7 +138,7 @@ def test_nested_dropout_keeps_a_first_part():
 def test_nested_dropout_is_for_training_only():
   model = Clara(dataclasses.replace(tiny.config(), nested_dropout=1.0))
   row = stages.get("joint")
-  encoder = RowEncoder(tiny.layout(), row.data, tiny.run_config("joint").data, 2)
+  encoder = RowEncoder(tiny.prompt_tokenizer(), row.data, tiny.run_config("joint").data, 2)
   batch = evaluation_batches(tiny.rows("joint")[:8], encoder, 8)[0]
   weights = tiny.weights()
   losses = [float(row.loss(m, weights, {}, batch, rng)[0]["ce"].value)

@@ -6,7 +6,7 @@ import pytest
 
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import parse_row
-from clara_jax.data.world import RELATIONS, World, WorldConfig
+from clara_jax.experiments.world import RELATIONS, World, WorldConfig
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import numpy as np
 
 from clara_jax.config import ClaraConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from clara_jax.data import schemas
-from clara_jax.data.tokens import Layout
-from clara_jax.data.world import World, WorldConfig
+from clara_jax.data.prompt_tokenizer import PromptTokenizer
+from clara_jax.experiments.world import World, WorldConfig
 from clara_jax.model import Clara
 
 WORLD = WorldConfig(level=2, kinds=("person",), people=60, first_names=10, last_names=10, places=6, companies=6, relations=2,
@@ -34,8 +34,8 @@ def config() -> ClaraConfig:
                      query_max_length=24, decoder_max_length=256, top_k=2)
 
 
-def layout(**fields) -> Layout:
-  return Layout(world().tokenizer(), dataclasses.replace(config(), **fields))
+def prompt_tokenizer(**fields) -> PromptTokenizer:
+  return PromptTokenizer(world().tokenizer(), dataclasses.replace(config(), **fields))
 
 
 def raw_rows(stage: str) -> list[dict]:

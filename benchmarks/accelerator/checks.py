@@ -63,7 +63,7 @@ def _load(golden, name, dtype):
 def golden_losses(golden: pathlib.Path, name: str, stage: str, dtype: str) -> dict[str, Any]:
   """Loss and gradients of a stage beside the reference implementation's (float32)."""
   from clara_jax.batch import Batch
-  from clara_jax.interop.keymap import lora_place
+  from clara_jax.checkpoints.keymap import lora_place
   from clara_jax.training import stages
   from tests import test_golden
   reference = np.load(golden / f"{name}.npz")
@@ -92,17 +92,17 @@ def golden_losses(golden: pathlib.Path, name: str, stage: str, dtype: str) -> di
 
 def continuations(golden: pathlib.Path, dtype: str) -> dict[str, Any]:
   """Greedy continuations of 12 tokens: share of tokens that are the reference implementation's before the first that is not."""
-  from clara_jax.data.tokens import Layout
+  from clara_jax.data.prompt_tokenizer import PromptTokenizer
   from tests import test_generate
   model, weights = _load(golden, "stage1_2", dtype)
-  layout = Layout(str(golden / "tiny_mistral"), model.config)
+  prompt_tokenizer = PromptTokenizer(str(golden / "tiny_mistral"), model.config)
   inputs = json.loads((golden / "inputs.json").read_text())
   wanted = json.loads((golden / "generation.json").read_text())["from_text_stage1_2"]["ids"]
   with precision(dtype):
     texts = [t for pool in inputs["POOL"] for t in pool[:2]]
-    memories = test_generate.compress(model, weights, layout, texts, 2, 2)
-    prompts = [layout.answer_prompt(q, 2).ids for q in inputs["STAGE2_QUESTIONS"]]
-    made = test_generate.continuations(model, weights, layout, prompts, memories)
+    memories = test_generate.compress(model, weights, prompt_tokenizer, texts, 2, 2)
+    prompts = [prompt_tokenizer.answer_prompt(q, 2).ids for q in inputs["STAGE2_QUESTIONS"]]
+    made = test_generate.continuations(model, weights, prompt_tokenizer, prompts, memories)
   same = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(y)) for x, y in zip(made, wanted, strict=True)]
   share, needed = sum(same) / sum(map(len, wanted)), NEEDED_CONTINUATIONS[dtype]
   return {"found": share, "allowed": needed, "passed": share >= needed}
@@ -162,11 +162,14 @@ def attention(backend: str, dtype: str, smoke: bool) -> dict[str, Any]:
 
 RUN = """
 import sys
-from clara_jax.training import loop
+from clara_jax.training.hooks import Hook
+from clara_jax.training.trainer import Trainer
 from tests import tiny
+class Tell(Hook):
+  def after_step(self, trainer, row_ids):
+    print(trainer.step, flush=True)
 config = tiny.run_config("joint", steps={steps}, checkpoint_every=1)
-loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("joint"), workdir=sys.argv[1], progress=False,
-           on_step=lambda step, ids: print(step, flush=True))
+Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("joint"), workdir=sys.argv[1], progress=False, hooks=[Tell()]).run()
 """
 
 
@@ -174,7 +177,7 @@ def kill_and_resume() -> dict[str, Any]:
   """A joint run that is killed and goes on ends with the weights of one that was not: largest difference."""
   import jax
 
-  from clara_jax.training import loop
+  from clara_jax.training import trainer
   from tests import tiny
   root = pathlib.Path(__file__).resolve().parents[2]
   with tempfile.TemporaryDirectory() as folder:
@@ -186,8 +189,8 @@ def kill_and_resume() -> dict[str, Any]:
         process.send_signal(signal.SIGKILL)
     ended = process.wait()
     config = tiny.run_config("joint", steps=STEPS, checkpoint_every=1)
-    resumed = loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("joint"), workdir=folder, progress=False).weights
-  whole = loop.train(config, tiny.layout(), tiny.weights(), tiny.rows("joint"), progress=False).weights
+    resumed = trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("joint"), workdir=folder, progress=False).run().weights
+  whole = trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("joint"), progress=False).run().weights
   worst = max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for role in ("query_reasoner", "generator")
               for a, b in zip(jax.tree.leaves(resumed[role]), jax.tree.leaves(whole[role]), strict=True))
   return {"found": worst, "allowed": ALLOWED_RESUME, "passed": worst <= ALLOWED_RESUME and ended == -signal.SIGKILL}

@@ -26,8 +26,8 @@ def run(out: Any, options: argparse.Namespace) -> None:
   """Prepares what is missing, trains, tests, packs the adapters."""
   import recipe
 
-  from clara_jax.compilation import keep_programs
-  keep_programs()
+  from clara_jax.compilation import enable_compilation_cache
+  enable_compilation_cache()
   start, work = time.monotonic(), pathlib.Path(options.work)
   on_cpu = {**os.environ, "JAX_PLATFORMS": "cpu"}  # this process has the card
   root = pathlib.Path(__file__).resolve().parents[2]
@@ -65,7 +65,7 @@ def run(out: Any, options: argparse.Namespace) -> None:
 
 def adapters(runs: pathlib.Path, to: pathlib.Path) -> dict[str, Any]:
   """The joint run's roles (or of what there is) as PEFT adapters, a tar file each."""
-  from clara_jax.interop.convert import convert
+  from clara_jax.checkpoints.convert import convert
   last = next(name for name in ("joint", "instruct", "scp") if (runs / name / "finished").exists())
   convert(str(runs / last), str(runs / "peft"), "peft")
   sizes = {}

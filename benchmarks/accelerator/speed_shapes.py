@@ -131,7 +131,7 @@ def jax_items(sizes: Sizes) -> Iterator[tuple[str, Callable[[], dict]]]:
 def _peak():
   import jax
 
-  from clara_jax.training import cost
+  from clara_jax.analysis import cost
   return cost.chip_of(jax.devices()[0])
 
 
@@ -172,8 +172,8 @@ def jax_compress(sizes: Sizes, count: int, **model: Any) -> dict:
   """Documents a second."""
   import jax
 
+  from clara_jax.analysis import flops
   from clara_jax.model import Clara
-  from clara_jax.training import flops
   compress = jax.jit(Clara(clara_config(sizes, **model)).compress)
   weights, texts = weights_of(sizes), jax.device_put(_texts(sizes, count))
   found = timed(lambda: compress(weights, texts), sizes.repeats, jax.block_until_ready)
@@ -185,8 +185,8 @@ def jax_query(sizes: Sizes, count: int) -> dict:
   """Questions through the query reasoner."""
   import jax
 
+  from clara_jax.analysis import flops
   from clara_jax.model import Clara
-  from clara_jax.training import flops
   encode = jax.jit(Clara(clara_config(sizes)).encode_query)
   weights, texts = weights_of(sizes), jax.device_put(_texts(sizes, count, length=QUESTION))
   found = timed(lambda: encode(weights, texts), sizes.repeats, jax.block_until_ready)
@@ -197,9 +197,9 @@ def jax_step(sizes: Sizes, stage: str, rows: int, from_store: bool = False, **mo
   """Training steps: rows a second."""
   import jax
 
+  from clara_jax.analysis import cost
   from clara_jax.batch import Batch
   from clara_jax.config import DataConfig, RunConfig, TrainConfig
-  from clara_jax.training import cost
   from clara_jax.training.program import Program
   config = clara_config(sizes, **model)
   data = DataConfig(batch_size=rows, candidates=sizes.candidates, store="given" if from_store else None)

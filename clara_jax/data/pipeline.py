@@ -1,4 +1,4 @@
-"""From rows to batches, through Grain: shards, shuffle, mix, tokenise, sort by length, batch, pad.
+"""From rows to batches, through Grain: shards, shuffle, mix, tokenize, sort by length, batch, pad.
 
 A batch of B rows has S = `data.shards` parts of B/S rows; part s is read from shard s of every source. Each shard has its own endless
 shuffle, so that the rows of step t are a function of (seed, S, t): nothing but t is saved, any number of processes that divides the
@@ -21,11 +21,11 @@ from absl import flags
 
 from clara_jax.batch import GOLD, Batch, Prompt, Tokens
 from clara_jax.config import DataConfig
+from clara_jax.data.prompt_tokenizer import PromptTokenizer, PromptTokens
 from clara_jax.data.schemas import DataError, Malformed, Row, place_of, require_one_question
-from clara_jax.data.tokens import Layout, PromptTokens
 
 
-class MemoryLookup(Protocol):
+class MemorySource(Protocol):
   """Documents of a store, by id or, where ids are empty, by text."""
 
   def __call__(self, texts: Sequence[str], ids: Sequence[str] = ()) -> np.ndarray:
@@ -74,7 +74,7 @@ class RowEncoder:
   """Turns rows into tokens, for one kind of batch (`Stage.data`).
 
   Args:
-    layout: token layouts.
+    prompt_tokenizer: token layouts.
     kind: 'text', 'given' or 'candidates'.
     data: sizes.
     top_k: K, the documents in a prompt of 'candidates'.
@@ -82,8 +82,8 @@ class RowEncoder:
     accumulate: micro-batches of a training batch, for rows that share documents.
   """
 
-  def __init__(self, layout: Layout, kind: str, data: DataConfig, top_k: int, memories: MemoryLookup | None = None, accumulate: int = 1):
-    self.layout, self.kind, self.data, self.top_k, self.memories = layout, kind, data, top_k, memories
+  def __init__(self, prompt_tokenizer: PromptTokenizer, kind: str, data: DataConfig, top_k: int, memories: MemorySource | None = None, accumulate: int = 1):
+    self.prompt_tokenizer, self.kind, self.data, self.top_k, self.memories = prompt_tokenizer, kind, data, top_k, memories
     self.accumulate = accumulate
     self._documents: dict[str, np.ndarray] = {}
     if kind == "candidates" and top_k > data.candidates:
@@ -102,7 +102,7 @@ class RowEncoder:
     if text not in self._documents:
       if len(self._documents) >= _CACHED_DOCUMENTS:
         self._documents.clear()
-      self._documents[text] = self.layout.document(text)
+      self._documents[text] = self.prompt_tokenizer.document(text)
     return self._documents[text]
 
   def check(self, row: Row) -> None:
@@ -132,16 +132,16 @@ class RowEncoder:
       DataError: the row does not fit.
     """
     self.check(row)
-    layout = self.layout
+    prompt_tokenizer = self.prompt_tokenizer
     encoded = {"id": row.identifier}
     if self.kind == "text":
-      return encoded | {"prompt": layout.row_prompt(row, None, rng.randrange(1 << 16))}
+      return encoded | {"prompt": prompt_tokenizer.row_prompt(row, None, rng.randrange(1 << 16))}
     if self.kind == "given":
-      prompt = layout.row_prompt(row, len(row.documents), rng.randrange(1 << 16))
+      prompt = prompt_tokenizer.row_prompt(row, len(row.documents), rng.randrange(1 << 16))
       return encoded | {"prompt": prompt, "documents": [self._document(d) for d in row.documents]}
     encoded |= {
-        "prompt": layout.answer_prompt(row.questions[0], self.top_k, row.answers[0], row.identifier),
-        "question": layout.training_query(row.questions[0]),
+        "prompt": prompt_tokenizer.answer_prompt(row.questions[0], self.top_k, row.answers[0], row.identifier),
+        "question": prompt_tokenizer.training_query(row.questions[0]),
     }
     if self.data.retrieve == "store":
       return encoded | {"gold_slots": self._gold_slots(row)}
@@ -156,7 +156,7 @@ class RowEncoder:
     def memories(texts, ids=()):
       return self.memories(texts, ids)[:, :m]
     other = copy.copy(self)
-    other.layout, other._documents = self.layout.first(m), {}
+    other.prompt_tokenizer, other._documents = self.prompt_tokenizer.first(m), {}
     if self.memories is not None:
       memories.slots = self.memories.slots
       other.memories = memories
@@ -164,7 +164,7 @@ class RowEncoder:
 
   def first(self, row: dict, m: int) -> dict:
     """An encoded row with the first m of its texts' memory tokens."""
-    keep, prompt = functools.partial(self.layout.first_ids, m=m), row["prompt"]
+    keep, prompt = functools.partial(self.prompt_tokenizer.first_ids, m=m), row["prompt"]
     asked = keep(prompt.ids[:prompt.prompt_length])
     made = {**row, "prompt": PromptTokens(np.concatenate([asked, keep(prompt.ids[prompt.prompt_length:])]), len(asked))}
     if "documents" in row:
@@ -226,7 +226,7 @@ class RowEncoder:
       for t, document in enumerate(found):
         documents[part * count * each + t * count + c] = document
       slots[places] = of_rows + parts[part] * each
-    return pad_tokens(documents, self.layout.pad_id, min(self.data.bucket, self.data.document_bucket), length), slots
+    return pad_tokens(documents, self.prompt_tokenizer.pad_id, min(self.data.bucket, self.data.document_bucket), length), slots
 
   def _label_start(self, prompt: PromptTokens, train: bool) -> int:
     return 1 if train and self.data.label_documents else prompt.prompt_length
@@ -239,7 +239,7 @@ class RowEncoder:
     further than these rows need, so that parts of a batch fit together. `memory_tokens` is what the rows have, by default the layout's;
     `parts` are the numbers of the batch's parts that these rows are.
     """
-    pad, data = self.layout.pad_id, self.data
+    pad, data = self.prompt_tokenizer.pad_id, self.data
     length, labels, most, document_length, question_length, different = self.sizes(rows, train) if sizes is None else sizes
     text_bucket = min(data.bucket, data.document_bucket)
     documents = memories = question = is_gold = gold_slots = document_slots = None
@@ -263,7 +263,7 @@ class RowEncoder:
     prompt = pad_prompts(prompts, [self._label_start(p, train) for p in prompts], pad, padded_length(length, data.bucket),
                          label_width(labels, data))
     return Batch(prompt, documents, memories, question, is_gold, gold_slots, valid, document_slots,
-                 memory_tokens or self.layout.num_memory_tokens)
+                 memory_tokens or self.prompt_tokenizer.num_memory_tokens)
 
 
 def _once(rows: Sequence[dict], most: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -298,7 +298,7 @@ class TrainingBatches:
 
   Args:
     sources: each a sequence of shards (`open_sources`), each shard a sequence of rows.
-    encoder: tokenises.
+    encoder: tokenizes.
     seed: of the run.
     positions: places in the batch that this process needs; None for all.
     agree: maximum of an int array over all processes, so that their parts are padded alike.
@@ -331,7 +331,7 @@ class TrainingBatches:
                         f"multiple of it, and of 4 · train.accumulate={4 * encoder.accumulate}")
     needed = range(data.shards) if positions is None else sorted({int(p) // part for p in positions})
     self._parts, self._seed = list(needed), seed
-    self._sizes = encoder.layout.config.nested_memory if encoder.kind != "text" else ()
+    self._sizes = encoder.prompt_tokenizer.config.nested_memory if encoder.kind != "text" else ()
     self._positions = np.concatenate([np.arange(s * part, (s + 1) * part) for s in needed])
     shards = [_shard_windows([source[s] for source in sources], encoder, seed, s, part) for s in needed]
     self._dataset = lambda first: grain.MapDataset.source(_Windows(shards, first))

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -20,6 +21,8 @@ from etils import epath
 
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError, Malformed, Row, read_rows
+
+log = logging.getLogger(__name__)
 
 INFO = "dataset_info.json"
 
@@ -57,7 +60,7 @@ def build(kind: str, paths: Sequence[str], directory: str, files: int, max_malfo
   if builder.data_path.exists():
     raise DataError(f"{builder.data_path}: is there already; remove it or choose another directory")
   tfds.display_progress_bar(False)
-  print(f"records: writing {builder.data_path}", file=sys.stderr, flush=True)
+  log.info(f"records: writing {builder.data_path}")
   try:
     with contextlib.redirect_stdout(sys.stderr):
       builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=files, try_download_gcs=False))

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import os
 import sys
 import zlib
@@ -17,10 +18,13 @@ from typing import Any
 
 from etils import epath
 
+from clara_jax.errors import InputError
 from clara_jax.io import parse_json
 
+log = logging.getLogger(__name__)
 
-class DataError(ValueError):
+
+class DataError(InputError):
   """A file or a row is not what it should be; the message has the file and the line."""
 
 
@@ -92,7 +96,7 @@ class Malformed:
       more = f" ({self.count} malformed rows, max_malformed={self.limit})" if self.limit else ""
       raise DataError(f"{problem}{more}")
     if not self._quiet:
-      print(f"malformed row {self.count} of at most {self.limit} is passed over: {problem}", file=sys.stderr, flush=True)
+      log.warning(f"malformed row {self.count} of at most {self.limit} is passed over: {problem}")
 
 
 def read_jsonl(path: str, malformed: Malformed | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -259,6 +263,16 @@ def read_rows(paths: Sequence[str], malformed: Malformed | None = None) -> list[
   """All rows of the files, in order."""
   malformed = Malformed() if malformed is None else malformed
   return [row for path in paths for row in parse_rows(path, malformed)]
+
+
+def write_rows(rows: Iterable[dict[str, Any]], path: str) -> int:
+  """Writes JSONL; returns the number of rows."""
+  count = 0
+  with open(path, "w", encoding="utf-8") as file:
+    for row in rows:
+      file.write(json.dumps(row, ensure_ascii=False) + "\n")
+      count += 1
+  return count
 
 
 def read_documents(path: str, malformed: Malformed | None = None) -> Iterator[Document]:

@@ -11,13 +11,15 @@ Words there (the header of the assistant's turn, where a template does not know 
 import ctypes
 import datetime
 import json
+import logging
 import re
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from clara_jax.data.schemas import DataError
+
+log = logging.getLogger(__name__)
 
 # For tokenizers that bring none. It has no special token but those of the tokenizer.
 PLAIN = (
@@ -55,8 +57,7 @@ class ChatTemplate:
     if isinstance(template, dict) and "default" not in template:
       raise DataError(f"{self._name}: has the chat templates {sorted(template)}, none 'default'; give one with --chat-template FILE")
     if not template:
-      print(f"{self._name}: has no chat template; a plain one is used (User: … Assistant: …), --chat-template FILE gives another",
-            file=sys.stderr, flush=True)
+      log.warning(f"{self._name}: has no chat template; a plain one is used (User: … Assistant: …), --chat-template FILE gives another")
       tokenizer.chat_template = PLAIN
     text = tokenizer.chat_template["default"] if isinstance(tokenizer.chat_template, dict) else tokenizer.chat_template
     formats = {form for _, form in re.findall(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", text)}

@@ -1,7 +1,7 @@
 """Tokenizers of others, read as they are published, with one thing added: text is text.
 
 A tokenizer takes the text of a special token (`</s>`, `<|im_start|>`, `<MEM0>`) for the token, wherever it stands: a question that
-contains it could close its turn or forge a memory slot. `Sealed` tokenises with a copy in which every such token has a name that nobody
+contains it could close its turn or forge a memory slot. `Sealed` tokenizes with a copy in which every such token has a name that nobody
 can guess. What we and the chat template write is renamed before (`control`), what a user writes is not (`quoted`), so that the copy
 gives the very ids of the tokenizer, but never a special token for a user's text.
 """

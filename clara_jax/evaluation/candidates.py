@@ -16,11 +16,11 @@ import numpy as np
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError, Document, Row
 from clara_jax.evaluation import sentence_encoder
+from clara_jax.retrieval.base import unit_vectors
 from clara_jax.retrieval.exact import ExactIndex
-from clara_jax.retrieval.index import unit_vectors
 
 
-class Retriever(Protocol):
+class FirstStage(Protocol):
   """Finds texts of a corpus."""
 
   def search(self, questions: Sequence[str], k: int) -> np.ndarray:
@@ -66,7 +66,7 @@ class Dense:
     return self._index.search(unit_vectors(np.asarray(self._encode(list(questions), "question"), np.float32)), k)[0]
 
 
-def open_retriever(name: str, texts: Sequence[str]) -> Retriever:
+def open_retriever(name: str, texts: Sequence[str]) -> FirstStage:
   """'bm25', the directory or hub id of a sentence-transformers model, or MODULE:FUNCTION with an encoder (see `Dense`), which is found on
   the Python path.
 
@@ -95,7 +95,7 @@ def own_corpus(rows: Sequence[Row]) -> list[Document]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CandidatesReport:
   """What a retriever gave, before any gold documents were put there.
 
   Attributes:
@@ -114,7 +114,7 @@ class Report:
 
 
 def make(rows: Sequence[Row], corpus: Sequence[Document], count: int, setting: Literal["normal", "oracle"], retriever: str = "bm25",
-         seed: int = 0, batch: int = 256) -> Iterator[dict[str, Any] | Report]:
+         seed: int = 0, batch: int = 256) -> Iterator[dict[str, Any] | CandidatesReport]:
   """Rows with candidates, in order, and then the report.
 
   Args:
@@ -163,10 +163,10 @@ def make(rows: Sequence[Row], corpus: Sequence[Document], count: int, setting: L
              "docs": [texts[p] for p in places], "doc_ids": [corpus[p].id if p < len(corpus) else f"gold {p}" for p in places],
              "pos_index": [i for i, p in enumerate(places) if p in gold]}
   at_5, at_count = np.mean(recall, axis=0).round(4).tolist() if recall else (None, None)
-  yield Report(len(rows), len(recall), len(corpus), at_5 if count >= 5 else None, at_count, lost)
+  yield CandidatesReport(len(rows), len(recall), len(corpus), at_5 if count >= 5 else None, at_count, lost)
 
 
-def _search(found: Retriever, name: str, questions: Sequence[str], count: int) -> list[list[int]]:
+def _search(found: FirstStage, name: str, questions: Sequence[str], count: int) -> list[list[int]]:
   try:
     return found.search(questions, count).tolist()
   except (TypeError, ValueError, IndexError) as error:

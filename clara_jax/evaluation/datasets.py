@@ -18,12 +18,14 @@ finds some. A question that its documents do not answer (SQuAD 2.0, MuSiQue-Full
 """
 
 import dataclasses
-import sys
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from clara_jax.data.schemas import DataError, Malformed, Row, open_text, parse_row, read_jsonl
 from clara_jax.io import parse_json
+
+log = logging.getLogger(__name__)
 
 TFDS = ("squad", "natural_questions_open")
 
@@ -213,7 +215,7 @@ def _tfds(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import tensorflow_datasets as tfds
   except ImportError:
     raise DataError(f"{path}: needs tensorflow-datasets: pip install -e '.[records]'") from None
-  print(f"{path}: read through TFDS, which downloads it the first time", file=sys.stderr, flush=True)
+  log.info(f"{path}: read through TFDS, which downloads it the first time")
   source = tfds.data_source(name, split=split[0] if split else "validation")
   for i, value in enumerate(source):
     answers = value["answers"]["text"] if name == "squad" else value["answer"]

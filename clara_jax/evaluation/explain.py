@@ -12,9 +12,9 @@ import numpy as np
 
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.schemas import DataError, Row
-from clara_jax.data.tokens import Layout
 from clara_jax.evaluation import logit_lens
 from clara_jax.evaluation.likelihood import make_likelihood
+from clara_jax.inference.checkpoint import Checkpoint
 from clara_jax.inference.generate import make_generate
 from clara_jax.model import Clara
 from clara_jax.ops.losses import masked_mean
@@ -70,16 +70,18 @@ class Explainer:
   """Explains answers of a joint checkpoint.
 
   Args:
-    model, layout, weights: a checkpoint with all roles.
+    checkpoint: with all roles.
     max_new_tokens: longest answer.
     top: words of the lens for each memory token, before they are filtered (letters and digits only, two or more).
   """
 
-  def __init__(self, model: Clara, layout: Layout, weights: dict[str, Any], max_new_tokens: int = 64, top: int = 50):
-    self._model, self._layout, self._weights, self._top = model, layout, weights, top
+  def __init__(self, checkpoint: Checkpoint, max_new_tokens: int = 64, top: int = 50):
+    model, prompt_tokenizer, weights = checkpoint.model, checkpoint.prompt_tokenizer, checkpoint.weights
+    self._checkpoint = checkpoint
+    self._model, self._prompt_tokenizer, self._weights, self._top = model, prompt_tokenizer, weights, top
     self._compress, self._encode = jax.jit(model.compress), jax.jit(model.encode_query)
-    self._generate = make_generate(model, max_new_tokens, layout.end_ids, layout.pad_id)
-    self._likelihood = make_likelihood(model, layout)
+    self._generate = make_generate(model, max_new_tokens, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id)
+    self._likelihood = make_likelihood(model, prompt_tokenizer)
     self._attention = jax.jit(functools.partial(answer_attention, model))
 
   def explain(self, row: Row) -> Explanation:
@@ -88,34 +90,34 @@ class Explainer:
     Raises:
       DataError: there are fewer.
     """
-    layout, weights, k, m = self._layout, self._weights, self._model.config.top_k, self._model.num_memory_tokens
+    prompt_tokenizer, weights, k, m = self._prompt_tokenizer, self._weights, self._model.config.top_k, self._model.num_memory_tokens
     if len(row.documents) < k:
       raise DataError(f"{row.identifier}: {len(row.documents)} documents, but top_k={k}")
     question = row.questions[0]
-    memories = self._compress(weights, pad_tokens(layout.documents(row.documents), layout.pad_id, 32))
-    query = self._encode(weights, pad_tokens([layout.query(question)], layout.pad_id, 16))
+    memories = self._compress(weights, pad_tokens(prompt_tokenizer.documents(row.documents), prompt_tokenizer.pad_id, 32))
+    query = self._encode(weights, pad_tokens([prompt_tokenizer.query(question)], prompt_tokenizer.pad_id, 16))
     scores = np.asarray(self._model.score(query, memories[None]))[0]
     chosen = np.argsort(-scores, kind="stable")[:k]
     read = memories[chosen][None]
-    prompt = layout.answer_prompt(question, k, where=row.identifier).ids
-    answer = layout.until_end(np.asarray(self._generate(weights, pad_tokens([prompt], layout.pad_id, 32), read))[0], with_end=True)
+    prompt = prompt_tokenizer.answer_prompt(question, k, where=row.identifier).ids
+    answer = prompt_tokenizer.truncate_at_eos(np.asarray(self._generate(weights, pad_tokens([prompt], prompt_tokenizer.pad_id, 32), read))[0], with_end=True)
     whole = self._likelihood(weights, [prompt], [answer], read)[0][0]
     gains = np.zeros(k)
     if k > 1:
       without = np.array([[j for j in range(k) if j != left_out] for left_out in range(k)])
-      shorter = layout.answer_prompt(question, k - 1, where=row.identifier).ids
+      shorter = prompt_tokenizer.answer_prompt(question, k - 1, where=row.identifier).ids
       gains = whole - self._likelihood(weights, [shorter] * k, [answer] * k, read[0][without])[0]
-    tokens = pad_tokens([np.concatenate([prompt, answer])], layout.pad_id, 32)
+    tokens = pad_tokens([np.concatenate([prompt, answer])], prompt_tokenizer.pad_id, 32)
     attention = np.asarray(self._attention(weights, tokens.ids, read, len(prompt), len(prompt) + len(answer)))[0].reshape(k, m).sum(1)
     gold = " ".join(row.documents[g] for g in row.gold)
     lenses = self._lens(np.concatenate([np.asarray(query), np.asarray(read)[0]]), question, gold)
     documents = [ReadDocument(int(p), row.documents[p], int(p) in row.gold, float(scores[p]), float(share), float(gain), lens)
                  for p, share, gain, lens in zip(chosen, attention / attention.sum(), gains, lenses[1:], strict=True)]
-    return Explanation(row.identifier, question, list(row.answers), layout.text(answer), float(whole), lenses[0], documents)
+    return Explanation(row.identifier, question, list(row.answers), prompt_tokenizer.text(answer), float(whole), lenses[0], documents)
 
   def _lens(self, memories, question: str, gold: str) -> list[list[Word]]:
     asked, told = ({w.lower() for w in _WORD.findall(text)} for text in (question, gold))
-    listed = logit_lens.words(self._model, self._layout, self._weights, memories, self._top)
+    listed = logit_lens.words(self._checkpoint, memories, self._top)
     return [[Word(word, logit, word.lower() in asked, word.lower() in told) for word, logit in words if _WORD.fullmatch(word)]
             for words in listed]
 
@@ -135,7 +137,7 @@ def answer_attention(model: Clara, weights: dict[str, Any], ids: jax.Array, memo
   """
   config = model.config.model
   variables = {"params": weights["base"], "lora": weights["generator"]}
-  (_, read), sown = model.decoder.apply(variables, model.splice(weights, ids, memories), keep=True, mutable=["queries"])
+  (_, read), sown = model.decoder.apply(variables, model.splice(weights, ids, memories), return_kv=True, mutable=["queries"])
   at = jnp.arange(ids.shape[1])
   visible = at <= at[:, None]
   windowed = np.isin(np.arange(config.num_layers), config.full_attention_layers, invert=True) & (config.sliding_window is not None)
@@ -156,18 +158,19 @@ def answer_attention(model: Clara, weights: dict[str, Any], ids: jax.Array, memo
   return jnp.take_along_axis(shares, places, axis=1)
 
 
-def document_and_memory_means(model: Clara, layout: Layout, weights: dict[str, Any], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def document_and_memory_means(checkpoint: Checkpoint, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
   """Means of the compressor's states over each document's own tokens and over its memory tokens, [n, D] each: what L_MSE brings together
   (paper §3.1)."""
+  model, prompt_tokenizer, weights = checkpoint.model, checkpoint.prompt_tokenizer, checkpoint.weights
   @jax.jit
   def both(weights, tokens):
     memories, hidden = model.encode(weights, "compressor", tokens)
     real = jnp.arange(tokens.ids.shape[1]) < tokens.lengths[:, None] - model.num_memory_tokens
     return masked_mean(hidden, real), memories.mean(1)
-  return tuple(np.asarray(x, np.float32) for x in both(weights, pad_tokens(layout.documents(texts), layout.pad_id, 32)))
+  return tuple(np.asarray(x, np.float32) for x in both(weights, pad_tokens(prompt_tokenizer.documents(texts), prompt_tokenizer.pad_id, 32)))
 
 
-def picture(documents: np.ndarray, memories: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pca_2d(documents: np.ndarray, memories: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """PCA of both sets together: ([n, 2], [n, 2], share of the variance of each axis [2])."""
   both = np.concatenate([documents, memories]).astype(np.float64)
   centred = both - both.mean(0)

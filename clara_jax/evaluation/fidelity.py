@@ -1,6 +1,6 @@
 """What memory tokens keep of a document: paraphrases that the generator writes from them alone (paper §5), beside the document."""
 
-import sys
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,20 +10,21 @@ import numpy as np
 from clara_jax.config import ConfigError
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.schemas import Document
-from clara_jax.data.tokens import Layout
-from clara_jax.evaluation.benchmarks import Evaluation, mean_scores
+from clara_jax.evaluation.evaluator import Evaluation, mean_scores
 from clara_jax.evaluation.metrics import paraphrase_scores
+from clara_jax.inference.checkpoint import Checkpoint
 from clara_jax.inference.generate import make_generate
-from clara_jax.model import Clara
+
+log = logging.getLogger(__name__)
 
 
-def paraphrase(model: Clara, layout: Layout, weights: dict[str, Any], documents: Sequence[Document], *, batch_size: int = 16,
+def paraphrase(checkpoint: Checkpoint, documents: Sequence[Document], *, batch_size: int = 16,
                max_new_tokens: int = 256, bert_model: str | None = None, progress: bool = True) -> Evaluation:
   """Writes each document again from its memory tokens and scores it against the document: `rouge1`, `rouge_l`, `entities_kept`, and
   `bertscore` (F1) where a model is given.
 
   Args:
-    model, layout, weights: a checkpoint with compressor and generator, best one of the stage `scp`.
+    checkpoint: with compressor and generator, best one of the stage `scp`.
     documents: what is written again.
     batch_size: documents a pass.
     max_new_tokens: longest paraphrase.
@@ -34,23 +35,24 @@ def paraphrase(model: Clara, layout: Layout, weights: dict[str, Any], documents:
   Raises:
     ConfigError: a library is missing (extras 'evaluate', 'bertscore').
   """
+  model, prompt_tokenizer, weights = checkpoint.model, checkpoint.prompt_tokenizer, checkpoint.weights
   scorer = _bert_scorer(bert_model) if bert_model else None
-  prompt = layout.paraphrase_prompt().ids
+  prompt = prompt_tokenizer.paraphrase_prompt().ids
   compress = jax.jit(model.compress)
-  generate = make_generate(model, max_new_tokens, layout.end_ids, layout.pad_id)
+  generate = make_generate(model, max_new_tokens, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id)
   found: list[dict[str, Any]] = []
   for start in range(0, len(documents), batch_size):
     batch = documents[start:start + batch_size]
     filled = [*batch, *[batch[0]] * (min(batch_size, len(documents)) - len(batch))]
-    memories = compress(weights, pad_tokens(layout.documents([d.text for d in filled]), layout.pad_id, 32))
-    written = np.asarray(generate(weights, pad_tokens([prompt] * len(filled), layout.pad_id, 1), memories[:, None]))
-    texts = [layout.text(ids) for ids in written[:len(batch)]]
+    memories = compress(weights, pad_tokens(prompt_tokenizer.documents([d.text for d in filled]), prompt_tokenizer.pad_id, 32))
+    written = np.asarray(generate(weights, pad_tokens([prompt] * len(filled), prompt_tokenizer.pad_id, 1), memories[:, None]))
+    texts = [prompt_tokenizer.text(ids) for ids in written[:len(batch)]]
     try:
       found += [{"id": d.id, "text": d.text, "prediction": t, **paraphrase_scores(t, d.text)} for d, t in zip(batch, texts, strict=True)]
     except ImportError:
       raise ConfigError("ROUGE needs rouge-score: pip install -e '.[evaluate]'") from None
     if progress:
-      print(f"paraphrase: {len(found)}/{len(documents)} documents", file=sys.stderr, flush=True)
+      log.info(f"paraphrase: {len(found)}/{len(documents)} documents")
   if scorer:
     scores = scorer.score([r["prediction"] for r in found], [r["text"] for r in found])[2].tolist()
     found = [{**row, "bertscore": score} for row, score in zip(found, scores, strict=True)]

@@ -8,12 +8,12 @@ import numpy as np
 
 from clara_jax.config import Role
 from clara_jax.data.pipeline import pad_prompts, padded_length
-from clara_jax.data.tokens import Layout, PromptTokens
+from clara_jax.data.prompt_tokenizer import PromptTokenizer, PromptTokens
 from clara_jax.model import Clara
 from clara_jax.ops.losses import cross_entropy
 
 
-def make_likelihood(model: Clara, layout: Layout, role: Role | None = "generator") -> Callable[..., np.ndarray]:
+def make_likelihood(model: Clara, prompt_tokenizer: PromptTokenizer, role: Role | None = "generator") -> Callable[..., np.ndarray]:
   """(weights, prompts, answers, memories) -> log p of each answer's tokens after its prompt, summed [B], and their number [B].
 
   `prompts` and `answers` are rows of token ids, `memories` [B, K, M, D] or None.
@@ -27,6 +27,6 @@ def make_likelihood(model: Clara, layout: Layout, role: Role | None = "generator
     rows = [PromptTokens(np.concatenate([p, a]).astype(np.int32), len(p)) for p, a in zip(prompts, answers, strict=True)]
     length, width = max(len(r.ids) for r in rows), max(1, *(len(a) for a in answers))
     starts = [r.prompt_length for r in rows]
-    prompt = pad_prompts(rows, starts, layout.pad_id, padded_length(length, 32), padded_length(width, 8))
+    prompt = pad_prompts(rows, starts, prompt_tokenizer.pad_id, padded_length(length, 32), padded_length(width, 8))
     return tuple(np.asarray(x) for x in log_p(weights, prompt, memories))
   return likelihood

@@ -7,11 +7,10 @@ import jax
 import numpy as np
 
 from clara_jax.data.pipeline import pad_tokens
-from clara_jax.data.tokens import Layout
-from clara_jax.model import Clara
+from clara_jax.inference.checkpoint import Checkpoint
 
 
-def words(model: Clara, layout: Layout, weights: dict[str, Any], memories: np.ndarray, top: int) -> list[list[tuple[str, float]]]:
+def words(checkpoint: Checkpoint, memories: np.ndarray, top: int) -> list[list[tuple[str, float]]]:
   """The words of highest logit, over all memory tokens of each row, each word once with its best logit.
 
   Args:
@@ -21,8 +20,9 @@ def words(model: Clara, layout: Layout, weights: dict[str, Any], memories: np.nd
   Returns:
     For each row, (word, logit) in order of logit; special tokens are left out.
   """
+  model, prompt_tokenizer, weights = checkpoint.model, checkpoint.prompt_tokenizer, checkpoint.weights
   logits = np.asarray(jax.jit(model.logits)(weights, memories))[..., :model.config.model.vocab_size]
-  special = set(layout.tokenizer.all_special_ids)
+  special = set(prompt_tokenizer.tokenizer.all_special_ids)
   listed = []
   for row in logits:
     best: dict[int, float] = {}
@@ -31,13 +31,14 @@ def words(model: Clara, layout: Layout, weights: dict[str, Any], memories: np.nd
         if int(token) not in special:
           best[int(token)] = max(best.get(int(token), -np.inf), float(token_logits[token]))
     ordered = sorted(best.items(), key=lambda item: -item[1])
-    listed.append([(layout.tokenizer.decode([token]).strip(), round(logit, 3)) for token, logit in ordered])
+    listed.append([(prompt_tokenizer.tokenizer.decode([token]).strip(), round(logit, 3)) for token, logit in ordered])
   return listed
 
 
-def queries(model: Clara, layout: Layout, weights: dict[str, Any], questions: Sequence[str], top: int) -> list[dict[str, Any]]:
+def queries(checkpoint: Checkpoint, questions: Sequence[str], top: int) -> list[dict[str, Any]]:
   """The lens of questions' memory tokens: [{`question`, `tokens`: [(word, logit), …]}]."""
-  tokens = pad_tokens([layout.query(q) for q in questions], layout.pad_id, 16)
+  model, prompt_tokenizer, weights = checkpoint.model, checkpoint.prompt_tokenizer, checkpoint.weights
+  tokens = pad_tokens([prompt_tokenizer.query(q) for q in questions], prompt_tokenizer.pad_id, 16)
   memories = jax.jit(model.encode_query)(weights, tokens)
   return [{"question": q, "tokens": found}
-          for q, found in zip(questions, words(model, layout, weights, memories, top), strict=True)]
+          for q, found in zip(questions, words(checkpoint, memories, top), strict=True)]

@@ -7,7 +7,7 @@
     recall_at_k, precision_at_k, ndcg_at_k, mrr
     rouge1, rouge_l, entities_kept
 
-The official definitions, from their descriptions: an answer is normalised (lower case, no punctuation, no articles, single spaces); EM is
+The official definitions, from their descriptions: an answer is normalized (lower case, no punctuation, no articles, single spaces); EM is
 equality; F1 is that of the two bags of tokens, 0 where they share none, also where both are empty; HotpotQA's F1 is also 0 where one of
 the two is yes, no or noanswer and the other is not the same.
 """
@@ -27,7 +27,7 @@ _BOOLEANS = {"true": "yes", "false": "no"}
 _CLOSED = ("yes", "no", "noanswer")
 
 
-def normalise_officially(text: str) -> str:
+def squad_normalize(text: str) -> str:
   """Lower case, no punctuation (ASCII), no articles, single spaces: SQuAD's `normalize_answer`.
 
   >>> normalise_officially("The  U.S. is a place")
@@ -37,43 +37,43 @@ def normalise_officially(text: str) -> str:
   return " ".join(_ARTICLES.sub(" ", text).split())
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
   """The same, and True and False become yes and no."""
-  text = normalise_officially(text)
+  text = squad_normalize(text)
   return _BOOLEANS.get(text, text)
 
 
 def exact_match(prediction: str, answer: str) -> float:
-  """1 where both are equal after `normalise`."""
-  return float(normalise(prediction) == normalise(answer))
+  """1 where both are equal after `normalize`."""
+  return float(normalize(prediction) == normalize(answer))
 
 
 def f1(prediction: str, answer: str) -> float:
   """Token overlap; yes, no and noanswer count only when equal; two empty answers are equal."""
-  a, b = normalise(prediction), normalise(answer)
+  a, b = normalize(prediction), normalize(answer)
   return float(a == b) if not a and not b else _closed_f1(a, b)
 
 
 def cover_em(prediction: str, answer: str) -> float:
-  """1 where every token of the answer appears in the prediction, in any order (upstream's 'acc'). An answer that `normalise` leaves
+  """1 where every token of the answer appears in the prediction, in any order (upstream's 'acc'). An answer that `normalize` leaves
   nothing of, such as 'A', is covered by nothing."""
-  wanted = set(normalise(answer).split())
-  return float(bool(wanted) and wanted <= set(normalise(prediction).split()))
+  wanted = set(normalize(answer).split())
+  return float(bool(wanted) and wanted <= set(normalize(prediction).split()))
 
 
 def squad_em(prediction: str, answer: str) -> float:
   """SQuAD 1.1's `exact_match_score`; HotpotQA's is the same."""
-  return float(normalise_officially(prediction) == normalise_officially(answer))
+  return float(squad_normalize(prediction) == squad_normalize(answer))
 
 
 def squad_f1(prediction: str, answer: str) -> float:
   """SQuAD 1.1's `f1_score`."""
-  return _overlap_f1(normalise_officially(prediction), normalise_officially(answer))
+  return _overlap_f1(squad_normalize(prediction), squad_normalize(answer))
 
 
 def hotpot_f1(prediction: str, answer: str) -> float:
   """HotpotQA's `f1_score`."""
-  return _closed_f1(normalise_officially(prediction), normalise_officially(answer))
+  return _closed_f1(squad_normalize(prediction), squad_normalize(answer))
 
 
 def _closed_f1(a: str, b: str) -> float:
@@ -135,8 +135,8 @@ def words(text: str) -> list[str]:
 
 
 def said(text: str) -> set[str]:
-  """Words of a text, as SQuAD's normalisation divides it and as `words` does."""
-  return {*normalise_officially(text).split(), *words(text)}
+  """Words of a text, as SQuAD's normalization divides it and as `words` does."""
+  return {*squad_normalize(text).split(), *words(text)}
 
 
 # A number, or a run of capitalised words that does not begin a sentence.
@@ -145,8 +145,8 @@ _NAME = re.compile(r"(?<![.!?]\s)(?<!^)\b[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)*"
 
 
 def entities(text: str) -> set[str]:
-  """Numbers and names (runs of capitalised words inside sentences) of a text, normalised: a rule, not a model."""
-  return {normalise_officially(found) for pattern in (_NUMBER, _NAME) for found in pattern.findall(text)} - {""}
+  """Numbers and names (runs of capitalised words inside sentences) of a text, normalized: a rule, not a model."""
+  return {squad_normalize(found) for pattern in (_NUMBER, _NAME) for found in pattern.findall(text)} - {""}
 
 
 def entities_kept(paraphrase: str, source: str) -> float:

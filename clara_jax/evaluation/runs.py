@@ -2,22 +2,25 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
+from clara_jax.checkpoints.formats import Checkpoint
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError, Row
-from clara_jax.evaluation import report, statistics
-from clara_jax.evaluation.benchmarks import evaluate, read_predictions, weights_hash, write_predictions
-from clara_jax.evaluation.explain import Explainer, document_and_memory_means, picture
+from clara_jax.evaluation import plots, statistics
+from clara_jax.evaluation.evaluator import evaluate, read_predictions, weights_hash, write_predictions
+from clara_jax.evaluation.explain import Explainer, document_and_memory_means, pca_2d
 from clara_jax.evaluation.settings import SETTINGS
-from clara_jax.interop.checkpoints import Checkpoint
+from clara_jax.reports import html
+
+log = logging.getLogger(__name__)
 
 EXAMPLES, PICTURED = 5, 150
 Judge = Callable[[Sequence[Row], Sequence[dict[str, Any]]], Any]
@@ -40,7 +43,7 @@ def run(checkpoint: Checkpoint, rows: Sequence[Row], settings: Sequence[str], di
     judge: adds to predictions whether their answers are grounded (`synthesis/judge.py`).
 
   Returns:
-    What is in report.json: `report.summary` by setting or name.
+    What is in report.json: `plots.summary` by setting or name.
 
   Raises:
     ConfigError: a name is used twice, or cannot be that of a file; DIR has a report with other runs.
@@ -61,18 +64,18 @@ def run(checkpoint: Checkpoint, rows: Sequence[Row], settings: Sequence[str], di
   for name, (source, setting) in jobs.items():
     source.require(*SETTINGS[setting].roles())
     path = str(where / "predictions" / f"{name}.jsonl")
-    found[name] = evaluate(source.model, source.layout, source.weights, rows, setting, batch_size=batch_size, max_new_tokens=max_new_tokens,
+    found[name] = evaluate(source, rows, setting, batch_size=batch_size, max_new_tokens=max_new_tokens,
                            path=path, name=name, weights_sha256=hashes[id(source)]).predictions
     if judge:
       judge(rows, found[name])
       keys = {p["key"] for p in found[name]}
       write_predictions(path, [*found[name], *(p for p in read_predictions(path) if p["key"] not in keys)])
-    summaries[name] = report.summary(found[name])
+    summaries[name] = plots.summary(found[name])
   values = {name: {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in s.items()} for name, s in summaries.items()}
   made = {"title": title, "rows": len(rows), "runs": values}
   (where / "report.json").write_text(json.dumps(made, indent=2), encoding="utf-8")
-  report.write(where / "report.html", _page(title, checkpoint, also, rows, found, summaries, max_new_tokens))
-  print(f"evaluate: {where / 'report.html'}", file=sys.stderr, flush=True)
+  html.write(where / "report.html", _page(title, checkpoint, also, rows, found, summaries, max_new_tokens))
+  log.info(f"evaluate: {where / 'report.html'}")
   return made
 
 
@@ -84,48 +87,48 @@ def _runs_of(directory: pathlib.Path) -> set[str]:
     return set()
 
 
-def summary_table(summaries: Mapping[str, Mapping[str, Any]], says: Mapping[str, str]) -> str:
+def summary_table(summaries: Mapping[str, Mapping[str, Any]], descriptions: Mapping[str, str]) -> str:
   """The table of a run."""
-  order = dict.fromkeys(("em", "f1", "recall_at_1", "recall_at_5", *report.QUALITY, *report.RETRIEVAL))
+  order = dict.fromkeys(("em", "f1", "recall_at_1", "recall_at_5", *plots.QUALITY, *plots.RETRIEVAL))
   columns = [c for c in order if any(c in s for s in summaries.values())]
   if all(s["em_first"] == s["em"] for s in summaries.values()):
     columns.remove("em_first")
   rows = [[name.replace("_", " "), *(s.get(c) for c in columns), s["context_tokens"], s["seconds"]] for name, s in summaries.items()]
-  names = report.joined(Markup("<br><b>{}</b>: {}").format(name.replace("_", " "), says[name]) for name in summaries if name in says)
+  names = html.joined(Markup("<br><b>{}</b>: {}").format(name.replace("_", " "), descriptions[name]) for name in summaries if name in descriptions)
   header = ["run", *(c.replace("_", " ") for c in columns), "context tokens", "s a question"]
-  return report.table(header, rows) + Markup("<p class=small>What is read:{}</p>").format(names)
+  return html.table(header, rows) + Markup("<p class=small>What is read:{}</p>").format(names)
 
 
 def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):
-  says = {name: SETTINGS[name].says for name in found if name in SETTINGS} | {name: "joint, of another checkpoint" for name in also}
+  descriptions = {name: SETTINGS[name].description for name in found if name in SETTINGS} | {name: "joint, of another checkpoint" for name in also}
   ranked = {name: p for name, p in found.items() if any(x.get("pos_index") and "ranked" in x for x in p)}
   compressed = {name: p for name, p in found.items() if SETTINGS.get(name, SETTINGS["joint"]).form == "memories"}
   shown = {name: found[name] for name in list(compressed)[:4] or list(found)[:4]}
   lengths = {p["key"]: _gold_tokens(checkpoint, row) for p, row in zip(next(iter(found.values())), rows, strict=True)}
-  plots = [report.recall_curve(ranked)] if ranked else []
-  plots += [p for p in (
-      report.by_bins(shown, lambda p: lengths[p["key"]], "Length of the gold document", "tokens of the first gold document"),
-      report.by_bins({n: p for n, p in shown.items() if n in ranked}, lambda p: p["pos_index"][0] + 1 if p.get("pos_index") else None,
+  drawn = [plots.recall_curve(ranked)] if ranked else []
+  drawn += [p for p in (
+      plots.by_bins(shown, lambda p: lengths[p["key"]], "Length of the gold document", "tokens of the first gold document"),
+      plots.by_bins({n: p for n, p in shown.items() if n in ranked}, lambda p: p["pos_index"][0] + 1 if p.get("pos_index") else None,
                      "Place of the gold document among the candidates", "place of the first gold document, as given"),
-      report.by_bins({n: p for n, p in shown.items() if n in ranked}, _rank, "Where the gold document was ranked",
+      plots.by_bins({n: p for n, p in shown.items() if n in ranked}, _rank, "Where the gold document was ranked",
                      "rank of the first gold document")) if p]
-  plots.append(report.calibration(shown))
+  drawn.append(plots.calibration(shown))
   ratios = {name: (checkpoint if name in SETTINGS else also[name]).model.compression_rate for name in compressed}
   if len(set(ratios.values())) > 1:
-    plots.append(report.against_ratio({name: (ratio, summaries[name]["f1"]) for name, ratio in ratios.items()}))
+    drawn.append(plots.against_ratio({name: (ratio, summaries[name]["f1"]) for name, ratio in ratios.items()}))
   note = Markup(
       "<p class=small>Means over rows with their 95 % bootstrap intervals. em, f1 and cover em: best over the gold answers; em first: "
       "against the first one. Seconds: retrieval and answer, in batches, median over rows, without passes that compile; documents were "
       "compressed before. Recall and the like: over rows with gold documents.</p>")
-  sections = [("Results", summary_table(summaries, says) + note),
-              ("Plots", report.plots(plots))]
+  sections = [("Results", summary_table(summaries, descriptions) + note),
+              ("Plots", html.plots(drawn))]
   if "joint" in found:
     sections += _examples(checkpoint, rows, found["joint"], max_new_tokens)
   texts = list(dict.fromkeys(d for row in rows for d in row.documents))[:PICTURED]
   if texts and compressed:
     sets: dict[str, Any] = {}
     for name, c in {"this checkpoint": checkpoint, **also}.items():
-      made = picture(*document_and_memory_means(c.model, c.layout, c.weights, texts))
+      made = pca_2d(*document_and_memory_means(c, texts))
       same = next((n for n, other in sets.items() if np.array_equal(other[0], made[0])), None)  # one compressor
       if same:
         sets = {f"{n}, {name}" if n == same else n: value for n, value in sets.items()}
@@ -133,15 +136,15 @@ def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):
         sets[name] = made
     said = Markup("<p>Means of the compressor's states over a document's own tokens and over its memory tokens, {} documents, PCA. "
                   "The MSE term of SCP (paper §3.1) brings the two together.</p>").format(len(texts))
-    sections.append(("Documents and their memory tokens", said + report.pictures(sets)))
+    sections.append(("Documents and their memory tokens", said + plots.pca_plots(sets)))
   model, config = checkpoint.model, checkpoint.model.config
   intro = (f"{len(rows)} questions; {model.num_memory_tokens} memory tokens for documents of at most {config.doc_max_length} tokens "
            f"(ratio {model.compression_rate:g}), K = {config.top_k}.")
-  return report.page(title, intro, sections)
+  return html.page(title, intro, sections)
 
 
 def _gold_tokens(checkpoint, row):
-  return len(checkpoint.layout.ids(row.documents[row.gold[0]])) if row.gold and row.documents else None
+  return len(checkpoint.prompt_tokenizer.ids(row.documents[row.gold[0]])) if row.gold and row.documents else None
 
 
 def _rank(prediction):
@@ -152,11 +155,11 @@ def _rank(prediction):
 def _examples(checkpoint, rows, predictions, max_new_tokens):
   order = sorted(range(len(rows)), key=lambda i: -predictions[i]["confidence"])
   right, wrong = ([i for i in order if bool(predictions[i]["em"]) == is_right][:EXAMPLES] for is_right in (True, False))
-  explainer = Explainer(checkpoint.model, checkpoint.layout, checkpoint.weights, max_new_tokens)
+  explainer = Explainer(checkpoint, max_new_tokens)
 
   def explained(places):
-    return report.joined(report.explained(explainer.explain(rows[i])) for i in places) or Markup("<p>None.</p>")
-  return [("Worst: wrong, and sure of it", report.LENS_LEGEND + explained(wrong)), ("Best: right, and sure of it", explained(right))]
+    return html.joined(plots.explained(explainer.explain(rows[i])) for i in places) or Markup("<p>None.</p>")
+  return [("Worst: wrong, and sure of it", plots.LENS_LEGEND + explained(wrong)), ("Best: right, and sure of it", explained(right))]
 
 
 # ---- two runs ------------------------------------------------------------------------------------------------------------------
@@ -179,7 +182,7 @@ def compare(a: str, b: str, page: str | None = None) -> dict[str, Any]:
   found: dict[str, dict[str, dict[str, Any]]] = {}
   sections = []
   for name, (left, right) in pairs.items():
-    metrics = [m for m in (*report.QUALITY, *report.RETRIEVAL) if all(m in p for p in (*left, *right))]
+    metrics = [m for m in (*plots.QUALITY, *plots.RETRIEVAL) if all(m in p for p in (*left, *right))]
     values = {m: ([p[m] for p in left], [p[m] for p in right]) for m in metrics}
     differences = {m: statistics.compare(*v) for m, v in values.items()}
     found[name] = {m: {"a": statistics.mean(v[0]).mean, "b": statistics.mean(v[1]).mean, **dataclasses.asdict(differences[m])}
@@ -187,7 +190,7 @@ def compare(a: str, b: str, page: str | None = None) -> dict[str, Any]:
     if page:
       sections.append((f"{name.replace('_', ' ')}: {len(left)} rows", _comparison(left, right, differences)))
   if page:
-    report.write(page, report.page("Two runs", f"A: {a}. B: {b}. Positive differences: B is better.", sections))
+    html.write(page, html.page("Two runs", f"A: {a}. B: {b}. Positive differences: B is better.", sections))
   return found
 
 
@@ -208,7 +211,7 @@ def _pairs(a, b):
   if not names:
     raise DataError(f"{a} and {b}: no run in common: {sorted(left)} and {sorted(right)}")
   if alone := sorted({*left, *right} - set(names)):
-    print(f"compare: only one of the two has {', '.join(alone)}", file=sys.stderr)
+    log.warning(f"compare: only one of the two has {', '.join(alone)}")
   pairs = {}
   for name in names:
     first, second = ({p["key"]: p for p in read_predictions(str(f[name]))} for f in (left, right))
@@ -216,7 +219,7 @@ def _pairs(a, b):
     if not keys:
       raise DataError(f"{left[name]} and {right[name]}: no row in common")
     if more := len(first) + len(second) - 2 * len(keys):
-      print(f"compare {name}: {len(keys)} rows; {more} are in one of the two only", file=sys.stderr)
+      log.warning(f"compare {name}: {len(keys)} rows; {more} are in one of the two only")
     pairs[name] = [first[key] for key in keys], [second[key] for key in keys]
   return pairs
 
@@ -224,12 +227,12 @@ def _pairs(a, b):
 def _comparison(left, right, differences):
   rows = [[m.replace("_", " "), statistics.mean([p[m] for p in left]), statistics.mean([p[m] for p in right]),
            f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]", d.p] for m, d in differences.items()]
-  text = report.table(["metric", "A", "B", "B − A (95 %)", "p"], rows)
+  text = html.table(["metric", "A", "B", "B − A (95 %)", "p"], rows)
   curves = {label: p for label, p in (("A", left), ("B", right)) if any(x.get("pos_index") and "ranked" in x for x in p)}
-  text += report.plots(([report.recall_curve(curves)] if curves else []) + [report.calibration({"A": left, "B": right})])
+  text += html.plots(([plots.recall_curve(curves)] if curves else []) + [plots.calibration({"A": left, "B": right})])
   for heading, sign in (("B is right where A was wrong", 1), ("A was right where B is wrong", -1)):
     changed = [(p, q) for p, q in zip(left, right, strict=True) if sign * (q["em"] - p["em"]) > 0]
     shown = [[p["question"], " | ".join(p["answers"]), p["prediction"], q["prediction"]] for p, q in changed[:10]]
     first = f", the first {len(shown)}" if len(shown) < len(changed) else ""
-    text += Markup("<h3>{}: {} rows{}</h3>").format(heading, len(changed), first) + report.table(["question", "wanted", "A", "B"], shown)
+    text += Markup("<h3>{}: {} rows{}</h3>").format(heading, len(changed), first) + html.table(["question", "wanted", "A", "B"], shown)
   return text

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from clara_jax.checkpoints.hub import local_directory
+from clara_jax.checkpoints.workdir import CheckpointError
 from clara_jax.config import ConfigError
-from clara_jax.interop.hub import local_directory
-from clara_jax.training.checkpoint import CheckpointError
 
 Encode = Callable[[Sequence[str], str], np.ndarray]
 

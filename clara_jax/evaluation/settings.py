@@ -9,13 +9,13 @@ class Setting:
   """What the generator reads.
 
   Attributes:
-    says: the same, in words.
+    description: the same, in words.
     form: 'memories' of documents, 'text' of documents, or 'nothing'.
     order: who finds the K documents among the row's: BM25, or a role that reads the question; None: all of them, as given.
     reader: the role that answers; None: the base alone.
   """
 
-  says: str
+  description: str
   form: Literal["memories", "text", "nothing"]
   order: Literal["bm25", "compressor", "query_reasoner"] | None = None
   reader: Literal["generator"] | None = None

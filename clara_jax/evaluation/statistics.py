@@ -9,7 +9,7 @@ RESAMPLES = 2_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Mean:
+class BootstrapMean:
   """A mean with its bootstrap interval (percentile, 95 %) over n rows."""
 
   mean: float
@@ -18,14 +18,14 @@ class Mean:
   n: int
 
 
-def mean(values: Sequence[float], seed: int = 0) -> Mean:
+def mean(values: Sequence[float], seed: int = 0) -> BootstrapMean:
   """The mean of rows' scores, with its interval."""
   data = np.asarray(values, np.float64)
   if len(data) < 2 or (data == data[0]).all():
-    return Mean(float(data.mean()), float(data.mean()), float(data.mean()), len(data))
+    return BootstrapMean(float(data.mean()), float(data.mean()), float(data.mean()), len(data))
   from scipy import stats  # half a second
   found = stats.bootstrap((data,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=seed, batch=100).confidence_interval
-  return Mean(float(data.mean()), float(found.low), float(found.high), len(data))
+  return BootstrapMean(float(data.mean()), float(found.low), float(found.high), len(data))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,21 +4,20 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from clara_jax.config import ConfigError
 from clara_jax.data.pipeline import pad_tokens
-from clara_jax.data.tokens import Layout
+from clara_jax.inference.checkpoint import Checkpoint
+from clara_jax.inference.compress import check_compressor
 from clara_jax.inference.generate import Greedy, make_stream
-from clara_jax.memory.compress import check_compressor
 from clara_jax.memory.store import MemoryStore
-from clara_jax.model import Clara
 from clara_jax.nn import linear
 from clara_jax.nn.decoder import KeyValues
 from clara_jax.retrieval import index as index_lib
+from clara_jax.retrieval.base import Retriever, unit_vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Answerer:
   """Answers questions over a store.
 
   Args:
-    model, layout, weights: a checkpoint with query reasoner and generator.
+    checkpoint: with query reasoner and generator.
     store: memory tokens made by the same compressor; what is read of each document is what it was opened for (`MemoryStore.first`).
     index: over the store; None loads the one beside it, which may search with more or fewer memory tokens than are read.
     top_k: K; by default the configuration's.
@@ -76,28 +75,29 @@ class Answerer:
     ConfigError: K is more than there are documents.
   """
 
-  def __init__(self, model: Clara, layout: Layout, weights: dict[str, Any], store: MemoryStore, *,
-               index: index_lib.Index | None = None, top_k: int | None = None, max_new_tokens: int = 64, stream_every: int = 4,
+  def __init__(self, checkpoint: Checkpoint, store: MemoryStore, *,
+               index: Retriever | None = None, top_k: int | None = None, max_new_tokens: int = 64, stream_every: int = 4,
                merge: bool = False):
+    model, prompt_tokenizer, weights = checkpoint.model, checkpoint.prompt_tokenizer, checkpoint.weights
     check_compressor(store, model, weights)
     read = store.manifest.num_memory_tokens
     self.search_tokens = read
     if index is None:
       index, self.search_tokens = index_lib.load(store), index_lib.saved_settings(store)["memory_tokens"]
-    self._asking = layout.first(self.search_tokens)
+    self._asking = prompt_tokenizer.first(self.search_tokens)
     encode = model.first(self.search_tokens).encode_query
-    model, layout = model.first(read), layout.first(read)
-    self.model, self.layout, self.weights, self.store = model, layout, weights, store
+    model, prompt_tokenizer = model.first(read), prompt_tokenizer.first(read)
+    self.model, self.prompt_tokenizer, self.weights, self.store = model, prompt_tokenizer, weights, store
     self.top_k, self.max_new_tokens = top_k or model.config.top_k, max_new_tokens
     if self.top_k > len(store):
       raise ConfigError(f"top_k={self.top_k} documents of a store with {len(store)}")
     self._index, self._encode = index, jax.jit(encode)
-    greedy = Greedy(model, max_new_tokens, layout.end_ids, layout.pad_id, None if merge else "generator")
+    greedy = Greedy(model, max_new_tokens, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id, None if merge else "generator")
     self._generator = weights
     if merge:
       merged = jax.jit(functools.partial(linear.merge, scale=model.config.lora.scale))(weights["base"], weights["generator"])
       self._generator = {"base": merged, "memory_embedding": weights["memory_embedding"]}
-    self._read, self._stream = jax.jit(greedy.read), make_stream(greedy)
+    self._prefill_prefix, self._stream = jax.jit(greedy.prefill_prefix), make_stream(greedy)
     self._instruction: KeyValues | None = None
     self._stream_every = stream_every
 
@@ -111,7 +111,7 @@ class Answerer:
 
     Queries may have more memory tokens than are searched with.
     """
-    unit = index_lib.unit_vectors(vectors[:, :self.search_tokens * self.store.manifest.width])
+    unit = unit_vectors(vectors[:, :self.search_tokens * self.store.manifest.width])
     rows, _ = self._index.search(unit, k)
     return self.store.memories(rows.reshape(-1)).astype(np.float32).reshape(*rows.shape, -1)
 
@@ -149,7 +149,7 @@ class Answerer:
   def _queries(self, questions: Sequence[Question]) -> np.ndarray:
     tokens = [self._asking.query(q.text) for q in questions]
     tokens += tokens[:1] * (_padded(len(tokens)) - len(tokens))
-    query = self._encode(self.weights, pad_tokens(tokens, self.layout.pad_id, _QUERY_BUCKET))
+    query = self._encode(self.weights, pad_tokens(tokens, self.prompt_tokenizer.pad_id, _QUERY_BUCKET))
     return np.asarray(query, np.float32)[:len(questions)]
 
   def _search(self, questions: Sequence[Question], query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -157,7 +157,7 @@ class Answerer:
     ks = np.array([q.top_k or self.top_k for q in questions])
     if ks.max() > len(self.store):
       raise ConfigError(f"top_k={ks.max()} documents of a store with {len(self.store)}")
-    vectors = index_lib.unit_vectors(query)
+    vectors = unit_vectors(query)
     rows = np.full((len(questions), ks.max()), -1, np.int64)
     scores = np.full(rows.shape, -np.inf, np.float32)
     free = [i for i, q in enumerate(questions) if q.ids is None]
@@ -174,35 +174,35 @@ class Answerer:
 
   def _found(self, rows: np.ndarray, scores: np.ndarray) -> list[list[Found]]:
     documents = iter(self.store.documents(rows[rows >= 0]))
-    return [[Found((d := next(documents)).id, round(float(score), 4), d.title, d.text, len(self.layout.ids(d.text)))
+    return [[Found((d := next(documents)).id, round(float(score), 4), d.title, d.text, len(self.prompt_tokenizer.ids(d.text)))
              for row, score in zip(*pair, strict=True) if row >= 0] for pair in zip(rows, scores, strict=True)]
 
   def _texts(self, questions: Sequence[Question], counts: np.ndarray, memories: np.ndarray,
              on_text: Callable[[int, str], None] | None) -> list[str]:
-    layout = self.layout
-    prompts = [layout.answer_prompt(q.text, int(k), where=f"question {q.text!r:.60}").ids for q, k in zip(questions, counts, strict=True)]
+    prompt_tokenizer = self.prompt_tokenizer
+    prompts = [prompt_tokenizer.answer_prompt(q.text, int(k), where=f"question {q.text!r:.60}").ids for q, k in zip(questions, counts, strict=True)]
     same_documents = len(prompts) > 1 and len(set(counts)) == 1 and (memories[:len(prompts)] == memories[0]).all()
-    beginning = self._beginning(prompts[0], memories[0], int(counts[0]) if same_documents else 0)
+    prefix_cache = self._prefix_cache(prompts[0], memories[0], int(counts[0]) if same_documents else 0)
     prompts += prompts[:1] * (len(memories) - len(prompts))
     limits = [min(q.max_new_tokens or self.max_new_tokens, self.max_new_tokens) for q in questions]
     texts = [""] * len(questions)
     every = self._stream_every if on_text else self.max_new_tokens
-    for ids in self._stream(self._generator, pad_tokens(prompts, layout.pad_id, _PROMPT_BUCKET), memories, every, beginning):
+    for ids in self._stream(self._generator, pad_tokens(prompts, prompt_tokenizer.pad_id, _PROMPT_BUCKET), memories, every, prefix_cache):
       for place, (row, limit) in enumerate(zip(ids, limits, strict=False)):
-        texts[place] = layout.text(row[:limit])
+        texts[place] = prompt_tokenizer.text(row[:limit])
         if on_text:
           on_text(place, texts[place])
     return texts
 
-  def _beginning(self, prompt: np.ndarray, memories: np.ndarray, documents: int) -> KeyValues:
+  def _prefix_cache(self, prompt: np.ndarray, memories: np.ndarray, documents: int) -> KeyValues:
     """What all prompts begin with, read once: the instruction, for good, and then so many documents that all share."""
     m = self.model.num_memory_tokens
     slot = prompt - self.model.config.model.vocab_size
     places = np.flatnonzero((slot >= 0) & (slot < m))
     if documents:
-      return self._read(self._generator, prompt[:places[documents * m - 1] + 1], memories)
+      return self._prefill_prefix(self._generator, prompt[:places[documents * m - 1] + 1], memories)
     if self._instruction is None:
-      self._instruction = self._read(self._generator, prompt[:places[0]], None)
+      self._instruction = self._prefill_prefix(self._generator, prompt[:places[0]], None)
     return self._instruction
 
 

@@ -65,29 +65,29 @@ class Greedy:
   pad_id: int
   role: Role | None = "generator"
 
-  def read(self, weights: Weights, ids: jax.Array, memories: jax.Array | None) -> KeyValues:
+  def prefill_prefix(self, weights: Weights, ids: jax.Array, memories: jax.Array | None) -> KeyValues:
     """Reads the beginning [T] of prompts once, for `prefill` of many; memories: [K, M, D] for its memory slots, or None."""
     x = self._embed(weights, ids[None], None if memories is None else memories[None])
-    return self.model.hidden(weights, self.role, x, keep=True)[1]
+    return self.model.hidden(weights, self.role, x, return_kv=True)[1]
 
-  def prefill(self, weights: Weights, prompt: Tokens, memories: jax.Array | None, beginning: KeyValues | None = None) -> Decoding:
+  def prefill(self, weights: Weights, prompt: Tokens, memories: jax.Array | None, prefix_cache: KeyValues | None = None) -> Decoding:
     """Reads the prompts and chooses the first token of each answer.
 
     Args:
       weights: the model's.
       prompt: ids [B, T], right-padded.
       memories: [B, K, M, D] for the memory slots, or None.
-      beginning: tokens that all prompts begin with and that were read already (`read`); shorter than every prompt.
+      beginning: tokens that all prompts begin with and that were read already (`prefill_prefix`); shorter than every prompt.
     """
     model, (batch, length) = self.model, prompt.ids.shape
-    start = 0 if beginning is None else beginning.positions.shape[1]
+    start = 0 if prefix_cache is None else prefix_cache.positions.shape[1]
     positions = jnp.broadcast_to(jnp.arange(start, length, dtype=jnp.int32), (batch, length - start))
     cache = empty_cache(model.config.model, batch, length + self.max_new_tokens)
     x = self._embed(weights, prompt.ids, memories)[:, start:]
-    if beginning is None:
-      hidden, read = model.hidden(weights, self.role, x, keep=True)
+    if prefix_cache is None:
+      hidden, read = model.hidden(weights, self.role, x, return_kv=True)
     else:
-      cache = extend(cache, beginning, 0)
+      cache = extend(cache, prefix_cache, 0)
       hidden, read = model.hidden(weights, self.role, x, positions=positions, cache=first_slots(cache, start))
     # Padding is no token: the positions after a prompt belong to its answer.
     read = read._replace(positions=jnp.where(positions < prompt.lengths[:, None], positions, EMPTY))
@@ -115,14 +115,14 @@ class Greedy:
 
     return jax.lax.while_loop(unfinished, one, state)
 
-  def __call__(self, weights: Weights, prompt: Tokens, memories: jax.Array | None, beginning: KeyValues | None = None) -> jax.Array:
+  def __call__(self, weights: Weights, prompt: Tokens, memories: jax.Array | None, prefix_cache: KeyValues | None = None) -> jax.Array:
     """Whole answers: [B, max_new_tokens] int32; rows hold one of `end_ids` where they end and `pad_id` after it."""
-    return self.scored(weights, prompt, memories, beginning)[0]
+    return self.scored(weights, prompt, memories, prefix_cache)[0]
 
-  def scored(self, weights: Weights, prompt: Tokens, memories: jax.Array | None, beginning: KeyValues | None = None
+  def scored(self, weights: Weights, prompt: Tokens, memories: jax.Array | None, prefix_cache: KeyValues | None = None
              ) -> tuple[jax.Array, jax.Array]:
     """(whole answers, [B] log-probability of each one's tokens, its end included)."""
-    state = self.decode(weights, self.prefill(weights, prompt, memories, beginning), self.max_new_tokens)
+    state = self.decode(weights, self.prefill(weights, prompt, memories, prefix_cache), self.max_new_tokens)
     return state.answer, state.log_p
 
   def _ends(self, token):
@@ -148,8 +148,8 @@ def make_stream(greedy: Greedy) -> Callable[..., Any]:
   prefill = jax.jit(greedy.prefill)
   decode = jax.jit(greedy.decode, donate_argnums=1)
 
-  def stream(weights, prompt, memories, every, beginning=None):
-    state = prefill(weights, prompt, memories, beginning)
+  def stream(weights, prompt, memories, every, prefix_cache=None):
+    state = prefill(weights, prompt, memories, prefix_cache)
     yield np.asarray(state.answer)
     until = 1
     while until < greedy.max_new_tokens and not bool(state.stopped.all()):

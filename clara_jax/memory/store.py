@@ -1,11 +1,11 @@
 """The memory store: every document of a corpus as memory tokens, encoded once.
 
-    DIR/manifest.json                        what made it, M, D, form, generation
-    DIR/codebook.npy                         of a product-quantised store
+    DIR/manifest.json                        what made it, M, D, encoding, generation
+    DIR/codebook.npy                         of a product-quantized store
     DIR/ledger-0-003.jsonl                   the segments of generation 0 that writer 003 has written, with checksums of their records
     DIR/segments-0/000017-003/segment.json   number of documents, ids that are deleted, checksums of the files beside it
                              /documents.array_record   id, title and text of each document, as JSON
-                             /memories.array_record    its memory tokens, in the store's form (`forms.py`)
+                             /memories.array_record    its memory tokens, in the store's encoding (`codecs.py`)
                              /keys.npy       [n, 2] uint64, hashes of the ids
     DIR/index/                               see `retrieval/index.py`
     DIR/damaged/                             what `repair` has moved there
@@ -19,7 +19,7 @@ segments is the order of time: an id that comes again replaces the earlier docum
 A document's *row* is its place in that order; once nobody else writes, it stays the same until `compact` or `repair`. Ids are known by a
 128-bit hash.
 
-All who add segments, or read a store at length (`index`, `quantise`, `truncate`), share store.lock; `delete` and `compact` hold it alone.
+All who add segments, or read a store at length (`index`, `quantize`, `truncate`), share store.lock; `delete` and `compact` hold it alone.
 Whoever does not get it is refused, and told who has it. What another has written in the meantime is read before anything is added.
 """
 
@@ -29,9 +29,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -43,7 +43,10 @@ from etils import epath
 
 from clara_jax import io
 from clara_jax.data.schemas import Document
-from clara_jax.memory import forms
+from clara_jax.errors import InputError
+from clara_jax.memory import codecs
+
+log = logging.getLogger(__name__)
 
 VERSION = 3
 BLOCK = 4096  # documents that are read at once when a whole store is walked through
@@ -53,7 +56,7 @@ _MAX_RUNS = 32
 _FILES = ("documents.array_record", "memories.array_record", "keys.npy")
 
 
-class StoreError(ValueError):
+class StoreError(InputError):
   """A directory is not a memory store, or not one of this compressor, or it is damaged."""
 
 
@@ -66,7 +69,7 @@ class Manifest:
     num_memory_tokens: M.
     width: D.
     doc_max_length: tokens of a document, the rest was cut off.
-    form: of the memory tokens (`forms.NAMES`).
+    encoding: of the memory tokens (`codecs.NAMES`); `form` in manifest.json.
     text: whether the documents' text is kept.
     version: of this layout; 2 had no ledger.
     generation: of the segments that count.
@@ -79,7 +82,7 @@ class Manifest:
   num_memory_tokens: int
   width: int
   doc_max_length: int
-  form: str
+  encoding: str
   text: bool = True
   version: int = VERSION
   generation: int = 0
@@ -142,7 +145,7 @@ class MemoryStore:
     manifest: what the store must hold, to create or extend it: it is locked for this writer until `close`. None opens an existing store
       as it is; a change locks it for as long as the change takes.
     writer: number of this process among those that write at the same time.
-    codebook: of a new product-quantised store.
+    codebook: of a new product-quantized store.
     memory_tokens: m; opens an existing store to read the first m memory tokens of each document, as if it had no more.
     damaged: opens an existing store without its segments, for `repair`.
 
@@ -151,7 +154,7 @@ class MemoryStore:
   """
 
   def __init__(self, directory: str, manifest: Manifest | None = None, *, writer: int = 0,
-               codebook: forms.ProductQuantised | None = None, memory_tokens: int | None = None, damaged: bool = False):
+               codebook: codecs.ProductQuantized | None = None, memory_tokens: int | None = None, damaged: bool = False):
     self.directory = directory
     self._folder, self._writer = epath.Path(directory), writer
     self._locks: list[io.Lock] = []  # a name of one's own, a share in the store
@@ -173,19 +176,19 @@ class MemoryStore:
         raise StoreError(f"{directory}: not a memory store (no manifest.json); make one with clara compress")
       else:
         (self._folder / f"segments-{manifest.generation}").mkdir(exist_ok=True)
-        centres = codebook.to_bytes() if codebook is not None else b""
+        centers = codebook.to_bytes() if codebook is not None else b""
         if codebook is not None:
-          io.write(self._folder / "codebook.npy", centres)
-        manifest = dataclasses.replace(manifest, codebook=hashlib.sha256(centres).hexdigest() if codebook is not None else "")
+          io.write(self._folder / "codebook.npy", centers)
+        manifest = dataclasses.replace(manifest, codebook=hashlib.sha256(centers).hexdigest() if codebook is not None else "")
         _write_manifest(file, manifest)
-      centres = self._codebook(manifest)
-      self.form = forms.make(manifest.form, manifest.num_memory_tokens, manifest.width, centres)
+      centers = self._codebook(manifest)
+      self.codec = codecs.make(manifest.encoding, manifest.num_memory_tokens, manifest.width, centers)
       self.manifest = manifest
       self._whole = manifest.num_memory_tokens
       if memory_tokens is not None:
         if not 1 <= memory_tokens <= self._whole:
           raise StoreError(f"{directory}: memory tokens {memory_tokens}: expected 1 to {self._whole}, which the store has")
-        self.form = self.form.first(memory_tokens)
+        self.codec = self.codec.first(memory_tokens)
         self.manifest = dataclasses.replace(manifest, num_memory_tokens=memory_tokens)
       if not damaged:
         self._read_segments_that_count(file)
@@ -264,18 +267,18 @@ class MemoryStore:
   def memories(self, rows: Iterable[int] | None = None) -> np.ndarray:
     """Memory tokens [n, M, D] of rows, or of all documents; float32 or bfloat16."""
     rows = self.rows if rows is None else np.asarray(list(rows), np.int64)
-    return self.form.decode(self.codes(rows))
+    return self.codec.decode(self.codes(rows))
 
   def codes(self, rows: np.ndarray) -> np.ndarray:
-    """Memory tokens in the store's form: [n, nbytes] uint8.
+    """Memory tokens in the store's encoding: [n, nbytes] uint8.
 
     Raises:
       StoreError: a file is damaged.
     """
-    out = np.empty((len(rows), self.form.nbytes), np.uint8)
+    out = np.empty((len(rows), self.codec.nbytes), np.uint8)
     for segment, places, local in self._parts(rows):
       for place, record in zip(places, self._records(segment, _FILES[1], local), strict=True):
-        out[place] = np.frombuffer(record, np.uint8, self.form.nbytes)
+        out[place] = np.frombuffer(record, np.uint8, self.codec.nbytes)
     return out
 
   def blocks(self, size: int = BLOCK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -348,12 +351,12 @@ class MemoryStore:
     expected = (len(documents), self.manifest.num_memory_tokens, self.manifest.width)
     if memories.shape != expected:
       raise StoreError(f"{self.directory}: expected memory tokens of shape {expected}, got {memories.shape}")
-    return self.upsert_codes(documents, self.form.encode(memories))
+    return self.upsert_codes(documents, self.codec.encode(memories))
 
   def upsert_codes(self, documents: Sequence[Document], codes: np.ndarray) -> np.ndarray:
-    """As `upsert`, with memory tokens that are in the store's form already: [n, nbytes] uint8."""
-    if codes.shape != (len(documents), self.form.nbytes):
-      raise StoreError(f"{self.directory}: expected codes of shape {(len(documents), self.form.nbytes)}, got {codes.shape}")
+    """As `upsert`, with memory tokens that are in the store's encoding already: [n, nbytes] uint8."""
+    if codes.shape != (len(documents), self.codec.nbytes):
+      raise StoreError(f"{self.directory}: expected codes of shape {(len(documents), self.codec.nbytes)}, got {codes.shape}")
     if len({d.id for d in documents}) < len(documents):
       raise StoreError(f"{self.directory}: an id comes twice in one call")
     if not self.manifest.text:
@@ -368,7 +371,7 @@ class MemoryStore:
     with self._writing(alone=True):
       there = [i for i, row in zip(ids, self.locate(ids), strict=True) if row >= 0]
       if there:
-        self._write_segment((), np.zeros((0, self.form.nbytes), np.uint8), keys_of(()), deleted=there)
+        self._write_segment((), np.zeros((0, self.codec.nbytes), np.uint8), keys_of(()), deleted=there)
     return len(there)
 
   def compact(self, segment_size: int = BLOCK) -> None:
@@ -407,7 +410,7 @@ class MemoryStore:
       folder = self._segment_folder()
       lost = segments = 0
       for entry, problem in folder.problems():
-        print(f"store repair: {problem}", file=sys.stderr, flush=True)
+        log.warning(f"store repair: {problem}")
         lost, segments = lost + entry.documents, segments + 1
         if entry.folder.exists():
           aside = self._folder / "damaged"
@@ -485,7 +488,7 @@ class MemoryStore:
       self._read_segments()
 
   def _codebook(self, manifest: Manifest) -> bytes | None:
-    if manifest.form != "pq":
+    if manifest.encoding != "pq":
       return None
     file = self._folder / "codebook.npy"
     try:
@@ -869,6 +872,11 @@ class MemoryLookup:
     return np.array([self._row_of_text.get(t, -1) for t in texts], np.int64)
 
 
+# How fields are called in manifest.json.
+_IN_FILE = {"encoding": "form"}
+_FROM_FILE = {stored: name for name, stored in _IN_FILE.items()}
+
+
 def _read_manifest(file: Any) -> Manifest:
   content = file.read_bytes()
   try:
@@ -881,19 +889,19 @@ def _read_manifest(file: Any) -> Manifest:
   if version not in (2, VERSION):
     raise StoreError(f"{file}: a store of version {version}, expected {VERSION}; compress the corpus again")
   try:
-    return Manifest(**values)
+    return Manifest(**{_FROM_FILE.get(name, name): value for name, value in values.items()})
   except TypeError as error:
     raise StoreError(f"{file}: damaged: {error}") from None
 
 
 def _write_manifest(file: Any, manifest: Manifest) -> None:
-  io.write(file, io.sealed(dataclasses.asdict(manifest)))
+  io.write(file, io.sealed({_IN_FILE.get(name, name): value for name, value in dataclasses.asdict(manifest).items()}))
 
 
 def _same(found: Manifest, wanted: Manifest, directory: str) -> None:
   """Refuses to extend a store with what another run would write."""
   found.same_compressor(wanted, directory)
-  for name in ("num_memory_tokens", "width", "doc_max_length", "form", "text"):
+  for name in ("num_memory_tokens", "width", "doc_max_length", "encoding", "text"):
     if getattr(found, name) != getattr(wanted, name):
       raise StoreError(f"{directory}: the store has {name}={getattr(found, name)!r}, this run would write {getattr(wanted, name)!r}; "
                        "choose another --store")

@@ -66,7 +66,7 @@ class Attention(nn.Module):
   lora: LoraConfig | None
 
   @nn.compact
-  def __call__(self, x, cos, sin, positions, cache, deterministic, keep, windowed):
+  def __call__(self, x, cos, sin, positions, cache, deterministic, return_kv, windowed):
     config = self.config
     batch, length, width = x.shape
 
@@ -99,7 +99,7 @@ class Attention(nn.Module):
       mixed = mix(q, k, v, window=config.sliding_window)
     mixed = mixed.reshape(batch, length, config.num_heads * config.head_dim)
     # Only what is new leaves the loop over layers: the cache is read there and written once, after it.
-    new = (jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)) if keep else None
+    new = (jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)) if return_kv else None
     return _linear(config, self.lora, "o", width, (axes.HEADS, axes.WIDTH))(mixed, deterministic), new
 
 
@@ -130,7 +130,7 @@ class Layer(nn.Module):
   config: ModelConfig
   lora: LoraConfig | None
   deterministic: bool
-  keep: bool
+  return_kv: bool
 
   @nn.compact
   def __call__(self, x, own, cos, sin, positions, cached_positions):
@@ -142,7 +142,7 @@ class Layer(nn.Module):
       return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), name=name)
 
     mixed, new = Attention(config, self.lora, name="attention")(
-        norm("attention_norm")(x), cos, sin, positions, cache, self.deterministic, self.keep, windowed)
+        norm("attention_norm")(x), cos, sin, positions, cache, self.deterministic, self.return_kv, windowed)
     x = x + mixed
     x = x + Mlp(config, self.lora, name="mlp")(norm("mlp_norm")(x), self.deterministic)
     return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.WIDTH)), new
@@ -193,7 +193,7 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, positions: jax.Array | None = None, cache: KeyValues | None = None,
-               deterministic: bool = True, keep: bool = False) -> tuple[jax.Array, KeyValues | None]:
+               deterministic: bool = True, return_kv: bool = False) -> tuple[jax.Array, KeyValues | None]:
     """Token embeddings to last hidden states.
 
     Args:
@@ -201,7 +201,7 @@ class Decoder(nn.Module):
       positions: [B, T] int32, consecutive; None for 0 … T-1, as without a cache they must be.
       cache: the tokens before x; None to attend within x.
       deterministic: False turns LoRA dropout on (needs the rng 'dropout').
-      keep: whether the keys and values of x are returned; with a cache they always are.
+      return_kv: whether the keys and values of x are returned; with a cache they always are.
 
     Returns:
       ([B, T, D] hidden states after the final norm, keys and values of x or None; `extend` puts them into a cache).
@@ -222,7 +222,7 @@ class Decoder(nn.Module):
         length=config.num_layers,
         unroll=config.scan_unroll,
         metadata_params={nn.PARTITION_NAME: axes.LAYERS},
-    )(config, self.lora, deterministic, keep or cache is not None, name="layers")
+    )(config, self.lora, deterministic, return_kv or cache is not None, name="layers")
     x = nn.with_logical_constraint(x.astype(config.dtype), (axes.BATCH, axes.LENGTH, axes.WIDTH))
     cached, cached_positions = (None, None) if cache is None else (cache[:2], cache.positions)
     windowed = jnp.isin(jnp.arange(config.num_layers), jnp.array(config.full_attention_layers, jnp.int32), invert=True)

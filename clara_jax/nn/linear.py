@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from clara_jax import axes
 from clara_jax.config import LoraConfig
+from clara_jax.errors import InputError
 
 
-class MissingAdapterError(ValueError):
+class MissingAdapterError(InputError):
   """A module with LoRA was applied without its weights."""
 
 
@@ -86,13 +87,15 @@ class Linear(nn.Module):
     if not self.is_initializing() and not self.has_variable("lora", "a"):
       raise MissingAdapterError(
           f"{'/'.join(self.path)}: no LoRA weights; pass {{'params': base, 'lora': adapters[role]}}")
-    a, b = (
-        self.variable("lora", name, lambda init=init, shape=shape, names=names: nn.with_logical_partitioning(init, names)(
-            self.make_rng("params"), shape, jnp.float32)).value
-        for name, init, shape, names in (
-            ("a", _lora_a_init, (width, self.lora.rank), (axes.LORA, axes.RANK)),
-            ("b", nn.initializers.zeros, (self.lora.rank, self.features), (axes.RANK, axes.LORA))))
+    a = self._adapter("a", _lora_a_init, (width, self.lora.rank), (axes.LORA, axes.RANK))
+    b = self._adapter("b", nn.initializers.zeros, (self.lora.rank, self.features), (axes.RANK, axes.LORA))
     # Rows of one matrix: with two axes of rows XLA copies y's cotangent, transposed, for the gradient of B. Scaled where it is narrow.
     rows = nn.Dropout(self.lora.dropout, deterministic=deterministic)(x).reshape(-1, width)
     narrow = rows @ a.astype(self.dtype) * jnp.asarray(self.lora.scale, self.dtype)
     return y + (narrow @ b.astype(self.dtype)).reshape(y.shape)
+
+  def _adapter(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, int], names: tuple[str, str]) -> jax.Array:
+    """A LoRA matrix, float32."""
+    def fresh():
+      return nn.with_logical_partitioning(init, names)(self.make_rng("params"), shape, jnp.float32)
+    return self.variable("lora", name, fresh).value

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours by inner product, over vectors that are divided along a mesh.
+"""Exact nearest neighbors by inner product, over vectors that are divided along a mesh.
 
 Each device finds the k best of its own vectors, block by block, and only those travel: k numbers and k places a device and query, never
 a row of scores over the corpus. Ties go to the lower slot, on any number of devices.

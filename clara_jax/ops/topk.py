@@ -117,6 +117,6 @@ _select.defvjp(_forward, _backward)
 
 def push(scores: jax.Array, memories: jax.Array, indices: jax.Array, d_selected: jax.Array, temperature: float,
          masking: Masking) -> jax.Array:
-  """-∂L/∂scores [N]: how hard the answer's loss pulls each candidate up; see `training/stages.py` for its use as a metric."""
+  """-∂L/∂scores [N]: how hard the answer's loss pulls each candidate up; see `training/stages/losses.py` for its use as a metric."""
   d_scores, *_ = _backward(indices.shape[0], masking, (scores, memories, temperature, indices), (d_selected, None))
   return -d_scores

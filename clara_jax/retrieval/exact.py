@@ -34,7 +34,7 @@ class ExactIndex:
 
   @property
   def rows(self) -> np.ndarray:
-    """See `index.Index`."""
+    """See `base.Retriever`."""
     return np.sort(self._row_of_slot[self._row_of_slot >= 0])
 
   def __len__(self) -> int:
@@ -56,7 +56,7 @@ class ExactIndex:
     self._vectors = jax.make_array_from_callback(shape, self._by_row, shard)
 
   def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-    """See `index.Index`."""
+    """See `base.Retriever`."""
     free = np.flatnonzero(self._row_of_slot < 0)
     if self._vectors is None or len(free) < len(rows):
       self._grow(len(self) + len(rows))
@@ -75,11 +75,11 @@ class ExactIndex:
     self._vectors = jax.jit(lambda x: jnp.pad(x, ((0, missing), (0, 0))), out_shardings=self._by_row)(old)
 
   def remove(self, rows: np.ndarray) -> None:
-    """See `index.Index`."""
+    """See `base.Retriever`."""
     self._row_of_slot[np.isin(self._row_of_slot, rows)] = -1
 
   def search(self, queries: np.ndarray, k: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """See `index.Index`."""
+    """See `base.Retriever`."""
     there = self._row_of_slot >= 0 if among is None else np.isin(self._row_of_slot, among) & (self._row_of_slot >= 0)
     k_found = min(k, int(there.sum()))
     rows, scores = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)

@@ -1,6 +1,6 @@
-"""Search behind one protocol: unit vectors in, the store's rows and cosines out.
+"""The index of a store: built, saved beside it, loaded, kept up to date.
 
-Vectors are flattened memory tokens, normalised; the inner product is then the score of the paper (Eq. 3.1). An index lies beside its
+Vectors are flattened memory tokens, normalized; the inner product is then the score of the paper (Eq. 3.1). An index lies beside its
 store and says of which rows it is:
 
     DIR/index/index.json      kind, settings, a digest of the rows, the folder of its files with their checksums
@@ -10,13 +10,15 @@ store and says of which rows it is:
 import hashlib
 import importlib.util
 import shutil
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from clara_jax import io
+from clara_jax.errors import InputError
 from clara_jax.memory.store import MemoryStore
+from clara_jax.retrieval.base import Retriever, unit_vectors
 
 KINDS = ("exact", "scann")
 FOLDER = "index"
@@ -24,48 +26,8 @@ FOLDER = "index"
 CHANGED = 0.2
 
 
-class MissingIndexError(ValueError):
+class MissingIndexError(InputError):
   """There is no index, or it does not fit its store."""
-
-
-class Index(Protocol):
-  """Finds the nearest vectors.
-
-  Attributes:
-    rows: of the documents in it, ascending.
-  """
-
-  rows: np.ndarray
-
-  def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-    """Adds documents: rows [n] int64 that are not in it, their unit vectors [n, d]."""
-
-  def remove(self, rows: np.ndarray) -> None:
-    """Removes documents."""
-
-  def search(self, queries: np.ndarray, k: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest documents, best first.
-
-    Args:
-      queries: [Q, d] float32.
-      k: how many.
-      among: rows that may be found; None for all.
-
-    Returns:
-      (rows [Q, k] int64, scores [Q, k] float32); where there are fewer than k, row -1 and score -inf.
-    """
-
-  def save(self, directory: str) -> None:
-    """Writes what loading needs."""
-
-  def __len__(self) -> int:
-    """The number of documents."""
-
-
-def unit_vectors(memories: np.ndarray) -> np.ndarray:
-  """Memory tokens [n, M, D] as unit vectors [n, M·D] float32."""
-  flat = np.asarray(memories, np.float32).reshape(len(memories), -1)
-  return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
 
 
 def available(kind: str) -> bool:
@@ -73,12 +35,12 @@ def available(kind: str) -> bool:
   return kind == "exact" or importlib.util.find_spec("scann") is not None
 
 
-def build(kind: str, store: MemoryStore, dimensions: int | None = None) -> Index:
+def build(store: MemoryStore, kind: str = "exact", dimensions: int | None = None) -> Retriever:
   """An index over all documents of a store.
 
   Args:
-    kind: 'exact' or 'scann'.
     store: whose memory tokens it searches.
+    kind: 'exact' or 'scann'.
     dimensions: d' of a learned projection; None searches the full vectors.
 
   Raises:
@@ -101,7 +63,7 @@ def _vectors_of(store: MemoryStore):
   return lambda rows: unit_vectors(store.memories(rows))
 
 
-def _build(kind: str, store: MemoryStore, projection) -> Index:
+def _build(kind: str, store: MemoryStore, projection) -> Retriever:
   full, dimension = _vectors_of(store), store.manifest.num_memory_tokens * store.manifest.width
   vectors_of = full if projection is None else lambda rows: projection.of_documents(full(rows))
   dimension = dimension if projection is None else len(projection.components)
@@ -117,7 +79,7 @@ def _build(kind: str, store: MemoryStore, projection) -> Index:
   return scann.build(store.rows, vectors)
 
 
-def save(index: Index, kind: str, store: MemoryStore, dimensions: int | None = None) -> None:
+def save(index: Retriever, kind: str, store: MemoryStore, dimensions: int | None = None) -> None:
   """Saves an index beside its store, in the place of the one that is there; `store` is opened for the memory tokens that it searches
   (`MemoryStore.first`)."""
   top = epath.Path(store.directory) / FOLDER
@@ -159,7 +121,7 @@ def _files(store: MemoryStore, saved: dict) -> str:
   return str(folder)
 
 
-def load(store: MemoryStore) -> Index:
+def load(store: MemoryStore) -> Retriever:
   """The index beside a store.
 
   Raises:
@@ -198,7 +160,7 @@ def saved_settings(store: MemoryStore) -> dict:
   return {name: value for name, value in (_saved(store) or {}).items() if name in ("kind", "dimensions", "memory_tokens")}
 
 
-def _load(store: MemoryStore, saved: dict) -> Index:
+def _load(store: MemoryStore, saved: dict) -> Retriever:
   store = store.first(saved["memory_tokens"])
   folder = _files(store, saved)
   projection = None
@@ -213,7 +175,7 @@ def _load(store: MemoryStore, saved: dict) -> Index:
   return index if projection is None else projections.ProjectedIndex(index, projection, _vectors_of(store))
 
 
-def update(store: MemoryStore, kind: str, dimensions: int | None = None) -> tuple[Index, int]:
+def update(store: MemoryStore, kind: str, dimensions: int | None = None) -> tuple[Retriever, int]:
   """Brings the saved index up to date, or builds it, and saves it; nobody else changes the store meanwhile.
 
   Returns:
@@ -224,12 +186,12 @@ def update(store: MemoryStore, kind: str, dimensions: int | None = None) -> tupl
     MissingIndexError, ConfigError: see `build`.
   """
   with store.reading("index", "builds its index"):
-    built, changed = bring_up_to_date(kind, store, dimensions)
+    built, changed = refresh(store, kind, dimensions)
     save(built, kind, store, dimensions)
   return built, changed
 
 
-def bring_up_to_date(kind: str, store: MemoryStore, dimensions: int | None = None) -> tuple[Index, int]:
+def refresh(store: MemoryStore, kind: str, dimensions: int | None = None) -> tuple[Retriever, int]:
   """The saved index with the store's changes, or a new one where there is none, it is damaged, or much has changed.
 
   Returns:
@@ -239,14 +201,14 @@ def bring_up_to_date(kind: str, store: MemoryStore, dimensions: int | None = Non
   like = saved is not None and (saved["kind"], saved["dimensions"], saved["memory_tokens"], saved["generation"]) == (
       kind, dimensions, store.manifest.num_memory_tokens, store.manifest.generation)
   if not like or kind == "exact" or not _has_grown(store, saved):
-    return build(kind, store, dimensions), len(store)
+    return build(store, kind, dimensions), len(store)
   try:
     index = _load(store, saved)
   except MissingIndexError:
-    return build(kind, store, dimensions), len(store)
+    return build(store, kind, dimensions), len(store)
   gone, new = np.setdiff1d(index.rows, store.rows), np.setdiff1d(store.rows, index.rows)
   if len(gone) + len(new) > CHANGED * len(store):
-    return build(kind, store, dimensions), len(store)
+    return build(store, kind, dimensions), len(store)
   if len(gone):
     index.remove(gone)
   for start in range(0, len(new), 4096):
@@ -265,3 +227,12 @@ def _saved(store: MemoryStore) -> dict[str, Any] | None:
 
 def _digest(rows: np.ndarray) -> str:
   return hashlib.blake2b(np.ascontiguousarray(rows, np.int64).tobytes(), digest_size=16).hexdigest()
+
+
+class Index:
+  """The search index of a store, as one name: `Index.build(store)`, `Index.update(store, kind)`, `Index.load(store)`; what they return is a
+  `base.Retriever`."""
+
+  build = staticmethod(build)
+  update = staticmethod(update)
+  load = staticmethod(load)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from clara_jax.config import ConfigError
-from clara_jax.retrieval.index import Index
+from clara_jax.retrieval.base import Retriever
 
 FILE = "projection.npz"
 RERANKED = 10  # times k
@@ -66,27 +66,27 @@ class ProjectedIndex:
     vectors_of: rows [n] -> full unit vectors [n, d], from the store.
   """
 
-  def __init__(self, inner: Index, projection: Projection, vectors_of: Callable[[np.ndarray], np.ndarray]):
+  def __init__(self, inner: Retriever, projection: Projection, vectors_of: Callable[[np.ndarray], np.ndarray]):
     self._inner, self._projection, self._vectors_of = inner, projection, vectors_of
 
   @property
   def rows(self) -> np.ndarray:
-    """See `index.Index`."""
+    """See `base.Retriever`."""
     return self._inner.rows
 
   def __len__(self) -> int:
     return len(self._inner)
 
   def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-    """See `index.Index`."""
+    """See `base.Retriever`."""
     self._inner.add(rows, self._projection.of_documents(vectors))
 
   def remove(self, rows: np.ndarray) -> None:
-    """See `index.Index`."""
+    """See `base.Retriever`."""
     self._inner.remove(rows)
 
   def search(self, queries: np.ndarray, k: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """See `index.Index`."""
+    """See `base.Retriever`."""
     queries = np.asarray(queries, np.float32)
     rows, _ = self._inner.search(self._projection.of_queries(queries), min(len(self), RERANKED * k), among)
     needed, place = np.unique(rows, return_inverse=True)

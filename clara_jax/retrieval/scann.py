@@ -1,4 +1,4 @@
-"""ScaNN (arXiv 1908.10396): partition, score with anisotropic quantisation, re-rank exactly."""
+"""ScaNN (arXiv 1908.10396): partition, score with anisotropic quantization, re-rank exactly."""
 
 import math
 import os
@@ -8,14 +8,14 @@ import numpy as np
 
 from clara_jax.config import ConfigError
 
-# ScaNN's docs/algorithms.md: brute force below 20,000 vectors, quantised scores of all of them below 100,000, a tree from there on.
+# ScaNN's docs/algorithms.md: brute force below 20,000 vectors, quantized scores of all of them below 100,000, a tree from there on.
 BRUTE_FORCE_BELOW = 20_000
 TREE_FROM = 100_000
 NEIGHBOURS = 10
 # The share of leaves that is searched, and how many of what they hold is re-ranked with exact scores.
 LEAVES_SEARCHED = 0.03
 REORDERED = 200
-# A filter keeps whatever it lets through of that many times as many neighbours.
+# A filter keeps whatever it lets through of that many times as many neighbors.
 OVERSAMPLING = 4
 
 
@@ -35,19 +35,19 @@ class ScannIndex:
 
   @property
   def rows(self) -> np.ndarray:
-    """See `index.Index`."""
+    """See `base.Retriever`."""
     return np.sort(self._rows)
 
   def __len__(self) -> int:
     return len(self._rows)
 
   def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-    """See `index.Index`; the partition stays as it was trained, so build anew after the corpus has changed much."""
+    """See `base.Retriever`; the partition stays as it was trained, so build anew after the corpus has changed much."""
     self._searcher.searcher.upsert([None] * len(rows), np.asarray(vectors, np.float32), len(rows))
     self._rows = np.concatenate([self._rows, rows])
 
   def remove(self, rows: np.ndarray) -> None:
-    """See `index.Index`."""
+    """See `base.Retriever`."""
     # ScaNN fills the place of a removed point with the last one, one after the other.
     places = np.sort(np.flatnonzero(np.isin(self._rows, rows)))[::-1]
     for place in places:
@@ -56,7 +56,7 @@ class ScannIndex:
     self._searcher.searcher.delete(places.tolist())
 
   def search(self, queries: np.ndarray, k: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """See `index.Index`. With a filter, more and more neighbours are asked for until enough of them pass."""
+    """See `base.Retriever`. With a filter, more and more neighbors are asked for until enough of them pass."""
     queries = np.asarray(queries, np.float32)
     rows, scores = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
     if among is None:

@@ -50,7 +50,7 @@ class QueriesRequest(_Strict):
   k: Count
 
 
-class Document(pydantic.BaseModel):
+class ServedDocument(pydantic.BaseModel):
   """A document, its cosine, and its length in tokens."""
 
   id: str
@@ -64,7 +64,7 @@ class SearchResponse(pydantic.BaseModel):
   """Best first."""
 
   question: str
-  documents: list[Document]
+  documents: list[ServedDocument]
 
 
 class AnswerResponse(SearchResponse):

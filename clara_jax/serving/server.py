@@ -10,10 +10,10 @@ import contextlib
 import dataclasses
 import importlib.resources
 import json
+import logging
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -36,6 +36,8 @@ from clara_jax.inference.answer import Answer, Answerer, Found, Question
 from clara_jax.serving import schema
 from clara_jax.serving.batcher import Batcher, OverloadedError
 from clara_jax.serving.guard import ANYBODY, Access, Guard, Protocol, page_policy
+
+log = logging.getLogger(__name__)
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -198,7 +200,7 @@ class Service:
     wanted = await self._read(request, schema.LensRequest)
     a = self.answerer
     found = await self._within_time(self.others.submit(
-        lambda: logit_lens.queries(a.model, a.layout, a.weights, [wanted.question], wanted.top)[0]["tokens"]))
+        lambda: logit_lens.queries(a, [wanted.question], wanted.top)[0]["tokens"]))
     return JSONResponse({"tokens": found})
 
   async def health(self, request: Request) -> Response:
@@ -392,14 +394,14 @@ def run(answerer: Answerer, host: str, port: int, limits: Limits = Limits(), acc
 
 def _serve(answerer: Answerer, listener: socket.socket, limits: Limits, access: Access) -> None:
   app = make_app(answerer, limits, access)
-  print("serve: compiling", file=sys.stderr, flush=True)
+  log.info("serve: compiling")
   app.state.service.warm_up()
   server = configured(app, limits)
   host, port = listener.getsockname()[:2]
-  print(f"serve: http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
+  log.info(f"serve: http://{f'[{host}]' if ':' in host else host}:{port}")
   signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn, having stopped, raises the signal once more
   with contextlib.suppress(KeyboardInterrupt):
     server.run(sockets=[listener])
   metrics = app.state.service.metrics.requests.collect()[0].samples
   counts = {f"{s.labels['path']} {s.labels['status']}": int(s.value) for s in metrics if s.name.endswith("_total")}
-  print(f"serve: stopped; requests by path and status: {json.dumps(counts)}", file=sys.stderr, flush=True)
+  log.info(f"serve: stopped; requests by path and status: {json.dumps(counts)}")

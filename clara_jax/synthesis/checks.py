@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import regex
 
-from clara_jax.evaluation.metrics import UNSPACED, entities, normalise_officially, paraphrase_scores, said, words
+from clara_jax.evaluation.metrics import UNSPACED, entities, paraphrase_scores, said, squad_normalize, words
 
 _POINTS_AT_IT = re.compile(r"\b(the|this|that|given|above)\s+(document|passage|text|article|paragraph|excerpt|story|context)\b"
                            r"|\baccording to (it|this)\b|\bmentioned (above|here)\b", re.IGNORECASE)
@@ -36,14 +36,14 @@ def question(text: str, document: str, others: Iterable[str]) -> str | None:
 
 def answer(text: str, document: str) -> str | None:
   """Refuses an answer that is empty, too long, or whose words do not stand in the document (yes and no pass)."""
-  tokens = normalise_officially(text).split()
+  tokens = squad_normalize(text).split()
   if not words(text):
     return "answer: empty"
   if len(words(text) if _unspaced(text) else text.split()) > ANSWER_WORDS[1] * (4 if _unspaced(text) else 1):
     return "answer: length"
   if tokens in (["yes"], ["no"]):
     return None
-  told = normalise_officially(document)
+  told = squad_normalize(document)
   if " ".join(tokens) in told:
     return None
   if (scripts := _scripts(text)) and "LATIN" not in scripts:
@@ -80,7 +80,7 @@ def _asks(text: str) -> bool:
 
 
 def _bag(text: str) -> set[str]:
-  return set(words(text)) if _unspaced(text) else set(normalise_officially(text).split())
+  return set(words(text)) if _unspaced(text) else set(squad_normalize(text).split())
 
 
 def paraphrase(text: str, document: str) -> list[str]:

@@ -13,10 +13,10 @@ import dataclasses
 import email.utils
 import ipaddress
 import json
+import logging
 import math
 import random
 import re
-import sys
 import time
 import urllib.parse
 import urllib.request
@@ -25,11 +25,14 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from clara_jax.config import ConfigError
+from clara_jax.errors import InputError
 from clara_jax.io import parse_json
 from clara_jax.synthesis.replies import ReplyTextError, parse, text_of
 
+log = logging.getLogger(__name__)
 
-class RequestError(Exception):
+
+class RequestError(InputError):
   """A request that failed for good: refused, or tried too often."""
 
 
@@ -188,7 +191,7 @@ class Client:
     if (proxy := self.endpoint.proxy) and not proxy.startswith(("http://", "https://")):
       raise ConfigError(f"{self.endpoint.url}: the environment names the proxy {proxy}; expected http://… or https://…")
     if proxy:
-      print(f"{self.endpoint.url}: asked through the proxy {urllib.parse.urlsplit(proxy).hostname}", file=sys.stderr, flush=True)
+      log.info(f"{self.endpoint.url}: asked through the proxy {urllib.parse.urlsplit(proxy).hostname}")
     try:
       import aiohttp
     except ImportError:
@@ -231,7 +234,7 @@ class Client:
         self.usage.answered += 1
         for name in (d for d in dialects if d not in self._dialects):
           self._dialects.append(name)
-          print(f"{self.endpoint.url}: {name}; all requests are written so", file=sys.stderr, flush=True)
+          log.warning(f"{self.endpoint.url}: {name}; all requests are written so")
         return text
       except _Again as problem:
         attempt += problem.counts or time.monotonic() - began > LOADING_SECONDS

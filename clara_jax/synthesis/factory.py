@@ -7,9 +7,9 @@ import datetime
 import hashlib
 import itertools
 import json
+import logging
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ from clara_jax.synthesis.client import BudgetError, FatalError, RequestError, Us
 from clara_jax.synthesis.journal import Journal
 from clara_jax.synthesis.rounds import SCHEMAS, Ask, Outcome
 from clara_jax.synthesis.templates import Templates
+
+log = logging.getLogger(__name__)
 
 FAILURES = 20  # requests that fail for good in a row: the server is not there
 
@@ -68,7 +70,7 @@ class Shard:
     return os.path.join(directory, f"{name}-{self.index:05d}-of-{self.count:05d}.{suffix}")
 
 
-class _Remembered:
+class CachedBackend:
   """A backend for one document: replies that it had before are not asked for again."""
 
   def __init__(self, backend: Backend, journal: Journal, document: str, spent: Callable[[], Sequence[int]]):
@@ -94,7 +96,7 @@ def asker(backend: Any, templates: Templates, sampling: Sampling) -> Ask:
 
 
 @dataclasses.dataclass
-class Report:
+class FactoryReport:
   """What a shard has come to.
 
   Attributes:
@@ -129,7 +131,7 @@ class Report:
 async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], Awaitable[Outcome]], backend: Backend, templates: Templates,
                   directory: str, *, shard: Shard = Shard(), sampling: Sampling = Sampling(), at_once: int = 80,
                   record: Mapping[str, Any] | None = None, price: tuple[float, float] = (0.0, 0.0),
-                  share: Callable[[], float] | None = None, retry_rejected: str | None = None, progress: bool = True) -> Report:
+                  share: Callable[[], float] | None = None, retry_rejected: str | None = None, progress: bool = True) -> FactoryReport:
   """Works on every item that is not finished and writes DIR/rows-…, rejected-… and manifest-….
 
   Args:
@@ -169,7 +171,7 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
       journal.withdraw(name)
     return not journal.is_done(name, _said(item))
   start, before, failures = time.monotonic(), journal.done, 0
-  report = Report()
+  report = FactoryReport()
   waiting = ((name, item) for name, item in items if shard.has(name) and is_waiting(name, item))
   told, unread = [0, 0, 0], []
 
@@ -191,7 +193,7 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
         return
       report.open += 1
       try:
-        outcome = await work(item, asker(_Remembered(backend, journal, name, spent), templates, sampling))
+        outcome = await work(item, asker(CachedBackend(backend, journal, name, spent), templates, sampling))
       except BudgetError as error:
         report.stopped = str(error)
         return
@@ -225,9 +227,8 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
       left = ""
       if share and 1 > (now := share()) > first:  # at 1, the last ones are at work
         left = f", left {datetime.timedelta(seconds=round(seconds * (1 - now) / (now - first)))}"
-      print(f"synthesize: {journal.done} documents, {done / seconds:.1f}/s; {backend.usage.requests} requests, "
-            f"{backend.usage.requests / seconds:.0f}/s, at most {backend.usage.in_flight} in flight; retries {backend.usage.retries}{left}",
-            file=sys.stderr, flush=True)
+      log.info(f"synthesize: {journal.done} documents, {done / seconds:.1f}/s; {backend.usage.requests} requests, "
+            f"{backend.usage.requests / seconds:.0f}/s, at most {backend.usage.in_flight} in flight; retries {backend.usage.retries}{left}")
 
   teller = asyncio.create_task(tell()) if progress else None
   try:
@@ -288,7 +289,7 @@ def _settings(path: pathlib.Path) -> dict[str, Any]:
                       ) from None
 
 
-def _write(journal: Journal, directory: str, shard: Shard, report: Report, made_by: Mapping[str, Any], usage: Usage) -> None:
+def _write(journal: Journal, directory: str, shard: Shard, report: FactoryReport, made_by: Mapping[str, Any], usage: Usage) -> None:
   """Rows, rejects and manifest from the journal, each file whole or not at all."""
   reasons: collections.Counter = collections.Counter()
   refused: collections.Counter = collections.Counter()

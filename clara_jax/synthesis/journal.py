@@ -13,15 +13,17 @@ and counted: what it told is done again.
 
 import collections
 import hashlib
+import logging
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from clara_jax import io
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError
+
+log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -51,7 +53,7 @@ class Journal:
     if os.path.exists(path):
       self._read()
     if self.damaged:
-      print(f"{path}: {self.damaged} damaged lines are passed over; what they told is done again", file=sys.stderr, flush=True)
+      log.warning(f"{path}: {self.damaged} damaged lines are passed over; what they told is done again")
     self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
   def _read(self) -> None:
@@ -185,7 +187,7 @@ def _lines(path: str, on_damage: Callable[[], None] = lambda: None) -> Iterator[
       try:
         if old and not io.is_sealed(line):
           value = io.parse_json(line)
-          if not isinstance(value, dict) or set(value) - {"u"} not in _FIELDS or "h" in value and not _HASH.fullmatch(str(value["h"])):
+          if not _is_entry(value):
             raise io.DamagedError("no line of a journal")
         else:
           value, old = io.unsealed(line), False
@@ -193,6 +195,15 @@ def _lines(path: str, on_damage: Callable[[], None] = lambda: None) -> Iterator[
         on_damage()
         continue
       yield value
+
+
+def _is_entry(value: Any) -> bool:
+  """Whether a line without a checksum, as journals had them before, can be one of theirs."""
+  if not isinstance(value, dict) or set(value) - {"u"} not in _FIELDS or not _HASH.fullmatch(str(value.get("h", "00"))):
+    return False
+  usage = value.get("u", [0, 0, 0])
+  return (isinstance(usage, list) and len(usage) == 3 and all(type(n) is int for n in usage)
+          and all(isinstance(text, str) for name, text in value.items() if name not in ("u", "o")))
 
 
 def _digest(text: str, size: int = 8) -> bytes:

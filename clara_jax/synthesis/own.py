@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from clara_jax.checkpoints.formats import Checkpoint
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.schemas import DataError
 from clara_jax.inference.generate import make_generate
-from clara_jax.interop.checkpoints import Checkpoint
 from clara_jax.synthesis.client import ReplyError, Usage
 
 
@@ -23,8 +23,8 @@ class OwnModel:
   """
 
   def __init__(self, checkpoint: Checkpoint, max_tokens: int = 512):
-    self._layout, self._weights = checkpoint.layout, checkpoint.weights
-    self._generate = make_generate(checkpoint.model, max_tokens, self._layout.end_ids, self._layout.pad_id, None)
+    self._prompt_tokenizer, self._weights = checkpoint.prompt_tokenizer, checkpoint.weights
+    self._generate = make_generate(checkpoint.model, max_tokens, self._prompt_tokenizer.end_ids, self._prompt_tokenizer.pad_id, None)
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self.usage = Usage(in_flight=1)
 
@@ -34,13 +34,13 @@ class OwnModel:
 
   def _reply(self, messages):
     try:
-      ids = self._layout.chat(messages).ids
+      ids = self._prompt_tokenizer.chat(messages).ids
     except DataError as error:
       raise ReplyError(str(error)) from None
-    found = np.asarray(self._generate(self._weights, pad_tokens([ids], self._layout.pad_id, 128), None))[0]
-    text = self._layout.text(found)
+    found = np.asarray(self._generate(self._weights, pad_tokens([ids], self._prompt_tokenizer.pad_id, 128), None))[0]
+    text = self._prompt_tokenizer.text(found)
     self.usage.requests += 1
     self.usage.answered += 1
     self.usage.prompt_tokens += len(ids)
-    self.usage.completion_tokens += int((found != self._layout.pad_id).sum())
+    self.usage.completion_tokens += int((found != self._prompt_tokenizer.pad_id).sum())
     return text

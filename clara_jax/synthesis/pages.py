@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from clara_jax.evaluation import report
+from clara_jax.reports import html
 from clara_jax.synthesis.factory import outcomes, settings
 
 EXAMPLES = 5
@@ -45,20 +45,20 @@ def write(directory: str) -> dict[str, Any]:
   total = sum(states.values())
   what = "questions" if is_teacher else "documents"
   numbers = {what: total, "accepted": states["accepted"], "rejected": states["rejected"]}
-  sections = [("Yield", report.table(["", what, "share"], [[k, v, v / max(1, total)] for k, v in states.items()])),
-              ("Made by", report.table(["", ""], _made_by(directory)))]
+  sections = [("Yield", html.table(["", what, "share"], [[k, v, v / max(1, total)] for k, v in states.items()])),
+              ("Made by", html.table(["", ""], _made_by(directory)))]
   if not is_teacher:
     numbers |= {f"{kind}_pairs_a_document": float(np.mean(v)) if v else 0.0 for kind, v in pairs.items()}
     if states["accepted"]:
-      sections.append(("Pairs and rounds", report.plots((_pairs_plot(pairs), _coverage_plot(missing)))))
+      sections.append(("Pairs and rounds", html.plots((_pairs_plot(pairs), _coverage_plot(missing)))))
   if rejects:
-    sections.append(("Rejected", report.table(["reason", what], [[k, v] for k, v in reasons.most_common()])
-                     + report.table([what[:-1], f"reason (the first {len(rejects)})"], [list(r) for r in rejects])))
+    sections.append(("Rejected", html.table(["reason", what], [[k, v] for k, v in reasons.most_common()])
+                     + html.table([what[:-1], f"reason (the first {len(rejects)})"], [list(r) for r in rejects])))
   if refused:
-    sections.append(("Refused within the rounds", report.table(["by", "times"], [[k, v] for k, v in refused.most_common()])))
+    sections.append(("Refused within the rounds", html.table(["by", "times"], [[k, v] for k, v in refused.most_common()])))
   if examples:
-    sections.append(("Examples", report.joined(map(_answered if is_teacher else _example, examples))))
-  report.write(pathlib.Path(directory) / "report.html", report.page(
+    sections.append(("Examples", html.joined(map(_answered if is_teacher else _example, examples))))
+  html.write(pathlib.Path(directory) / "report.html", html.page(
       "Teacher's answers" if is_teacher else "SCP data", f"{total:,} {what}, {states['accepted']:,} accepted.", sections))
   return numbers
 
@@ -79,7 +79,7 @@ def _pairs_plot(pairs: dict[str, list[int]]) -> str:
     axes.set(title="Pairs of a document", xlabel="questions with answers", ylabel="documents")
     axes.set_xticks(range(most + 1))
     axes.legend(frameon=False)
-  return report.figure(draw)
+  return html.figure(draw)
 
 
 def _coverage_plot(missing: dict[str, list[list[int]]]) -> str:
@@ -93,13 +93,13 @@ def _coverage_plot(missing: dict[str, list[list[int]]]) -> str:
     axes.set(title="Coverage", xlabel="rounds", ylabel="share of documents with nothing missing", ylim=(0, 1.03))
     axes.set_xticks(range(1, most + 1))
     axes.legend(frameon=False)
-  return report.figure(draw)
+  return html.figure(draw)
 
 
 def _answered(rows: list[dict[str, Any]]) -> str:
   (row,) = rows
   golden = " | ".join(row["provenance"]["golden_answers"])
-  documents = report.joined(Markup("<p class='doc{}'>{}</p>").format(" gold" if i in row["pos_index"] else "", d)
+  documents = html.joined(Markup("<p class='doc{}'>{}</p>").format(" gold" if i in row["pos_index"] else "", d)
                             for i, d in enumerate(row["docs"]))
   return Markup("<h3>{}</h3><p class=doc><b>teacher</b> {}{}</p>{}").format(
       row["question"], row["answer"], Markup(" <b>golden</b> {}").format(golden) if golden else "", documents)
@@ -109,7 +109,7 @@ def _example(rows: list[dict[str, Any]]) -> str:
   told = Markup("<h3>{}</h3><p class=doc>{}</p>").format(rows[0]["id"].rpartition("/")[0], rows[0]["docs"][0])
   for row in rows:
     if isinstance(row["question"], list):
-      told += report.table([row.get("kind", "question"), "answer"], [list(p) for p in zip(row["question"], row["answers"], strict=True)])
+      told += html.table([row.get("kind", "question"), "answer"], [list(p) for p in zip(row["question"], row["answers"], strict=True)])
     else:
       told += Markup("<p class=doc><b>{}</b> {}</p>").format(row["question"] or "paraphrase", row["answer"])
   return told

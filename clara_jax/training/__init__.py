@@ -1,1 +1,1 @@
-"""Stages, optimiser, step, loop and checkpoints."""
+"""Stages, optimizer, step, loop and checkpoints."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import sys
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from clara_jax import io
+
+log = logging.getLogger(__name__)
 
 
 @struct.dataclass
@@ -82,7 +84,7 @@ class Reporter:
         self._board.add_scalar(f"{kind}/{name}", number, step)
     if self._progress:
       shown = "  ".join(f"{name} {_short(number)}" for name, number in numbers.items())
-      print(f"{self._stage:>11} {step:>6}/{self._steps}  {kind}  {shown}{self._left(step)}", file=sys.stderr, flush=True)
+      log.info(f"{self._stage:>11} {step:>6}/{self._steps}  {kind}  {shown}{self._left(step)}")
 
   def _left(self, step: int) -> str:
     done = step - (self._first_step or 0)
@@ -145,7 +147,7 @@ class Stopwatch:
     return time.monotonic() - self._since
 
   def report(self, rows: int, tokens: int, model_flops: float, peak_flops: float | None) -> dict[str, float]:
-    """Rates since the last report: samples, tokens, model FLOPs utilisation where the peak is known, the share of time spent waiting
+    """Rates since the last report: samples, tokens, model FLOPs utilization where the peak is known, the share of time spent waiting
     for input, and the goodput."""
     elapsed = self.elapsed
     worked = max(elapsed - self._lost, 1e-9)

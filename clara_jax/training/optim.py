@@ -26,7 +26,7 @@ def schedule(config: TrainConfig, steps: int) -> optax.Schedule:
 
 def temperature(config: TrainConfig, start: float, steps: int) -> optax.Schedule | None:
   """Step -> τ where it is annealed, by the same factor each step from `start` to `final_temperature`; else None."""
-  if config.temperature != "annealed":
+  if config.temperature_schedule != "annealed":
     return None
   return optax.exponential_decay(start, max(1, steps - 1), config.final_temperature / start)
 

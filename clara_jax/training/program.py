@@ -19,13 +19,12 @@ from clara_jax import sharding
 from clara_jax.batch import GOLD, Batch, Prompt, Tokens
 from clara_jax.config import ConfigError, RunConfig
 from clara_jax.data.pipeline import label_width, padded_length
-from clara_jax.data.tokens import EXTRA_TOKENS
+from clara_jax.data.prompt_tokenizer import EXTRA_TOKENS
 from clara_jax.memory.store import MemoryStore
 from clara_jax.model import Clara, Weights
 from clara_jax.ops import estimators
-from clara_jax.training import corpus, optim, stages
-from clara_jax.training.paths import selection_gradients
-from clara_jax.training.step import TrainState, evaluation_step, init_state, train_step
+from clara_jax.training import consistency, corpus, optim, stages
+from clara_jax.training.step import TrainState, evaluation_step, gradient_paths_step, init_state, train_step
 
 
 class Program:
@@ -48,45 +47,27 @@ class Program:
   """
 
   def __init__(self, config: RunConfig, steps: int, mesh: Mesh | None = None):
-    settings, data = config.train, config.data
+    settings = config.train
     self.config = config
     self.mesh = mesh or sharding.make_mesh(config.mesh)
     self.stage = stages.get(settings.stage)
-    chooses = settings.stage == "joint"
-    for name, given in (("estimator", config.estimator), ("train.temperature", settings.temperature != "fixed"),
-                        ("train.gradients_every", settings.gradients_every)):
-      if given and not chooses:
-        raise ConfigError(f"{name}: stage {self.stage.name!r} selects no documents, 'joint' does")
-    if config.estimator_args and not config.estimator:
-      raise ConfigError("estimator_args: name config.estimator, too")
     estimator = estimators.get(config.estimator, config.estimator_args) if config.estimator else None
     self.model = Clara(config.clara, estimator)
     self.trained = self.stage.trained(settings)
-    if settings.temperature == "learned":
+    if settings.temperature_schedule == "learned":
       self.trained += ("temperature",)
-    if data.batch_size % settings.accumulate:
-      raise ConfigError(f"data.batch_size={data.batch_size} is not a multiple of train.accumulate={settings.accumulate}")
-    ways = sharding.batch_ways(self.mesh)
-    if data.batch_size // settings.accumulate % ways:
-      raise ConfigError(f"data.batch_size={data.batch_size} / train.accumulate={settings.accumulate} does not divide over the {ways} parts "
-                        f"of mesh {dict(self.mesh.shape)}; a larger mesh.tensor makes fewer parts")
-    brings = self.stage.data == "given" or self.stage.data == "candidates" and not data.store
-    if data.share_documents > 1 and brings and data.batch_size // settings.accumulate % (4 * ways):
-      raise ConfigError(f"data.share_documents={data.share_documents}: data.batch_size={data.batch_size} / train.accumulate="
-                        f"{settings.accumulate} has to be a multiple of 4 times the {ways} parts of mesh {dict(self.mesh.shape)}")
-    if config.clara.model.base_quantization != "none" and "base" in self.trained:
-      raise ConfigError(f"clara.model.base_quantization={config.clara.model.base_quantization!r}: stage {self.stage.name!r} trains "
-                        "the base")
-    sharding.check_heads(config.clara.model, self.mesh)
-    if config.data.retrieve == "store" and (self.stage.data != "candidates" or settings.stage == "contrastive"):
-      raise ConfigError(f"data.retrieve='store': stage {self.stage.name!r} takes the rows' own candidates")
+    consistency.check(config, self.stage, self.trained, self.mesh)
     self.optimizer = optim.make_optimizer(settings, steps, self.trained)
     self.batch_sharding = sharding.batch_sharding(self.mesh)
     temperature = optim.temperature(settings, config.clara.temperature, steps)
     self.step = jax.jit(functools.partial(train_step, self.model, self.stage, self.optimizer, settings.accumulate, temperature=temperature),
                         donate_argnums=0, out_shardings=(self._state_shardings(), None))
-    self.gradients = jax.jit(functools.partial(selection_gradients, self.model, temperature=temperature))
+    self.gradients = jax.jit(functools.partial(gradient_paths_step, self.model, self.stage, temperature=temperature))
     self.evaluate = jax.jit(functools.partial(evaluation_step, self.model, self.stage))
+
+  def replaced(self, config: RunConfig) -> "Program":
+    """The same mesh with another configuration."""
+    return Program(config, 1, self.mesh)
 
   @contextlib.contextmanager
   def context(self) -> Iterator[None]:
@@ -160,11 +141,11 @@ class Program:
 
   # ---- arrays ----------------------------------------------------------------------------------------------------------------
 
-  def place_weights(self, before: Weights) -> dict[str, Any]:
+  def place_weights(self, init_weights: Weights) -> dict[str, Any]:
     """Every group that the stage needs, on its devices: fresh ones are made there, given ones are copied.
 
     Args:
-      before: groups to start from; leaves may be read when they are indexed (`interop/lazy.py`).
+      init_weights: groups to start from; leaves may be read when they are indexed (`checkpoints/lazy.py`).
 
     Raises:
       ConfigError: a group is missing or has another shape.
@@ -175,11 +156,11 @@ class Program:
       make = jax.jit(lambda: nn.meta.unbox(self.model.init(key, (group,))[group]), out_shardings=_shardings(self.weights_shapes(group)))
       return make()
 
-    groups = stages.starting_weights(self.stage, self.config.train, before, fresh)
+    groups = stages.starting_weights(self.stage, self.config.train, init_weights, fresh)
     if "temperature" in self.trained:
-      groups["temperature"] = before["temperature"] if "temperature" in before else fresh("temperature")
-    if "base" in before:
-      groups["base"] = before["base"]
+      groups["temperature"] = init_weights["temperature"] if "temperature" in init_weights else fresh("temperature")
+    if "base" in init_weights:
+      groups["base"] = init_weights["base"]
     elif "base" in self.stage.trains:
       groups["base"] = fresh("base")
     else:

@@ -1,9 +1,10 @@
 """One pure training step, and one of evaluation.
 
 `TrainState` holds only what trains; the frozen rest is another argument that is not donated, so that a frozen 7 B base costs
-neither optimiser slots nor copies.
+neither optimizer slots nor copies.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,44 +51,59 @@ def train_step(model: Clara, stage: Stage, optimizer: optax.GradientTransformati
   model = model.reading(batch)
   rng = jax.random.fold_in(state.rng, state.step)
   frozen = with_temperature(frozen, temperature, state.step)
-  # Every C-th row, so that a device's rows stay on it.
-  micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-  keys = jax.random.split(rng, accumulate)
 
-  def totals(trainable, batch, key, counts):
+  def loss(trainable, batch, key, counts=None):
     terms, metrics = stage.loss(model, trainable, frozen, batch, key)
-    return sum(t.total / jnp.maximum(counts[name], 1e-9) for name, t in terms.items()), (terms, metrics)
+    return sum(t.total / jnp.maximum(t.count if counts is None else counts[name], 1e-9) for name, t in terms.items()), metrics
 
-  def count(args):
-    # Counts depend on the data alone: XLA drops the rest of this pass.
-    terms, _ = stage.loss(model, state.trainable, frozen, *args)
-    return {name: t.count for name, t in terms.items()}
-
+  gradient = jax.value_and_grad(loss, has_aux=True)
   if accumulate == 1:
-    counts = count((jax.tree.map(lambda x: x[0], micro), keys[0]))
+    (value, metrics), grads = gradient(state.trainable, batch, jax.random.split(rng, 1)[0])
   else:
-    counts = jax.tree.map(lambda c: c.sum(0), jax.lax.map(count, (micro, keys)))
-  gradient = jax.value_and_grad(totals, has_aux=True)
-
-  def add_micro(carry, args):
-    (loss, (_, metrics)), grads = gradient(state.trainable, *args, counts)
-    return jax.tree.map(jnp.add, carry, (grads, loss, metrics)), None
-
-  first = jax.tree.map(lambda x: x[0], (micro, keys))
-  if accumulate == 1:
-    (loss, (_, metrics)), grads = gradient(state.trainable, *first, counts)
-  else:
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(lambda: (lambda out: (out[1], out[0][0], out[0][1][1]))(gradient(state.trainable, *first, counts))))
-    (grads, loss, metrics), _ = jax.lax.scan(add_micro, zeros, (micro, keys))
+    value, metrics, grads = _accumulated(gradient, state.trainable, micro_batches(batch, accumulate), jax.random.split(rng, accumulate),
+                                         lambda *micro: stage.loss(model, state.trainable, frozen, *micro)[0])
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
   trainable = optax.apply_updates(state.trainable, updates)
   one = jnp.ones((), jnp.float32)
-  metrics = {"loss": Mean(loss, one), "gradient_norm": Mean(optax.global_norm(grads), one),
+  metrics = {"loss": Mean(value, one), "gradient_norm": Mean(optax.global_norm(grads), one),
              **{f"gradient_norm_{group}": Mean(optax.global_norm(tree), one) for group, tree in grads.items()}, **metrics}
   return TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
+
+
+def micro_batches(batch: Batch, count: int) -> Batch:
+  """[B, ...] -> [count, B / count, ...]; each takes every count-th row, so that a device's rows stay on it."""
+  return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _accumulated(gradient: Callable[..., Any], trainable: Weights, batches: Batch, keys: jax.Array,
+                 terms: Callable[[Batch, jax.Array], Metrics]) -> tuple[jax.Array, Metrics, Weights]:
+  """Loss, metrics and gradient of all micro-batches together, one after another.
+
+  A term of the loss is divided by its count over the whole batch, which has to be known before the first gradient: the terms are
+  computed twice, but counts depend on the data alone, and XLA drops the rest of that pass.
+  """
+  counts = jax.lax.map(lambda micro: {name: t.count for name, t in terms(*micro).items()}, (batches, keys))
+  counts = jax.tree.map(lambda c: c.sum(0), counts)
+
+  def one(micro):
+    (value, metrics), grads = gradient(trainable, *micro, counts)
+    return value, metrics, grads
+
+  def add(total, micro):
+    return jax.tree.map(jnp.add, total, one(micro)), None
+
+  shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], (batches, keys)))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return jax.lax.scan(add, zeros, (batches, keys))[0]
+
+
+def gradient_paths_step(model: Clara, stage: Stage, state: TrainState, frozen: Weights, batch: Batch, *,
+                        temperature: optax.Schedule | None = None) -> Metrics:
+  """What the gradient of the selection is made of on the batch of the coming step; arguments as `train_step`."""
+  weights = with_temperature({**frozen, **state.trainable}, temperature, state.step)
+  rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), 3)
+  return stage.gradient_paths(model.reading(batch), weights, batch, rng)
 
 
 def with_temperature(weights: Weights, temperature: optax.Schedule | None, step: jax.Array) -> Weights:

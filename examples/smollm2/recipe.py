@@ -20,6 +20,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from clara_jax.training.hooks import Hook
+from clara_jax.training.trainer import Result, Trainer
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -102,54 +105,39 @@ class Recipe:
     """One training, in `seconds` or `steps`."""
     import jax
 
-    from clara_jax.cli import configs
+    from clara_jax.checkpoints.workdir import is_checkpoint, read_config
     from clara_jax.data import records
-    from clara_jax.data.tokens import Layout
-    from clara_jax.interop import checkpoints, families, hf, native
-    from clara_jax.model import Clara
-    from clara_jax.training import loop
-    from clara_jax.training.checkpoint import is_checkpoint, read_config
+    from clara_jax.training import config_file
+    from clara_jax.training import run as run_lib
     training = TRAININGS[name]
     given = [f"--config.base={self.base}", *self.overrides]
-    config = configs.load(f"{ROOT}/configs/smollm2.py:{training.stage}", given)
+    config = config_file.load_config(f"{ROOT}/configs/smollm2.py:{training.stage}", given)
     if training.estimator:
       config = dataclasses.replace(config, estimator=training.estimator)
     if training.before:
-      opened = checkpoints.open_checkpoint(str(self.workdir / training.before), self.base)
-      opened.config = config.clara
-      before, layout = opened.weights, opened.layout()
       config = dataclasses.replace(config, init_from=str(self.workdir / training.before))
-    else:
-      layout = Layout(self.base, config.clara, end_ids=families.end_ids(native.hf_files(self.base)))
-      plain, special = checkpoints.open_base(Clara(config.clara), self.base, "base")
-      before = {"base": hf.with_special_tokens(plain, special or hf.special_tokens(config.clara), config.clara)}
-    config = dataclasses.replace(config, clara=layout.config)
+    begin = run_lib.resolve(config, str(self.workdir / name))
+    config = begin.config
     source, = records.open_sources((str(self.rows / f"{training.rows}.jsonl"),), 1, together=config.data.share_documents)
     source = [shard[:self.limit] for shard in source]
     start = time.monotonic()
 
-    def run(number: int, **more: Any) -> loop.Result:
-      settings = dataclasses.replace(config.train, steps=number, **{k: v for k, v in more.items() if k == "log_every"})
-      return loop.train(dataclasses.replace(config, train=settings), layout, before, sources=[source], progress=False,
-                        **{k: v for k, v in more.items() if k != "log_every"})
+    def run(number: int, hook: Hook, log_every: int = config.train.log_every, workdir: str | None = None) -> Result:
+      settings = dataclasses.replace(config.train, steps=number, log_every=log_every)
+      return Trainer(dataclasses.replace(config, train=settings), begin.prompt_tokenizer, begin.init_weights, sources=[source],
+                     progress=False, workdir=workdir, hooks=[hook]).run()
     each, end = None, None if seconds is None else start + seconds
     if is_checkpoint(str(self.workdir / name)):  # it was stopped, and goes on to the end that it had
       steps = read_config(str(self.workdir / name))[0].train.steps
     elif seconds is not None:
-      each = seconds_of_step(lambda on_report: run(CALIBRATED, log_every=1, on_report=on_report))
+      each = seconds_of_step(lambda hook: run(CALIBRATED, hook, log_every=1))
       compiling = time.monotonic() - start - CALIBRATED * each  # at worst the same again
       steps = max(CALIBRATED, int((end - time.monotonic() - compiling) / each))
       print(f"{name}: {each:.3f} s a step, {compiling:.0f} s to start and compile, {steps} steps", file=sys.stderr, flush=True)
-    losses, asked = [], False
-
-    def in_time(step: int, ids: list[str]) -> None:
-      nonlocal asked
-      if end is not None and time.monotonic() > end and not asked:
-        asked = True
-        os.kill(os.getpid(), signal.SIGTERM)  # the run saves and returns
-    result = run(steps or config.train.steps, workdir=str(self.workdir / name), base_sha256=None, on_step=in_time,
-                 on_report=lambda step, metrics: losses.append({"step": step, **metrics}))
-    if result.stopped is not None and not asked:  # by somebody else; what was done is saved
+    watch = InTime(end)
+    result = run(steps or config.train.steps, watch, workdir=str(self.workdir / name))
+    losses = watch.losses
+    if result.stopped is not None and not watch.asked:  # by somebody else; what was done is saved
       raise KeyboardInterrupt
     with open(self.workdir / name / "finished", "w", encoding="utf-8"):
       pass
@@ -166,13 +154,13 @@ class Recipe:
 
   def test(self, name: str, training: str | None, file: str, setting: str, m: int | None) -> None:
     """One test: mean scores with their intervals."""
+    from clara_jax.checkpoints import formats
     from clara_jax.data import schemas
-    from clara_jax.evaluation import benchmarks, statistics
-    from clara_jax.interop import checkpoints
+    from clara_jax.evaluation import evaluator, statistics
     start = time.monotonic()
-    checkpoint = checkpoints.load(str(self.workdir / training), self.base) if training else checkpoints.load(self.base, dtype=self.dtype)
+    checkpoint = formats.load(str(self.workdir / training), self.base) if training else formats.load(self.base, dtype=self.dtype)
     if training == "contrastive":  # it trains the query reasoner alone
-      before = checkpoints.load(str(self.workdir / TRAININGS[training].before), self.base)
+      before = formats.load(str(self.workdir / TRAININGS[training].before), self.base)
       checkpoint = dataclasses.replace(checkpoint, weights={"generator": before.weights["generator"], **checkpoint.weights})
     config = checkpoint.model.config
     m = min(m, config.num_memory_tokens) if m else None
@@ -181,7 +169,7 @@ class Recipe:
       return self.write()
     checkpoint = checkpoint.first(m)
     rows = schemas.read_rows([str(self.rows / f"{file}.jsonl")])[:self.evaluated]
-    predictions = benchmarks.evaluate(checkpoint.model, checkpoint.layout, checkpoint.weights, rows, setting, batch_size=self.batch_size,
+    predictions = evaluator.evaluate(checkpoint, rows, setting, batch_size=self.batch_size,
                                       max_new_tokens=24, progress=False, weights_sha256=name).predictions
     scores = {metric: dataclasses.asdict(statistics.mean([p[metric] for p in predictions]))
               for metric in ("em", "f1", "cover_em", "recall_at_1", "recall_at_5", "documents_read") if metric in predictions[0]}
@@ -233,11 +221,40 @@ class Recipe:
       print(f"{kind}: {name}: {self.found[kind][name]['failed']}", file=sys.stderr, flush=True)
 
 
-def seconds_of_step(run: Callable[[Callable[[int, dict], None]], Any]) -> float:
+class InTime(Hook):
+  """Keeps the reports, and asks the run to stop at a time (`time.monotonic`)."""
+
+  def __init__(self, end: float | None):
+    self._end, self.losses, self.asked = end, [], False
+
+  def after_step(self, trainer, row_ids):
+    """Asks once."""
+    if self._end is not None and time.monotonic() > self._end and not self.asked:
+      self.asked = True
+      os.kill(os.getpid(), signal.SIGTERM)  # the run saves and returns
+
+  def after_report(self, trainer, metrics):
+    """Keeps them."""
+    self.losses.append({"step": trainer.step, **metrics})
+
+
+class Times(Hook):
+  """When each report was made."""
+
+  def __init__(self):
+    self.times = [time.monotonic()]
+
+  def after_report(self, trainer, metrics):
+    """Notes the time."""
+    self.times.append(time.monotonic())
+
+
+def seconds_of_step(run: Callable[[Hook], Any]) -> float:
   """Seconds of a step by a short run that reports each step: the mean of the faster half, for in the others something may have been
   compiled."""
-  times = [time.monotonic()]
-  run(lambda step, metrics: times.append(time.monotonic()))
+  watch = Times()
+  run(watch)
+  times = watch.times
   seconds = sorted(b - a for a, b in zip(times, times[1:], strict=False))
   faster = seconds[:max(1, len(seconds) // 2)]
   return sum(faster) / len(faster)
@@ -257,8 +274,8 @@ def main() -> None:
   parser.add_argument("--evaluate", type=int, metavar="N", help="test rows of each file; default: all; 0: no tests")
   parser.add_argument("--test-batch-size", type=int, default=100)
   options, overrides = parser.parse_known_args()
-  from clara_jax.compilation import keep_programs
-  keep_programs()
+  from clara_jax.compilation import enable_compilation_cache
+  enable_compilation_cache()
   pathlib.Path(options.workdir).mkdir(parents=True, exist_ok=True)
   recipe = Recipe(os.path.abspath(options.base), options.rows, os.path.abspath(options.workdir), options.out, overrides, options.limit,
                   options.evaluate, options.test_batch_size)

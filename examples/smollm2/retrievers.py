@@ -15,7 +15,7 @@ import numpy as np
 from clara_jax.data import schemas
 from clara_jax.evaluation import sentence_encoder, statistics
 from clara_jax.evaluation.candidates import Bm25
-from clara_jax.retrieval.index import unit_vectors
+from clara_jax.retrieval.base import unit_vectors
 
 
 def main() -> None:

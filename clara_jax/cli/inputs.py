@@ -1,0 +1,89 @@
+"""What options name, opened: checkpoints, rows, answerers. Imports nothing heavy before it is called."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from clara_jax.data.schemas import Row
+  from clara_jax.inference.answer import Answerer
+  from clara_jax.inference.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def checkpoint(options: argparse.Namespace, *roles: str) -> Checkpoint:
+  """--checkpoint with the roles that it must have, for --memory-tokens where the command has that."""
+  from clara_jax.compilation import enable_compilation_cache
+  enable_compilation_cache()
+  loaded = load(options.checkpoint, options.base, options)
+  loaded.require(*roles)
+  return first(loaded, options)
+
+
+def load(directory: str, base: str | None, options: argparse.Namespace) -> Checkpoint:
+  """A checkpoint, as --dtype, --chat-template and --allow-config want it."""
+  from clara_jax.checkpoints import formats
+  return formats.load(directory, base, options.dtype, chat_template=chat_template(options), allow=options.allow_config)
+
+
+def first(loaded: Checkpoint, options: argparse.Namespace) -> Checkpoint:
+  """The checkpoint for --memory-tokens; a number that it was not trained for is noted."""
+  m, config = getattr(options, "memory_tokens", None), loaded.model.config
+  truncated = loaded.first(m)
+  if m and m not in (config.nested_memory or (config.num_memory_tokens,)):
+    trained = " or ".join(map(str, config.nested_memory)) or f"{config.num_memory_tokens}, all at once"
+    log.warning("note: --memory-tokens %d: %s was trained to read %s", m, loaded.directory, trained)
+  return truncated
+
+
+def chat_template(options: argparse.Namespace) -> str | None:
+  """The text of --chat-template FILE."""
+  if options.chat_template is None:
+    return None
+  from clara_jax.config import ConfigError
+  try:
+    with open(options.chat_template, encoding="utf-8-sig") as file:
+      return file.read()
+  except (OSError, UnicodeDecodeError) as error:
+    raise ConfigError(f"--chat-template {options.chat_template}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def answerer(options: argparse.Namespace) -> Answerer:
+  """An answerer over --store."""
+  from clara_jax.inference.answer import Answerer
+  from clara_jax.memory.store import MemoryStore
+  store = MemoryStore(options.store, memory_tokens=options.memory_tokens)
+  loaded = checkpoint(options, "compressor", "query_reasoner", "generator").first(None)  # the store says how many are read
+  return Answerer(loaded, store, top_k=options.top_k, max_new_tokens=options.max_new_tokens, merge=options.merge)
+
+
+def rows(options: argparse.Namespace, loaded: Checkpoint, *settings: str) -> list[Row]:
+  """The first rows of --rows that can be answered in all settings."""
+  from clara_jax.data import schemas
+  from clara_jax.evaluation import datasets, evaluator
+  from clara_jax.evaluation.settings import SETTINGS
+  malformed = schemas.Malformed(options.max_malformed)
+  usable: list[Row] = []
+  for place, row in enumerate(datasets.read(options.rows, malformed)):
+    if len(usable) == options.limit:
+      break
+    try:
+      for name in settings:
+        evaluator.check(row, SETTINGS[name], loaded.model.config.top_k, loaded.prompt_tokenizer)
+      usable.append(row)
+    except schemas.DataError as error:
+      malformed.add(str(error), place)
+  if not usable:
+    raise schemas.DataError(f"{options.rows}: no row can be answered")
+  return usable
+
+
+def check_output_file(option: str, path: str | None) -> None:
+  """Refuses what cannot be written before any work is done."""
+  from clara_jax.config import ConfigError
+  if path and os.path.isdir(path):
+    raise ConfigError(f"{option} {path}: is a directory, expected the name of a file")
