@@ -107,7 +107,7 @@ def main() -> None:
   options = parser.parse_args()
   scratch = options.scratch
   if scratch.exists():
-    parser.error(f"{scratch} is there already")
+    parser.error(f"{scratch} already exists")
   report = {}
   try:
     report["bytes"] = write(scratch / "hf", options.layers)

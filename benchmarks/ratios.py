@@ -4,7 +4,7 @@
 
 On the quickstart's world and pretrained base: documents of at most 30 tokens, M = 6 memory tokens. The nested checkpoint learns with the
 first 1, 3 or 6 of them (`clara.nested_memory`) in scp, instruct and joint, for twice as many steps as each of the three others, which have
-1, 3 or 6 and no more. Goes on where it was stopped. Prints one JSON object: for each m and metric both means and the difference, nested
+1, 3 or 6 and no more. Resumes where it was stopped. Prints one JSON object: for each m and metric both means and the difference, nested
 minus single, with its 95 % interval over the test rows of all seeds; and the seconds of training.
 """
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from clara_jax.checkpoints.formats import load
   from clara_jax.config import ClaraConfig, DataConfig, LoraConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig, config_dict
+  from clara_jax.data.schemas import read_documents, read_rows
   from clara_jax.inference.answer import Answerer
   from clara_jax.inference.checkpoint import Checkpoint
   from clara_jax.inference.compress import compress_corpus
@@ -25,15 +26,16 @@ if TYPE_CHECKING:
   from clara_jax.retrieval.index import Index
   from clara_jax.training import stages
   from clara_jax.training.config_file import load_config
+  from clara_jax.training.hooks import Hook
   from clara_jax.training.run import train
-  from clara_jax.training.trainer import Hook, Trainer
+  from clara_jax.training.trainer import Trainer
 
 __version__ = "0.2.0"
 
 _MODULE_OF = {
-    "Answerer": "inference.answer", "Checkpoint": "inference.checkpoint", "Clara": "model", "Hook": "training.trainer",
+    "Answerer": "inference.answer", "Checkpoint": "inference.checkpoint", "Clara": "model", "Hook": "training.hooks",
     "Index": "retrieval.index", "MemoryStore": "memory.store", "Trainer": "training.trainer", "compress_corpus": "inference.compress",
-    "load": "checkpoints.formats", "load_config": "training.config_file", "train": "training.run",
+    "load": "checkpoints.formats", "load_config": "training.config_file", "read_documents": "data.schemas", "read_rows": "data.schemas", "train": "training.run",
     **dict.fromkeys(("ClaraConfig", "DataConfig", "LoraConfig", "MeshConfig", "ModelConfig", "RunConfig", "TrainConfig", "config_dict"),
                     "config"),
 }
@@ -41,7 +43,7 @@ _MODULES = {"estimators": "ops.estimators", "stages": "training.stages"}
 
 __all__ = ["Answerer", "Checkpoint", "Clara", "ClaraConfig", "DataConfig", "Hook", "Index", "LoraConfig", "MemoryStore", "MeshConfig",
            "ModelConfig", "RunConfig", "TrainConfig", "Trainer", "compress_corpus", "config_dict", "estimators", "load", "load_config",
-           "stages", "train"]
+           "read_documents", "read_rows", "stages", "train"]
 
 
 def __getattr__(name: str) -> Any:

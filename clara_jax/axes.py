@@ -23,6 +23,11 @@ The constants below are the *logical* names that parameters and activations carr
 else does.
 """
 
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray  # what shapes in annotations are of: Float[Array, "B N"] (jaxtyping, in the letters above)
+
 BATCH = "batch"
 LENGTH = "length"
 WIDTH = "width"

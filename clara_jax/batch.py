@@ -1,11 +1,11 @@
 """What flows from the data pipeline to the model: arrays with names. See `axes.py` for the letters."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Bool, Float, Int
 
-Array = Any  # numpy on the host, jax.Array on devices
+from clara_jax.axes import Array
+
 GOLD = 8  # gold documents of a question, at most, where candidates are retrieved from a corpus
 
 
@@ -13,10 +13,10 @@ GOLD = 8  # gold documents of a question, at most, where candidates are retrieve
 class Tokens:
   """Right-padded rows of token ids: ids [..., L] int32, and how many of each row are real, lengths [...] int32."""
 
-  ids: Array
-  lengths: Array
+  ids: Int[Array, "*B L"]
+  lengths: Int[Array, "*B"]
 
-  def is_real(self) -> Array:
+  def is_real(self) -> Bool[Array, "*B L"]:
     """[..., L] bool."""
     return jnp.arange(self.ids.shape[-1]) < self.lengths[..., None]
 
@@ -33,9 +33,9 @@ class Prompt:
   """
 
   tokens: Tokens
-  label_positions: Array
-  labels: Array
-  label_weights: Array
+  label_positions: Int[Array, "B A"]
+  labels: Int[Array, "B A"]
+  label_weights: Float[Array, "B A"]
 
 
 @struct.dataclass
@@ -57,12 +57,12 @@ class Batch:
 
   prompt: Prompt
   documents: Tokens | None = None
-  memories: Array | None = None
+  memories: Float[Array, "B N M D"] | None = None
   question: Tokens | None = None
-  is_gold: Array | None = None
-  gold_slots: Array | None = None
-  valid: Array | None = None
-  document_slots: Array | None = None
+  is_gold: Bool[Array, "B N"] | None = None
+  gold_slots: Int[Array, "B gold"] | None = None
+  valid: Float[Array, " B"] | None = None
+  document_slots: Int[Array, "B K"] | None = None
   memory_tokens: int | None = struct.field(pytree_node=False, default=None)
 
 
@@ -76,6 +76,6 @@ class Corpus:
     candidates: N, how many are retrieved for a question.
   """
 
-  memories: Array
-  scales: dict[int, Array]
+  memories: Float[Array, "S M D"]
+  scales: dict[int, Float[Array, " S"]]
   candidates: int = struct.field(pytree_node=False)

@@ -20,8 +20,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from clara_jax import axes
+from clara_jax.axes import Array
 from clara_jax.batch import Batch, Prompt, Tokens
 from clara_jax.config import ROLES, ClaraConfig, Role, check_memory_tokens
 from clara_jax.errors import InputError
@@ -119,22 +121,22 @@ class Clara:
 
   # ---- one pass of the decoder in a role -----------------------------------------------------------------------------------
 
-  def memory_slot(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def memory_slot(self, ids: Int[Array, "*B L"]) -> tuple[Bool[Array, "*B L"], Int[Array, "*B L"]]:
     """For token ids of any shape: (whether it is a `<MEMi>`, i where it is and 0 elsewhere)."""
     slot = ids - self.config.model.vocab_size
     is_memory = (slot >= 0) & (slot < self.config.num_memory_tokens)
     return is_memory, jnp.where(is_memory, slot, 0)
 
-  def embed(self, weights: Weights, ids: jax.Array) -> jax.Array:
+  def embed(self, weights: Weights, ids: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:
     """ids: [..., L] -> [..., L, D]; `<MEM…>` ids read `memory_embedding`, all others the base's table."""
     is_memory, slot = self.memory_slot(ids)
     table = self.plain_decoder.apply({"params": _group(weights, "base")}, ids, method="embed")
     rows = _group(weights, "memory_embedding")[slot]
     return jnp.where(is_memory[..., None], rows.astype(table.dtype), table)
 
-  def hidden(self, weights: Weights, role: Role | None, x: jax.Array, *, positions: jax.Array | None = None,
+  def hidden(self, weights: Weights, role: Role | None, x: Float[Array, "B L D"], *, positions: Int[Array, "B L"] | None = None,
              cache: KeyValues | None = None, dropout: jax.Array | None = None, return_kv: bool = False
-             ) -> tuple[jax.Array, KeyValues | None]:
+             ) -> tuple[Float[Array, "B L D"], KeyValues | None]:
     """Last hidden states of the decoder in a role (None: the plain base), and keys and values; see `Decoder.__call__`.
 
     `dropout` is the key of LoRA dropout; None turns it off.
@@ -147,18 +149,19 @@ class Clara:
     rngs = None if dropout is None else {"dropout": dropout}
     return decoder.apply(variables, x, positions, cache, deterministic=dropout is None, return_kv=return_kv, rngs=rngs)
 
-  def logits(self, weights: Weights, hidden: jax.Array, output_matrix: jax.Array | None = None) -> jax.Array:
+  def logits(self, weights: Weights, hidden: Float[Array, "*B D"], output_matrix: Float[Array, "D V"] | None = None
+             ) -> Float[Array, "*B V"]:
     """hidden: [..., D] -> next-token logits [..., V] float32; `output_matrix` where many calls share it."""
     return self.plain_decoder.apply({"params": _group(weights, "base")}, hidden, output_matrix, method="logits")
 
-  def output_matrix(self, weights: Weights) -> jax.Array:
+  def output_matrix(self, weights: Weights) -> Float[Array, "D V"]:
     """[D, V], the head (or the tied embedding)."""
     return self.plain_decoder.apply({"params": _group(weights, "base")}, method="output_matrix")
 
   # ---- the method ----------------------------------------------------------------------------------------------------------
 
   def encode(self, weights: Weights, role: Role, texts: Tokens, dropout: jax.Array | None = None
-             ) -> tuple[jax.Array, jax.Array]:
+             ) -> tuple[Float[Array, "B M D"], Float[Array, "B L D"]]:
     """Reads `<ENC> <s> text </s> MEM_0 … MEM_{M-1}` in a role (paper §3.1).
 
     Args:
@@ -173,23 +176,23 @@ class Clara:
     hidden, _ = self.hidden(weights, role, self.embed(weights, texts.ids), dropout=dropout)
     return jnp.take_along_axis(hidden, self.memory_positions(texts)[..., None], axis=-2), hidden
 
-  def memory_positions(self, texts: Tokens) -> jax.Array:
+  def memory_positions(self, texts: Tokens) -> Int[Array, "B M"]:
     """Where the memory tokens of encoder inputs stand: [B, M]."""
     m = self.num_memory_tokens
     return jnp.maximum(texts.lengths[..., None] - m, 0) + jnp.arange(m)
 
-  def compress(self, weights: Weights, documents: Tokens, dropout: jax.Array | None = None) -> jax.Array:
+  def compress(self, weights: Weights, documents: Tokens, dropout: jax.Array | None = None) -> Float[Array, "*B M D"]:
     """Memory tokens of documents: ids [..., L] -> [..., M, D]. Leading axes (batch, candidates) are free."""
     lead = documents.ids.shape[:-1]
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lead):]), documents)
     memories, _ = self.encode(weights, "compressor", flat, dropout)
     return memories.reshape(*lead, *memories.shape[1:])
 
-  def encode_query(self, weights: Weights, questions: Tokens, dropout: jax.Array | None = None) -> jax.Array:
+  def encode_query(self, weights: Weights, questions: Tokens, dropout: jax.Array | None = None) -> Float[Array, "B M D"]:
     """Memory tokens of questions, in the documents' space: ids [B, L] -> [B, M, D] (paper §3.2)."""
     return self.encode(weights, "query_reasoner", questions, dropout)[0]
 
-  def score(self, query: jax.Array, memories: jax.Array) -> jax.Array:
+  def score(self, query: Float[Array, "B M D"], memories: Float[Array, "B N M D"]) -> Float[Array, "B N"]:
     """Cosine of the flattened memory tokens, float32 (paper Eq. 3.1): [B, M, D], [B, N, M, D] -> [B, N]."""
     query = query.reshape(*query.shape[:-2], -1).astype(jnp.float32)
     memories = memories.reshape(*memories.shape[:-2], -1).astype(jnp.float32)
@@ -197,7 +200,8 @@ class Clara:
       memories = memories - memories.mean(axis=-2, keepdims=True)
     return jnp.einsum("bd,bnd->bn", _normalize(query), _normalize(memories))
 
-  def select(self, scores: jax.Array, memories: jax.Array, k: int | None = None) -> tuple[jax.Array, jax.Array]:
+  def select(self, scores: Float[Array, "B N"], memories: Float[Array, "B N M D"], k: int | None = None
+             ) -> tuple[Float[Array, "B K M D"], Int[Array, "B K"]]:
     """The K best candidates with the straight-through gradient (paper Eq. 3.3, Algorithm 1; `ops/topk.py`).
 
     Args:
@@ -219,7 +223,7 @@ class Clara:
     """τ: the configuration's, or what it has come to by now."""
     return jnp.exp(weights["temperature"]["log"][0]) if "temperature" in weights else self.config.temperature
 
-  def splice(self, weights: Weights, ids: jax.Array, memories: jax.Array) -> jax.Array:
+  def splice(self, weights: Weights, ids: Int[Array, "B T"], memories: Float[Array, "B K M D"]) -> Float[Array, "B T D"]:
     """Prompt embeddings with the memory slots filled: ids [B, T], memories [B, K, M, D] -> [B, T, D].
 
     The i-th `<MEM…>` id of a row takes the i-th memory token of its documents.
@@ -231,8 +235,8 @@ class Clara:
     filled = jnp.take_along_axis(flat, order[..., None], axis=1)
     return jnp.where(is_memory[..., None], filled.astype(table.dtype), table)
 
-  def answer_states(self, weights: Weights, prompt: Prompt, memories: jax.Array | None, role: Role | None = "generator",
-                    dropout: jax.Array | None = None) -> jax.Array:
+  def answer_states(self, weights: Weights, prompt: Prompt, memories: Float[Array, "B K M D"] | None, role: Role | None = "generator",
+                    dropout: jax.Array | None = None) -> Float[Array, "B A D"]:
     """Last hidden states at the label positions.
 
     Args:
@@ -250,8 +254,8 @@ class Clara:
     hidden, _ = self.hidden(weights, role, x, dropout=dropout)
     return jnp.take_along_axis(hidden, prompt.label_positions[..., None], axis=1)
 
-  def answer_logits(self, weights: Weights, prompt: Prompt, memories: jax.Array | None, role: Role | None = "generator",
-                    dropout: jax.Array | None = None) -> jax.Array:
+  def answer_logits(self, weights: Weights, prompt: Prompt, memories: Float[Array, "B K M D"] | None, role: Role | None = "generator",
+                    dropout: jax.Array | None = None) -> Float[Array, "B A V"]:
     """Logits [B, A, V] float32 at the label positions only, so that [B, T, V] is never formed; see `answer_states`."""
     return self.logits(weights, self.answer_states(weights, prompt, memories, role, dropout))
 

@@ -12,6 +12,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 
 import hypothesis
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes in annotations are checked while the tests trace.
+install_import_hook(["clara_jax.ops", "clara_jax.model"], "beartype.beartype")
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")

@@ -1,4 +1,4 @@
-"""Saved steps: broken ones are passed over, the best one is kept, the base may be laid out otherwise."""
+"""Saved steps: broken ones are skipped, the best one is kept, the base may be laid out otherwise."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def test_a_broken_last_step_is_passed_over(straight, tmp_path, caplog, harm):
   else:
     (step / "progress" / "metadata").write_text("{")
   again = run(tmp_path / "run")
-  assert "step 4 cannot be read and is passed over" in caplog.text
+  assert "step 4 cannot be read and is skipped" in caplog.text
   assert [p.name.split("-")[0] for p in (tmp_path / "run" / "broken").iterdir()] == ["4"]
   for a, b in zip(jax.tree.leaves(straight.weights), jax.tree.leaves(again.weights), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -75,7 +75,7 @@ def test_a_flipped_bit_is_passed_over_and_named(straight, tmp_path, caplog):
     if file is not files[-1]:
       file.write_bytes(whole)
   again = run(tmp_path / "run")
-  assert "step 4 cannot be read and is passed over" in caplog.text
+  assert "step 4 cannot be read and is skipped" in caplog.text
   for a, b in zip(jax.tree.leaves(straight.weights), jax.tree.leaves(again.weights), strict=True):
     np.testing.assert_array_equal(a, b)
 

@@ -236,7 +236,7 @@ def test_a_destination_that_is_there_is_left_alone(golden, tmp_path, capsys):
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "mine").write_text("kept")
   assert cli.main(["convert", str(golden / "ckpt_stage2"), str(tmp_path / "out"), "--to", "clara"]) == 2
-  assert "is there already" in capsys.readouterr().err
+  assert "already exists" in capsys.readouterr().err
   assert (tmp_path / "out" / "mine").read_text() == "kept"
 
 

@@ -253,5 +253,5 @@ def test_records_hold_the_rows(tmp_path, kind):
     records.open_sources([report.directory], 4)
   with pytest.raises(schemas.DataError, match="fewer rows than --files 400"):
     records.build(kind, [str(path)], str(tmp_path / "many"), 400, max_malformed=1)
-  with pytest.raises(schemas.DataError, match="is there already"):
+  with pytest.raises(schemas.DataError, match="already exists"):
     records.build(kind, [str(path)], str(tmp_path / "data"), 3, max_malformed=1)

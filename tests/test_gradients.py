@@ -19,8 +19,7 @@ from clara_jax.experiments.laboratory.variants import parse_all
 from clara_jax.model import Clara
 from clara_jax.ops import estimators
 from clara_jax.training import optim, stages, trainer
-from clara_jax.training.stages.gradient_paths import selection_gradients
-from clara_jax.training.step import TrainState
+from clara_jax.training.step import TrainState, gradient_paths_step
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -61,7 +60,7 @@ def test_the_tutorial_is_the_example():
 
 def test_reinmax_is_exact_for_quadratic_losses():
   """Which no first-order straight-through estimator is: what a second-order one is for."""
-  setting = audit.Setting(n=4, k=1, temperature=0.3, spread=0.3, loss="quadratic")
+  setting = audit.AuditSetting(n=4, k=1, temperature=0.3, spread=0.3, loss="quadratic")
   names = (f"{ROOT}/examples/reinmax.py:reinmax", "gumbel")
   reinmax, gumbel = (v["plackett_luce"] for v in audit.audit_setting(setting, parse_all(names), draws=20_000, count=4).values())
   assert reinmax["bias"] < 3 * reinmax["bias_error"] < 0.1 < gumbel["bias"]
@@ -122,7 +121,7 @@ def test_the_two_paths_add_up():
   """∂L/∂m in all = path (I) + path (II), on the memory tokens of one row."""
   model, weights, (batch,) = Clara(tiny.config(), estimators.get("algorithm1")), tiny.weights(), batches(1)
   state = TrainState(jnp.zeros((), jnp.int32), {"query_reasoner": weights["query_reasoner"]}, None, jax.random.key(0))
-  found = {k: float(v.value) for k, v in jax.jit(lambda s: selection_gradients(model, s, weights, batch))(state).items()}
+  found = {k: float(v.value) for k, v in jax.jit(lambda s: gradient_paths_step(model, stages.get("joint"), s, weights, batch))(state).items()}
 
   def loss(memories):
     scores = model.score(model.encode_query(weights, batch.question), memories)
@@ -136,7 +135,7 @@ def test_the_two_paths_add_up():
 
 
 def test_audit_of_a_generator(tmp_path):
-  checkpoint = Checkpoint("here", Clara(tiny.config()), tiny.weights(), tiny.prompt_tokenizer(), None, None)
+  checkpoint = Checkpoint(Clara(tiny.config()), tiny.prompt_tokenizer(), tiny.weights(), "here")
   names = ("algorithm1", "selected_only", "score_function(draws=8)")
   report = laboratory.run_generator(str(tmp_path), checkpoint, tiny.rows("joint")[:3], names, n=4, draws=60)
   found = json.loads((tmp_path / "generator.json").read_text())

@@ -196,7 +196,7 @@ def test_product_quantisation(tmp_path):
   np.testing.assert_allclose(MemoryStore(str(tmp_path / "pq")).memories(), memories, atol=1e-5)
   with pytest.raises(ConfigError, match="sub_width=5"):
     quantize(whole, str(tmp_path / "no"), "pq", sub_width=5)
-  with pytest.raises(StoreError, match="is a store already"):
+  with pytest.raises(StoreError, match="already is a store"):
     quantize(whole, str(tmp_path / "pq"), "pq", sub_width=8)
   with pytest.raises(ConfigError, match="needs as many documents"):
     codecs.learn_pq(memories[:100], 8)
@@ -207,9 +207,9 @@ def test_refusals(tmp_path):
     MemoryStore(str(tmp_path))
   store = MemoryStore(str(tmp_path), MANIFEST)
   store.append(*numbered(1))
-  with pytest.raises(StoreError, match="the id 'd1' is there already"):
+  with pytest.raises(StoreError, match="the id 'd1' already exists"):
     store.append(*numbered(2, 1))
-  with pytest.raises(StoreError, match="comes twice"):
+  with pytest.raises(StoreError, match="is a duplicate"):
     store.upsert(*numbered(2, 2))
   with pytest.raises(StoreError, match=r"expected memory tokens of shape \(1, 2, 16\)"):
     store.upsert(numbered(2)[0], np.zeros((1, 2, 8), np.float32))
@@ -231,7 +231,7 @@ def test_writers_see_each_other(tmp_path):
   early.close()
   early, late = MemoryStore(folder), MemoryStore(folder)  # both open it before anything is there
   late.append(*numbered(1, 2))
-  with pytest.raises(StoreError, match="the id 'd1' is there already"):
+  with pytest.raises(StoreError, match="the id 'd1' already exists"):
     early.append(*numbered(1))
   late.delete(["d2"])
   late.compact()
@@ -312,7 +312,7 @@ def test_rows_after_a_repair_are_told_from_those_before(tmp_path):
   MemoryStore(str(tmp_path)).append(*numbered(0, 1, 2))
   store = MemoryStore(str(tmp_path))
   assert len(store) == 9 and index.state(store) == "out of date"
-  with pytest.raises(StoreError, match="the id 'd1' is there already"):
+  with pytest.raises(StoreError, match="the id 'd1' already exists"):
     early.append(*numbered(1))
   built, changed = index.update(store, "exact")
   assert changed == 9 and index.state(MemoryStore(str(tmp_path))) == "current"

@@ -174,7 +174,7 @@ def test_a_truncated_store_holds_the_first_bytes(store, form, tmp_path):
       whole.first(m)
   with pytest.raises(StoreError, match="the first 2 of 4 memory tokens, to read"):
     whole.first(2).delete([whole.documents()[0].id])
-  with pytest.raises(StoreError, match="is a store already"):
+  with pytest.raises(StoreError, match="already is a store"):
     truncate(whole, str(tmp_path / "small"), 1)
 
 

@@ -91,10 +91,10 @@ def test_what_is_shared_is_read_once(answerer):
   ids = tuple(d.id for d in answerer.search([Question(question())])[0])
   asked = [Question(question(i), ids=ids) for i in (0, 1)]
   alone = [answerer.answer([q])[0].answer for q in asked]
-  read, lengths = answerer._read, []
-  answerer._read = lambda weights, tokens, memories: lengths.append(len(tokens)) or read(weights, tokens, memories)
+  read, lengths = answerer._prefill_prefix, []
+  answerer._prefill_prefix = lambda weights, tokens, memories: lengths.append(len(tokens)) or read(weights, tokens, memories)
   together = answerer.answer([dataclasses.replace(q, ids=ids[:1], top_k=1) for q in asked])
-  answerer._read = read
+  answerer._prefill_prefix = read
   assert len(lengths) == 1  # the instruction was read before, the document for both
   assert [a.answer for a in together] == [answerer.answer([dataclasses.replace(q, ids=ids[:1], top_k=1)])[0].answer for q in asked]
   assert [a.answer for a in merged.answer(asked)] == [a.answer for a in answerer.answer(asked)] == alone
@@ -349,6 +349,7 @@ from clara_jax.model import Clara
 from clara_jax.retrieval import index
 from clara_jax.serving import server
 from tests import tiny
+configure_logging()
 store = MemoryStore(sys.argv[1])
 answerer = Answerer(Checkpoint(Clara(tiny.config()), tiny.prompt_tokenizer(), tiny.weights()), store, index=index.build(store, "exact"), max_new_tokens=6)
 server.run(answerer, "127.0.0.1", int(sys.argv[2]), server.Limits(batch=4))

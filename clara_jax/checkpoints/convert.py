@@ -25,6 +25,7 @@ from clara_jax.checkpoints.keymap import EMBEDDING, HEAD
 from clara_jax.checkpoints.workdir import CheckpointError, write_config
 from clara_jax.config import ROLES, RunConfig, TrainConfig
 from clara_jax.data.tokenizer import load_tokenizer
+from clara_jax.inference.checkpoint import require
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def convert(source: str, destination: str, to: str, *, role: str | None = None, 
     raise CheckpointError(f"--to {to!r}: expected one of {list(FORMATS)}")
   target = epath.Path(destination)
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
-    raise CheckpointError(f"{destination}: is there already; choose another destination")
+    raise CheckpointError(f"{destination}: already exists; choose another destination")
   with contextlib.ExitStack() as stack:
     opened = stack.enter_context(gguf.opened(source)) if gguf.is_gguf(source) else formats.open_checkpoint(
         source, base, dtype, chat_template=chat_template, allow=allow)
@@ -79,9 +80,9 @@ def convert(source: str, destination: str, to: str, *, role: str | None = None, 
     if role is not None:
       if role not in ROLES:
         raise CheckpointError(f"--role {role!r}: expected one of {list(ROLES)}")
-      formats.require(source, opened.groups, role)
+      require(source, opened.groups, role)
     if to in ("upstream", "peft"):
-      formats.require(source, opened.groups, *([role] if role else [] if set(ROLES) & set(opened.groups) else ["compressor"]))
+      require(source, opened.groups, *([role] if role else [] if set(ROLES) & set(opened.groups) else ["compressor"]))
     opened.base_sha256 = opened.check_base() if opened.base is not None and (to == "clara" or opened.base_sha256) else None
     if dtype and opened.plain_base is not None:
       opened.plain_base = lazy.nest({path: lazy.Cast(leaf, dtype) for path, leaf in lazy.leaves(opened.plain_base)})

@@ -159,7 +159,7 @@ def _fields(values: Mapping[str, Any], allow: Sequence[str], file: str) -> dict[
 
 
 def with_dtype(dtype: str | None) -> dict[str, Any]:
-  """Overrides of `model_config` for a type of computation and storage."""
+  """Overrides of `model_config` for a compute and storage dtype."""
   return {"dtype": dtype, "param_dtype": dtype} if dtype else {}
 
 

@@ -298,7 +298,7 @@ def load(directory: str, base: str | None = None, dtype: str | None = None, *, c
 
 
 def note_rounding(base: Mapping[str, Any], config: ClaraConfig, name: str) -> None:
-  """Says that a base's weights are rounded to the type of the computation."""
+  """Says that a base's weights are rounded to the compute dtype."""
   stored, wanted = huggingface.main_type(leaf for _, leaf in lazy.leaves(base)), config.model.param_dtype
   if wanted == "bfloat16" and stored in ("float16", "float64"):
     log.warning(f"{name}: its weights are {stored} and are rounded to bfloat16; --dtype float32 keeps them")
@@ -348,7 +348,7 @@ def split_base(base: dict[str, Any], config: ClaraConfig, stage: str) -> tuple[d
 
 
 def with_dtype(config: ClaraConfig, dtype: str | None) -> ClaraConfig:
-  """The configuration with that type of computation and storage, if there is one."""
+  """The configuration with that compute and storage dtype, if there is one."""
   if dtype is None:
     return config
   return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype))

@@ -14,7 +14,7 @@ Path = tuple[str, ...]
 
 
 class KeyMapError(InputError):
-  """A tensor has no place here, is missing or comes twice."""
+  """A tensor has no place here, is missing or is a duplicate."""
 
 
 @dataclasses.dataclass(frozen=True)

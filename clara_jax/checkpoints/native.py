@@ -53,7 +53,7 @@ def base_config(base: str, dtype: str | None = None, allow: Sequence[str] = (), 
 
   Args:
     base: its directory.
-    dtype: type of computation and storage; by default the base's.
+    dtype: compute and storage dtype; by default the base's.
     allow, tokenizer: see `families.model_config`.
   """
   if is_checkpoint(base):

@@ -1,4 +1,4 @@
-"""Checkpoints of the released PyTorch code (SPEC §3), read without running anything of theirs, and written for it."""
+"""Checkpoints of the released PyTorch code, read without running anything of theirs, and written for it."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def read(directory: str, base: str | None = None, dtype: str | None = None, allo
   Args:
     directory: the checkpoint.
     base: the base's directory, where the checkpoint's `decoder_model_name` does not lead to one.
-    dtype: type of computation and storage.
+    dtype: compute and storage dtype.
     allow: unknown fields of the base's config.json that are accepted.
 
   Raises:

@@ -291,7 +291,7 @@ class Checkpointer:
         break
       except Exception as error:  # Orbax and TensorStore have many kinds
         broken[step] = error
-        log.warning(f"{self._directory}: step {step} cannot be read and is passed over: {str(error).splitlines()[0][:200]}")
+        log.warning(f"{self._directory}: step {step} cannot be read and is skipped: {str(error).splitlines()[0][:200]}")
     else:
       raise CheckpointError(f"{self._directory}: no saved step can be read; the last: {next(iter(broken.values()))}")
     if broken and distributed.is_main():

@@ -5,7 +5,7 @@ from typing import Any
 
 from clara_jax.cli import arguments, inputs
 
-HELP = "Documents through the compressor, once, into a store; goes on by itself where it was stopped."
+HELP = "Documents through the compressor, once, into a store; resumes where it was stopped."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--encoding", "--form", choices=("float32", "bfloat16", "int8"), help="of a new store; default: the compute dtype")
   parser.add_argument("--no-text", action="store_true", help="a new store keeps ids and titles only")
   parser.add_argument("--replace", action="store_true", help="compresses documents anew whose title or text has changed")
-  parser.add_argument("--batch-size", type=arguments.positive, default=64, help="documents a pass; default 64")
+  parser.add_argument("--batch-size", type=arguments.positive, default=64, help="documents in a batch; default 64")
   parser.add_argument("--shard-size", type=arguments.positive, default=4096, help="documents a segment, what a kill can lose; default 4096")
   parser.add_argument("--workers", type=int, default=0, help="processes that tokenize ahead; default 0: a thread")
   parser.add_argument("--fsdp", type=arguments.positive, default=1, help="devices over which the compressor's weights are divided; default 1")

@@ -20,12 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="what the generator reads: " + "; ".join(f"{name}: {setting.description}" for name, setting in SETTINGS.items()))
   parser.add_argument("--also", action="append", default=[], metavar="NAME=CKPT",
                         help="another checkpoint in the setting joint, e.g. a contrastive one; with --report, any number of times")
-  parser.add_argument("--report", metavar="DIR", help="writes predictions, report.json and report.html; goes on where it was stopped")
+  parser.add_argument("--report", metavar="DIR", help="writes predictions, report.json and report.html; resumes where it was stopped")
   parser.add_argument("--judge", metavar="URL", help="with --report: an OpenAI-compatible server, up to /v1, that says whether answers "
                         "are grounded in the documents that were read; its key in OPENAI_API_KEY")
   parser.add_argument("--judge-model", metavar="NAME", help="the judge's name there")
-  parser.add_argument("--batch-size", type=arguments.positive, default=16, help="rows a pass; default 16")
-  parser.add_argument("--predictions", metavar="F", help="one JSON a row, of one setting; goes on where it was stopped")
+  parser.add_argument("--batch-size", type=arguments.positive, default=16, help="rows in a batch; default 16")
+  parser.add_argument("--predictions", metavar="F", help="one JSON a row, of one setting; resumes where it was stopped")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

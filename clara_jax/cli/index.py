@@ -12,11 +12,11 @@ HELP = "Builds the search index beside a store, or brings it up to date."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's options."""
   parser.add_argument("--store", required=True, metavar="DIR")
-  parser.add_argument("--kind", choices=("scann", "exact"), help="default: that of the index which is there, else scann (millions, CPU)")
+  parser.add_argument("--kind", choices=("scann", "exact"), help="default: that of the existing index, else scann (millions, CPU)")
   parser.add_argument("--memory-tokens", type=arguments.positive, metavar="m", help="searches with the first m memory tokens of a document, whatever "
-                     "is read; default: as the index which is there, else all")
+                     "is read; default: as the existing index, else all")
   parser.add_argument("--dimensions", type=int, metavar="N", help="searches in so many (PCA), re-ranks on all; 0: in all; "
-                     "default: as the index which is there, else all")
+                     "default: as the existing index, else all")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--documents", required=True, metavar="F", help="JSONL (.gz): id, text")
   parser.add_argument("--limit", type=arguments.positive, help="only the first documents")
   arguments.max_malformed(parser, "documents")
-  parser.add_argument("--batch-size", type=arguments.positive, default=16, help="documents a pass; default 16")
+  parser.add_argument("--batch-size", type=arguments.positive, default=16, help="documents in a batch; default 16")
   parser.add_argument("--max-new-tokens", type=arguments.positive, default=256, help="of the longest paraphrase; default 256")
   parser.add_argument("--bertscore", metavar="MODEL[:LAYER]", help="also BERTScore with this Hugging Face model (extra bertscore)")
   parser.add_argument("--predictions", metavar="F", help="writes one JSON a document")

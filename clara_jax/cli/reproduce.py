@@ -5,7 +5,7 @@ from typing import Any
 
 from clara_jax.cli import arguments
 
-HELP = "The paper's claims as experiments on a generated world; goes on by itself where it was stopped."
+HELP = "The paper's claims as experiments on a generated world; resumes where it was stopped."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

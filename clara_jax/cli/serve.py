@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help="a name under which the server may be asked, besides addresses, localhost and this machine's; .example.com: all "
                      "below it; *: any; any number of times")
   parser.add_argument("--token-file", metavar="F", help="requests must bring the token in this file, as Authorization: Bearer")
-  parser.add_argument("--max-batch", type=arguments.positive, default=32, help="questions a pass; default 32")
+  parser.add_argument("--max-batch", type=arguments.positive, default=32, help="questions in a batch; default 32")
   parser.add_argument("--max-wait-ms", type=float, default=4.0, help="how long the first question of a pass waits for others; default 4")
   parser.add_argument("--max-waiting", type=arguments.positive, default=512, help="requests that may wait, more are refused (429); default 512")
   parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a request may take; default 60")

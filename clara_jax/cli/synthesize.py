@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HELP = "SCP or instruct data, written and checked by a language model; goes on where it was stopped."
+HELP = "SCP or instruct data, written and checked by a language model; resumes where it was stopped."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

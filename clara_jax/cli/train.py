@@ -5,14 +5,14 @@ from typing import Any
 
 from clara_jax.cli import arguments, inputs
 
-HELP = "Trains one stage; goes on by itself where a run was stopped."
+HELP = "Trains one stage; resumes where it was stopped."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's options."""
   parser.add_argument("--config", required=True, metavar="FILE.py[:NAME]", help="ml_collections; override with --config.a.b=value")
   parser.add_argument("--workdir", required=True, metavar="DIR")
-  arguments.reading(parser, "type of computation and of the frozen base; default: the configuration's, or the base's")
+  arguments.reading(parser, "compute dtype and of the frozen base; default: the configuration's, or the base's")
   arguments.several_processes(parser)
 
 

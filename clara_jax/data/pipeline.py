@@ -341,7 +341,7 @@ class TrainingBatches:
 
   @property
   def malformed(self) -> int:
-    """Bad rows that this process passed over."""
+    """Bad rows that this process skipped."""
     return self._malformed.count
 
   def get_state(self) -> dict[str, int]:

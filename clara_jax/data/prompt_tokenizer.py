@@ -1,4 +1,4 @@
-"""Token layouts (SPEC §2): encoder inputs and prompts as token ids.
+"""Token layouts (as the released code has them): encoder inputs and prompts as token ids.
 
     encoder     <ENC> <s> text </s> <MEM0> … <MEM{M-1}>
     prompt      chat template around  Background:\\n <MEM0> … <MEM{M-1}> <SEP> …  Question:…

@@ -1,4 +1,4 @@
-"""Prompt texts (paper appendix; SPEC §2).
+"""Prompt texts (paper appendix, as the released code has them).
 
 The system and user texts are the input format of released checkpoints: change nothing in them. The paraphrase instructions are the
 project's own words and only serve training.

@@ -29,7 +29,7 @@ INFO = "dataset_info.json"
 
 @dataclasses.dataclass(frozen=True)
 class RecordsReport:
-  """rows: written; malformed: passed over; files: how many; bytes: of all files."""
+  """rows: written; malformed: skipped; files: how many; bytes: of all files."""
 
   rows: int
   malformed: int
@@ -47,7 +47,7 @@ def build(kind: str, paths: Sequence[str], directory: str, files: int, max_malfo
     paths: JSONL files.
     directory: where the dataset goes, as DIRECTORY/KIND/VERSION.
     files: how many; at least `data.shards` of the runs that will read it.
-    max_malformed: bad rows that are passed over.
+    max_malformed: bad rows that are skipped.
 
   Raises:
     DataError: more malformed rows, or no rows.
@@ -58,7 +58,7 @@ def build(kind: str, paths: Sequence[str], directory: str, files: int, max_malfo
   malformed = Malformed(max_malformed)
   builder = BUILDERS[kind](paths=paths, malformed=malformed, data_dir=directory)
   if builder.data_path.exists():
-    raise DataError(f"{builder.data_path}: is there already; remove it or choose another directory")
+    raise DataError(f"{builder.data_path}: already exists; remove it or choose another directory")
   tfds.display_progress_bar(False)
   log.info(f"records: writing {builder.data_path}")
   try:

@@ -1,4 +1,4 @@
-"""Rows of JSONL files, read and checked (SPEC: stage rows, evaluation rows, documents).
+"""Rows of JSONL files, read and checked (rows of stages, rows for evaluation, documents).
 
 Every error names the file and the line. Files may be gzipped and may lie anywhere `etils.epath` reaches.
 """
@@ -66,7 +66,7 @@ class Malformed:
   """Counts bad rows and stops at a limit.
 
   Args:
-    limit: how many are passed over; the next one stops the run. 0 stops at the first.
+    limit: how many are skipped; the next one stops the run. 0 stops at the first.
     quiet: whether they are not reported.
   """
 
@@ -96,7 +96,7 @@ class Malformed:
       more = f" ({self.count} malformed rows, max_malformed={self.limit})" if self.limit else ""
       raise DataError(f"{problem}{more}")
     if not self._quiet:
-      log.warning(f"malformed row {self.count} of at most {self.limit} is passed over: {problem}")
+      log.warning(f"malformed row {self.count} of at most {self.limit} is skipped: {problem}")
 
 
 def read_jsonl(path: str, malformed: Malformed | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -139,7 +139,7 @@ def open_text(path: str) -> Iterator[io.TextIOBase]:
 
 
 def json_lines(stream: Iterable[str], name: str, malformed: Malformed) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Yields ('name:line', object) of lines of JSON; empty ones are passed over, bad ones are counted."""
+  """Yields ('name:line', object) of lines of JSON; empty ones are skipped, bad ones are counted."""
   number = 0
   try:
     for number, line in enumerate(stream, 1):

@@ -48,7 +48,7 @@ def evaluate(checkpoint: Checkpoint, rows: Sequence[Row], setting: str, *, batch
     checkpoint: with the roles of the setting.
     rows: single questions with documents; they may differ in how many.
     setting: of `SETTINGS`.
-    batch_size: rows a pass; rows with the same number of documents go together.
+    batch_size: rows in a batch; rows with the same number of documents go together.
     max_new_tokens: longest answer.
     path: a JSONL file to which each pass adds its predictions; rows that it has from this checkpoint and setting are not answered again.
     progress: whether lines go to standard error.

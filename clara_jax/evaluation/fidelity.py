@@ -26,7 +26,7 @@ def paraphrase(checkpoint: Checkpoint, documents: Sequence[Document], *, batch_s
   Args:
     checkpoint: with compressor and generator, best one of the stage `scp`.
     documents: what is written again.
-    batch_size: documents a pass.
+    batch_size: documents in a batch.
     max_new_tokens: longest paraphrase.
     bert_model: a Hugging Face model for BERTScore (arXiv 1904.09675), as NAME or NAME:LAYER; by default its best layer, where it is a
       published one.

@@ -1,4 +1,4 @@
-"""Scores of answers, of retrieval and of paraphrases (SPEC §5), each with its variants named apart.
+"""Scores of answers, of retrieval and of paraphrases (as the released code computes them), each with its variants named apart.
 
     em, f1, cover_em              best over the gold answers; True and False count as yes and no
     em_first, f1_first, …         against the first gold answer only, as upstream does

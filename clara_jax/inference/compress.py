@@ -34,7 +34,7 @@ GROUPS = ("base", "memory_embedding", "compressor")
 
 @dataclasses.dataclass(frozen=True)
 class CompressReport:
-  """documents: in the store now; skipped: there already; replaced: there with another text; cut: of the new ones, longer than
+  """documents: in the store now; skipped: already there; replaced: there with another text; cut: of the new ones, longer than
   doc_max_length, whose end was left out; bytes: of memory tokens on disk; documents_per_second: of the new ones."""
 
   documents: int
@@ -96,7 +96,7 @@ def compress_corpus(checkpoint: Checkpoint, documents: Iterable[Document], direc
     encoding: of a new store (`codecs.NAMES`, except 'pq'); by default the compute dtype, and what it is for an existing one.
     text: whether a new store keeps the documents' text; by default yes, and what it is for one that is there.
     replace: whether a document that is there with another title or text is compressed anew.
-    batch_size: documents a pass; rounded up to a multiple of the parts that the mesh divides a batch into.
+    batch_size: documents in a batch; rounded up to a multiple of the parts that the mesh divides a batch into.
     shard_size: documents a segment; sorted by length within.
     bucket: lengths are padded to a multiple of it.
     workers: processes that tokenize ahead; 0 does it in a thread.

@@ -67,7 +67,7 @@ def _check_free(directory: str) -> None:
   if "://" in directory:
     raise StoreError(f"{directory}: a store is written to a local or mounted directory")
   if os.path.exists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
-    what = "is a store already" if read_manifest(directory) else "is there already"
+    what = "already is a store" if read_manifest(directory) else "already exists"
     raise StoreError(f"{directory}: {what}; choose another directory")
 
 

@@ -338,12 +338,12 @@ class MemoryStore:
       Their rows.
 
     Raises:
-      StoreError: an id is there already, or another process writes with this writer's number.
+      StoreError: an id already exists, or another process writes with this writer's number.
     """
     with self._writing():
       there = np.flatnonzero(self.locate([d.id for d in documents]) >= 0)
       if len(there):
-        raise StoreError(f"{self.directory}: the id {documents[there[0]].id!r} is there already; upsert replaces a document")
+        raise StoreError(f"{self.directory}: the id {documents[there[0]].id!r} already exists; upsert replaces a document")
       return self.upsert(documents, memories)
 
   def upsert(self, documents: Sequence[Document], memories: np.ndarray) -> np.ndarray:
@@ -358,7 +358,7 @@ class MemoryStore:
     if codes.shape != (len(documents), self.codec.nbytes):
       raise StoreError(f"{self.directory}: expected codes of shape {(len(documents), self.codec.nbytes)}, got {codes.shape}")
     if len({d.id for d in documents}) < len(documents):
-      raise StoreError(f"{self.directory}: an id comes twice in one call")
+      raise StoreError(f"{self.directory}: a duplicate id in one call")
     if not self.manifest.text:
       documents = [dataclasses.replace(d, text="") for d in documents]
     records = [json.dumps(dataclasses.asdict(d), ensure_ascii=False).encode() for d in documents]

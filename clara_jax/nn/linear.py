@@ -48,7 +48,7 @@ class Linear(nn.Module):
     features: width of the output.
     kernel_axes: logical names of the kernel's two axes (`axes.py`).
     lora: adapter shape, or None for the plain layer.
-    dtype: type of the computation.
+    dtype: compute dtype.
     param_dtype: type of the base kernel; adapters are float32.
     use_bias: whether the base adds a bias [features].
     quantized: the base kernel is int8 with a float32 scale [features] (made in `training/program.py`).

@@ -6,12 +6,15 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Float, Int
+
+from clara_jax.axes import Array
 
 _LANES = 128  # a TPU's vector registers: splash attention's lengths are multiples of it
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None = None, backend: str = "auto",
-           partition: PartitionSpec | None = None) -> jax.Array:
+def attend(q: Float[Array, "B T H P"], k: Float[Array, "B T G P"], v: Float[Array, "B T G P"], *, window: int | None = None,
+           backend: str = "auto", partition: PartitionSpec | None = None) -> Float[Array, "B T H P"]:
   """Causal grouped-query attention within a text.
 
   Rows are padded on the right, so that the causal mask alone keeps real tokens from seeing padding; outputs at padding are finite and
@@ -62,8 +65,9 @@ def _splash(q, k, v, window):
   return jnp.moveaxis(jax.vmap(kernel)(q, k, v), 1, 2)[:, :length]
 
 
-def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, cached_k: jax.Array, cached_v: jax.Array,
-                  cached_positions: jax.Array, *, window: int | None = None) -> jax.Array:
+def attend_cached(q: Float[Array, "B T H P"], k: Float[Array, "B T G P"], v: Float[Array, "B T G P"], positions: Int[Array, "B T"],
+                  cached_k: Float[Array, "B G S P"], cached_v: Float[Array, "B G S P"], cached_positions: Int[Array, "B S"], *,
+                  window: int | None = None) -> Float[Array, "B T H P"]:
   """Causal attention of a few tokens to each other and to those before them. The cache is only read.
 
   Args:

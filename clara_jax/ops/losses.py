@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from clara_jax.axes import Array
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> tuple[Float[Array, "*B"], Bool[Array, "*B"]]:
   """Cross entropy of each token, and whether its target is the greedy choice (the first of the largest logits).
 
   Only sums, maxima and comparisons run along V, so that logits whose V is divided over devices stay where they are.
@@ -25,13 +28,13 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax
   return log_sum - picked, greedy == targets
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_mean(x: Float[Array, "*B L D"], mask: Bool[Array, "*B L"] | Float[Array, "*B L"]) -> Float[Array, "*B D"]:
   """Mean of x: [..., L, D] over the positions where mask: [..., L] is true; float32, [..., D]."""
   mask = mask.astype(jnp.float32)[..., None]
   return (x.astype(jnp.float32) * mask).sum(-2) / jnp.maximum(mask.sum(-2), 1)
 
 
-def alignment_mse(hidden: jax.Array, is_document: jax.Array, is_memory: jax.Array) -> jax.Array:
+def alignment_mse(hidden: Float[Array, "B L D"], is_document: Bool[Array, "B L"], is_memory: Bool[Array, "B L"]) -> Float[Array, " B"]:
   """Distance between the mean document state and the mean memory state (paper §3.1, L_MSE).
 
   Mean over width, as in the released code; the paper writes the squared norm, D times larger.
@@ -48,7 +51,7 @@ def alignment_mse(hidden: jax.Array, is_document: jax.Array, is_memory: jax.Arra
   return jnp.square(difference).mean(-1)
 
 
-def contrastive(scores: jax.Array, is_gold: jax.Array, temperature: float) -> jax.Array:
+def contrastive(scores: Float[Array, "B N"], is_gold: Bool[Array, "B N"], temperature: float) -> Float[Array, ""]:
   """-log(Σ_gold e^{s/τ} / Σ_all e^{s/τ}), mean over rows (Sup-Instruct baseline).
 
   Args:

@@ -9,6 +9,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Float, Int, Shaped
+
+from clara_jax.axes import Array
 
 BLOCK = 16_384  # vectors scored at once: bounds the scores that exist, [Q, BLOCK]
 
@@ -19,8 +22,8 @@ def slots_needed(count: int, ways: int) -> int:
   return ways * (each if each <= BLOCK else -(-each // BLOCK) * BLOCK)
 
 
-def nearest(vectors: jax.Array, scale: jax.Array, queries: jax.Array, k: int, recall_target: float = 1.0
-            ) -> tuple[jax.Array, jax.Array]:
+def nearest(vectors: Shaped[Array, "S d"], scale: Float[Array, " S"], queries: Float[Array, "Q d"], k: int, recall_target: float = 1.0
+            ) -> tuple[Int[Array, "Q k"], Float[Array, "Q k"]]:
   """The k vectors with the largest scale · ⟨query, vector⟩.
 
   Call it under `jax.set_mesh`; vectors and scale are divided over all axes of the mesh (`slots_needed`), queries are on every device.
@@ -53,7 +56,7 @@ def nearest(vectors: jax.Array, scale: jax.Array, queries: jax.Array, k: int, re
       vectors, scale, queries)
 
 
-def take(vectors: jax.Array, slots: jax.Array) -> jax.Array:
+def take(vectors: Shaped[Array, "S d"], slots: Int[Array, "*B"]) -> Shaped[Array, "*B d"]:
   """Vectors [..., d] of slots [...], on every device; only these travel. See `nearest` for where vectors [S, d] lie."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:

@@ -2,15 +2,16 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
+from clara_jax.axes import Array
 from clara_jax.config import RopeScaling
 
 
-def rotary_angles(positions: jax.Array, rotary_dim: int, theta: float, scaling: RopeScaling | None = None
-                  ) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(positions: Int[Array, "B T"], rotary_dim: int, theta: float, scaling: RopeScaling | None = None
+                  ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
   """Cosines and sines of the rotation angles.
 
   Args:
@@ -72,7 +73,7 @@ def _yarn(frequencies: np.ndarray, rotary_dim: int, theta: float, scaling: RopeS
   return (frequencies / scaling.factor * divided + frequencies * (1 - divided)).astype(np.float32), amplitude
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: Float[Array, "B T H P"], cos: Float[Array, "#B T 1 half"], sin: Float[Array, "#B T 1 half"]) -> Float[Array, "B T H P"]:
   """Rotates the two halves of each head's first rotary_dim dimensions; the rest stays.
 
   x: [B, T, H, P], any float type; computed in float32, returned in x's type.

@@ -21,13 +21,17 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from clara_jax.axes import Array
 
 Masking = Literal["algorithm1", "equation33"]
 EPSILON = 1e-8
 
 
 def soft_choice(
-    scores: jax.Array, indices: jax.Array, slot: int | jax.Array, temperature: float | jax.Array, masking: Masking) -> jax.Array:
+    scores: Float[Array, " N"], indices: Int[Array, " K"], slot: int | Int[Array, ""], temperature: float | Float[Array, ""],
+    masking: Masking) -> Float[Array, " N"]:
   """p_j of the module docstring: the softmax of one slot with the documents of earlier slots masked.
 
   Args:
@@ -48,8 +52,8 @@ def soft_choice(
 
 
 def straight_through_top_k(
-    scores: jax.Array, memories: jax.Array, k: int, temperature: float | jax.Array, masking: Masking = "algorithm1"
-) -> tuple[jax.Array, jax.Array]:
+    scores: Float[Array, "..."], memories: Float[Array, "..."], k: int, temperature: float | Float[Array, ""],
+    masking: str = "algorithm1") -> tuple[Float[Array, " K ..."], Int[Array, " K"]]:
   """The K best documents, exactly; their gradient reaches the scores through a softmax.
 
   Written for one row; `jax.vmap` it over a batch (`select` in `model.py` does). Ties go to the lower index.
@@ -115,8 +119,8 @@ def _backward(k, masking, residuals, cotangents):
 _select.defvjp(_forward, _backward)
 
 
-def push(scores: jax.Array, memories: jax.Array, indices: jax.Array, d_selected: jax.Array, temperature: float,
-         masking: Masking) -> jax.Array:
+def push(scores: Float[Array, " N"], memories: Float[Array, "N ..."], indices: Int[Array, " K"], d_selected: Float[Array, "K ..."],
+         temperature: float, masking: Masking) -> Float[Array, " N"]:
   """-∂L/∂scores [N]: how hard the answer's loss pulls each candidate up; see `training/stages/losses.py` for its use as a metric."""
   d_scores, *_ = _backward(indices.shape[0], masking, (scores, memories, temperature, indices), (d_selected, None))
   return -d_scores

@@ -30,7 +30,7 @@ def read(path: str) -> Iterator[Document]:
   be gzipped.
 
   Raises:
-    DataError: by file and row; an id that comes twice.
+    DataError: by file and row; an id that is a duplicate.
   """
   root = pathlib.Path(path)
   if not root.exists():
@@ -40,7 +40,7 @@ def read(path: str) -> Iterator[Document]:
   for file in files:
     for document in _file(file, root):
       if (key := hash(document.id)) in seen:
-        raise DataError(f"{file}: id {document.id!r} comes twice")
+        raise DataError(f"{file}: id {document.id!r} is a duplicate")
       seen.add(key)
       yield document
 

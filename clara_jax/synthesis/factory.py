@@ -256,7 +256,7 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
     journal.close()
   if report.problem:
     why = report.stopped or f"{report.open} documents are left open"
-    raise RequestError(f"{why}; the last problem: {report.problem}; what was done is kept, the same command goes on")
+    raise RequestError(f"{why}; the last problem: {report.problem}; what was done is kept; rerun the command to resume")
   return report
 
 

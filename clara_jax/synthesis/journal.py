@@ -7,7 +7,7 @@ finished document is told of once.
     {"n": document}                                           it is asked anew: its replies so far were of no use
     {"u": […]}                                                what was spent since the last line with "u"
 
-A document that was stopped is worked on again from its replies: its requests have the same keys. A line that is damaged is passed over,
+A document that was stopped is worked on again from its replies: its requests have the same keys. A line that is damaged is skipped,
 and counted: what it told is done again.
 """
 
@@ -33,7 +33,7 @@ class Journal:
     path: the file.
 
   Attributes:
-    damaged: lines that were passed over.
+    damaged: lines that were skipped.
 
   Raises:
     ConfigError: another process is working on it.
@@ -53,7 +53,7 @@ class Journal:
     if os.path.exists(path):
       self._read()
     if self.damaged:
-      log.warning(f"{path}: {self.damaged} damaged lines are passed over; what they told is done again")
+      log.warning(f"{path}: {self.damaged} damaged lines are skipped; what they told is done again")
     self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
   def _read(self) -> None:
@@ -99,7 +99,7 @@ class Journal:
 
     Args:
       document: its name.
-      said: what it says; another text under a name that is done is not passed over.
+      said: what it says; another text under a name that is done is not skipped.
 
     Raises:
       DataError: it said something else when it was done.

@@ -88,7 +88,7 @@ def parse(text: str, schema: Mapping[str, Any]) -> Any:
   """The JSON object in a reply, checked: bare, in a code fence, or between other words. Of several, the last counts: drafts come first.
 
   Args:
-    text: the reply; what a model thinks aloud is passed over (`spoken`).
+    text: the reply; what a model thinks aloud is skipped (`spoken`).
     schema: of the types object, array, string, boolean, integer and number, with properties (all required) and items.
 
   Raises:

@@ -40,7 +40,7 @@ class Outcome:
   """What became of a document or a question.
 
   Attributes:
-    rows: SPEC §4 rows with their provenance; empty where it was rejected.
+    rows: training rows (`data/schemas.py`) with their provenance; empty where it was rejected.
     reason: why it was rejected.
     rounds: most rounds that a part of it took.
     refused: how often the cheap checks and the model refused something, by reason.

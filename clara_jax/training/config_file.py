@@ -136,7 +136,7 @@ def _named(clara: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model_of(source: str, base: str | None, tokenizer: str | None, allow: Sequence[str]) -> tuple[ModelConfig, int | None]:
-  """(the model of a base or of the stage before, the rows of its embedding where its config.json counts them)."""
+  """(the model of a base or of the previous stage, the rows of its embedding where its config.json counts them)."""
   if is_checkpoint(source):
     return read_config(source)[0].clara.model, None
   if os.path.exists(os.path.join(source, families.CONFIG_FILE)) and families.read_json(source).get("model_type") in families.FAMILIES:

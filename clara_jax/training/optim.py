@@ -1,4 +1,4 @@
-"""AdamW with the paper's schedules (SPEC §6), clipping, and a learning-rate factor for each group of weights."""
+"""AdamW with the paper's schedules (its appendix on training), clipping, and a learning-rate factor for each group of weights."""
 
 from collections.abc import Mapping
 

@@ -6,7 +6,7 @@
 Stages: `scp` -> `instruct` -> `joint`, and from `instruct` also `joint_softmax` (a softmax mixture teaches the retriever) and `contrastive`
 (with labels); `full_text` is the ceiling, LoRA of the same size that reads the documents. configs/smollm2.py has the sizes. With --seconds
 every stage takes the steps that its share of the time allows, measured on the way; else those of the configuration, or --steps.
-Results go to the file after every item, so that what is stopped keeps what it has; the same command goes on.
+Results go to the file after every item, so that what is stopped keeps what it has; rerunning the command resumes it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""One builder a kind of rows: SCP, instruct, joint (SPEC §4).
+"""One builder a kind of rows: SCP, instruct, joint.
 
 Rows are checked as they are written: what does not parse, or does not fit its stage, is counted and reported by file and line.
 TFDS shuffles them by a hash of their place, so that every file is a sample of the whole.

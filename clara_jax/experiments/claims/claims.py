@@ -46,7 +46,7 @@ class Claim:
   Attributes:
     letter: its name on the command line.
     says: the claim.
-    paper: the paper's figures (SPEC §7) or words.
+    paper: the paper's figures or words.
     needs: experiments, as calls on `Experiments`.
     comparisons: what must come out; none where the claim is a curve.
     curve: (label, value on the axis, experiment, key) points of a plot, its title and the axis.

@@ -124,7 +124,7 @@ class _Stages:
     return os.path.join(self.workdir, "stages", name)
 
   def run(self, name: str, eval_rows=(), memories=None) -> None:
-    """Trains a stage from the stage before it; a finished one is not repeated."""
+    """Trains a stage from the previous stage it; a finished one is not repeated."""
     log.info(f"\n== {name}: {SAYS[name]}")
     start = time.monotonic()
     previous = PREVIOUS[name]

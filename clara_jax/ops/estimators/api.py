@@ -7,10 +7,13 @@ memories`.
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from clara_jax.axes import Array
 
 NEG_INF = -1e30  # log 0, with a finite gradient
 
@@ -26,15 +29,17 @@ class Selection(NamedTuple):
       (loss - that of the others) · log_prob teaches the scores; else None.
   """
 
-  indices: jax.Array
-  rows: Callable[[jax.Array], jax.Array]
-  log_prob: jax.Array | None = None
+  indices: Int[Array, "B K"]
+  rows: Callable[[Float[Array, "B N *rest"]], Float[Array, "B K *rest"]]
+  log_prob: Float[Array, " B"] | None = None
 
 
+@runtime_checkable
 class EstimatorFn(Protocol):
   """An estimator: hard or soft selection forward, and what reaches the scores backward."""
 
-  def __call__(self, scores: jax.Array, k: int, temperature: float | jax.Array, rng: jax.Array | None, /, **arguments: Any) -> Selection:
+  def __call__(self, scores: Float[Array, "B N"], k: int, temperature: float | Float[Array, ""], rng: jax.Array | None, /,
+               **arguments: Any) -> Selection:
     """Selects K documents for each row.
 
     Args:
@@ -66,7 +71,7 @@ class Estimator:
     parameters = inspect.signature(self.function).parameters
     return dict(self.arguments).get("draws", parameters["draws"].default) if "draws" in parameters else 1
 
-  def __call__(self, scores: jax.Array, k: int, temperature: float | jax.Array, rng: jax.Array | None) -> Selection:
+  def __call__(self, scores: Float[Array, "B N"], k: int, temperature: float | Float[Array, ""], rng: jax.Array | None) -> Selection:
     """See the module docstring.
 
     Raises:
@@ -80,24 +85,24 @@ class Estimator:
 # ---- building blocks ---------------------------------------------------------------------------------------------------------------
 
 
-def best_k(scores: jax.Array, k: int) -> jax.Array:
+def best_k(scores: Float[Array, "B N"], k: int) -> Int[Array, "B K"]:
   """[B, K]: the K best, in order."""
   return jax.lax.top_k(scores, k)[1].astype(jnp.int32)
 
 
-def gather(memories: jax.Array, indices: jax.Array) -> jax.Array:
+def gather(memories: Float[Array, "B N *rest"], indices: Int[Array, "B K"]) -> Float[Array, "B K *rest"]:
   """memories [B, N, ...], indices [B, K] -> [B, K, ...]."""
   return jax.vmap(lambda m, i: m[i])(memories, indices)
 
 
-def mix(weights: jax.Array, memories: jax.Array) -> jax.Array:
+def mix(weights: Float[Array, "B K N"], memories: Float[Array, "B N *rest"]) -> Float[Array, "B K *rest"]:
   """weights [B, K, N] float32, memories [B, N, ...] -> [B, K, ...]: W · memories."""
   flat = memories.reshape(*memories.shape[:2], -1)
   mixed = jnp.einsum("bkn,bnd->bkd", weights, flat, preferred_element_type=jnp.float32)
   return mixed.reshape(*weights.shape[:2], *memories.shape[2:]).astype(memories.dtype)
 
 
-def weighted(indices: jax.Array, weights: jax.Array, hard: bool = True) -> Selection:
+def weighted(indices: Int[Array, "B K"], weights: Float[Array, "B K N"], hard: bool = True) -> Selection:
   """A selection by soft weights, which is all that most estimators need.
 
   Args:
@@ -113,7 +118,7 @@ def weighted(indices: jax.Array, weights: jax.Array, hard: bool = True) -> Selec
   return Selection(indices, rows)
 
 
-def scaled_scores(scores: jax.Array, temperature: float | jax.Array) -> tuple[jax.Array, jax.Array]:
+def scaled_scores(scores: Float[Array, "B N"], temperature: float | Float[Array, ""]) -> tuple[Float[Array, "B N"], Float[Array, ""]]:
   """θ [B, N] and τ, in float32."""
   temperature = jnp.asarray(temperature, jnp.float32)
   return scores.astype(jnp.float32) / temperature, temperature

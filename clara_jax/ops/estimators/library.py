@@ -2,32 +2,37 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
+from clara_jax.axes import Array
 from clara_jax.ops.estimators.api import NEG_INF, Selection, best_k, gather, scaled_scores, weighted
 from clara_jax.ops.estimators.registry import register
 from clara_jax.ops.topk import Masking, soft_choice, straight_through_top_k
 
+Scores = Float[Array, "B N"]
+Temperature = float | Float[Array, ""]
 
-def _straight_through(scores, k, temperature, masking: Masking):
+
+def _straight_through(scores: Scores, k: int, temperature: Temperature, masking: Masking) -> Selection:
   def rows(memories):
     return jax.vmap(lambda s, m: straight_through_top_k(s, m, k, temperature, masking)[0])(scores, memories)
   return Selection(best_k(scores, k), rows)
 
 
 @register("algorithm1")
-def algorithm1(scores, k, temperature, rng=None):
+def algorithm1(scores: Scores, k: int, temperature: Temperature, rng: jax.Array | None = None) -> Selection:
   """Straight-through top-k as in the paper's Algorithm 1 and the released code: p_j = softmax(θ + log(1 - taken + ε)); `ops/topk.py`."""
   return _straight_through(scores, k, temperature, "algorithm1")
 
 
 @register("equation33")
-def equation33(scores, k, temperature, rng=None):
+def equation33(scores: Scores, k: int, temperature: Temperature, rng: jax.Array | None = None) -> Selection:
   """Straight-through top-k as in the paper's Eq. 3.3: p_j = softmax((s + log(1 - taken + ε))/τ), a taken document is really gone."""
   return _straight_through(scores, k, temperature, "equation33")
 
 
 @register("selected_only")
-def selected_only(scores, k, temperature, rng=None):
+def selected_only(scores: Scores, k: int, temperature: Temperature, rng: jax.Array | None = None) -> Selection:
   """A plain gather: the gradient reaches what was selected and never the scores. The control without a learning signal."""
   del temperature
   indices = best_k(scores, k)
@@ -35,7 +40,7 @@ def selected_only(scores, k, temperature, rng=None):
 
 
 @register("softmax")
-def softmax_mixture(scores, k, temperature, rng=None, hard: bool = False):
+def softmax_mixture(scores: Scores, k: int, temperature: Temperature, rng: jax.Array | None = None, hard: bool = False) -> Selection:
   """Soft attention in each slot (Bahdanau et al., arXiv 1409.0473): row j = Σ_n p_jn m_n, with p_j of Eq. 3.3. Exact for what it computes;
   the generator reads mixtures. `hard=True` is 'equation33'."""
   indices = best_k(scores, k)
@@ -46,7 +51,7 @@ def softmax_mixture(scores, k, temperature, rng=None, hard: bool = False):
 
 
 @register("gumbel")
-def gumbel(scores, k, temperature, rng):
+def gumbel(scores: Scores, k: int, temperature: Temperature, rng: jax.Array) -> Selection:
   """Straight-through Gumbel top-k (Kool et al., arXiv 1903.06059; Jang et al., arXiv 1611.01144).
 
   The K best of θ + g, g ~ Gumbel(0, 1), are a draw from the Plackett–Luce distribution of θ; backward as Algorithm 1, at the perturbed
@@ -57,7 +62,7 @@ def gumbel(scores, k, temperature, rng):
 
 
 @register("iterated_softmax")
-def iterated_softmax(scores, k, temperature, rng=None, hard: bool = False, noise: bool = False):
+def iterated_softmax(scores: Scores, k: int, temperature: Temperature, rng: jax.Array | None = None, hard: bool = False, noise: bool = False) -> Selection:
   """Relaxed top-k by repeated softmax (Plötz and Roth, arXiv 1810.12575, §3): α_0 = θ, p_j = softmax(α_j), α_{j+1} = α_j + log(1 - p_j),
   W_j = p_j. Other than with Algorithm 1, the gradient also runs through what earlier slots took. With `noise`, of θ + g, g ~ Gumbel(0, 1):
   the subset sampling of Xie and Ermon (arXiv 1901.10517) with a relaxation temperature of 1."""
@@ -73,7 +78,7 @@ def iterated_softmax(scores, k, temperature, rng=None, hard: bool = False, noise
 
 
 @register("optimal_transport")
-def optimal_transport(scores, k, temperature, rng=None, hard: bool = False, iterations: int = 50):
+def optimal_transport(scores: Scores, k: int, temperature: Temperature, rng: jax.Array | None = None, hard: bool = False, iterations: int = 50) -> Selection:
   """Relaxed sorted top-k by entropic optimal transport (Xie et al., arXiv 2002.06504; Cuturi et al., arXiv 1905.11885).
 
   N scores of mass 1 are carried to K + 1 places y = 1, (K-1)/K, …, 1/K, 0, of mass 1 each and N - K at the last, at cost (s_n - y_j)²/2:
@@ -96,7 +101,7 @@ def optimal_transport(scores, k, temperature, rng=None, hard: bool = False, iter
 
 
 @register("perturbed")
-def perturbed(scores, k, temperature, rng, samples: int = 8, hard: bool = False):
+def perturbed(scores: Scores, k: int, temperature: Temperature, rng: jax.Array, samples: int = 8, hard: bool = False) -> Selection:
   """Perturbed top-k (Berthet et al., arXiv 2002.08676, Prop. 3.1), S samples: W = E[W(s + τ z)], z ~ N(0, 1), whose Jacobian is
   E[W(s + τ z) zᵀ]/τ. W(s) is subtracted within the expectation, which changes no mean and takes variance away. The generator reads the mean
   of the samples, or with `hard` the K best."""
@@ -118,7 +123,7 @@ def perturbed(scores, k, temperature, rng, samples: int = 8, hard: bool = False)
 
 
 @register("score_function")
-def score_function(scores, k, temperature, rng, draws: int = 4):
+def score_function(scores: Scores, k: int, temperature: Temperature, rng: jax.Array, draws: int = 4) -> Selection:
   """REINFORCE (Williams, 1992) with a leave-one-out baseline (Kool et al., 2019, "Buy 4 REINFORCE samples, get a baseline for free!").
 
   A subset is drawn from the Plackett–Luce distribution of θ (Gumbel top-k), p(i_1 … i_K) = Π_j softmax over what is left; the loss of each
@@ -131,7 +136,7 @@ def score_function(scores, k, temperature, rng, draws: int = 4):
   return Selection(indices, lambda memories: gather(memories, indices), plackett_luce(theta, indices))
 
 
-def plackett_luce(theta: jax.Array, indices: jax.Array) -> jax.Array:
+def plackett_luce(theta: Scores, indices: Int[Array, "B K"]) -> Float[Array, " B"]:
   """log p of an ordered choice: θ [B, N], indices [B, K] -> [B]."""
   def one(theta, indices):
     def slot(left, i):
@@ -140,7 +145,7 @@ def plackett_luce(theta: jax.Array, indices: jax.Array) -> jax.Array:
   return jax.vmap(one)(theta, indices)
 
 
-def leave_one_out(losses: jax.Array, log_prob: jax.Array, draws: int) -> jax.Array:
+def leave_one_out(losses: Float[Array, " B"], log_prob: Float[Array, " B"], draws: int) -> Float[Array, ""]:
   """A term of value 0 whose gradient is REINFORCE's with the leave-one-out baseline.
 
   Args:
@@ -158,7 +163,7 @@ def leave_one_out(losses: jax.Array, log_prob: jax.Array, draws: int) -> jax.Arr
 
 
 @register("simple")
-def simple(scores, k, temperature, rng, sample: bool = True):
+def simple(scores: Scores, k: int, temperature: Temperature, rng: jax.Array, sample: bool = True) -> Selection:
   """Exact marginals of k-subsets (SIMPLE; Ahmed et al., arXiv 2210.01941), slot by slot.
 
   Subsets z have p(z) ∝ exp(Σ_{n∈z} θ_n). Forward, one is drawn exactly (or the K best are taken), in order of score. Backward, W is the
@@ -190,7 +195,7 @@ def simple(scores, k, temperature, rng, sample: bool = True):
   return weighted(indices, weights, hard=True)
 
 
-def _polynomials(theta: jax.Array, k: int) -> jax.Array:
+def _polynomials(theta: Scores, k: int) -> Float[Array, "B N K"]:
   """log e_0 … e_{K-1} of the exp(θ) before each place: [B, N] -> [B, N, K]."""
   n = theta.shape[-1]
   one = jnp.full((*theta.shape, k), NEG_INF).at[..., 0].set(0.0)

@@ -8,6 +8,7 @@ whose terms are `Mean`s; the loss is the sum of their values. To add a stage, wr
 of your own (`--config.train.stage=FILE.py:STAGE`, where STAGE is what `register` returned; `examples/new_stage.py`).
 """
 
+from clara_jax.training.stages.batches import make_batch
 from clara_jax.training.stages.candidates import Candidates, candidates
 from clara_jax.training.stages.gradient_paths import selection_gradients
 from clara_jax.training.stages.losses import (
@@ -23,7 +24,7 @@ from clara_jax.training.stages.losses import (
 )
 from clara_jax.training.stages.table import FRESH, STAGES, LossFn, Stage, get, register, starting_weights
 
-__all__ = ["FRESH", "STAGES", "Candidates", "LossFn", "Stage", "answer_terms", "candidates", "get", "nested_dropout", "register", "repeat",
+__all__ = ["FRESH", "STAGES", "Candidates", "LossFn", "Stage", "answer_terms", "candidates", "get", "make_batch", "nested_dropout", "register", "repeat",
            "starting_weights"]
 
 _CARRIED = {"memory_embedding": ("memory_embedding",), "compressor": ("compressor",)}

@@ -67,6 +67,11 @@ class Stage:
   diagnostics: DiagnosticsFn | None = None
   gradient_paths: Callable[..., Metrics] | None = None
 
+  def value(self, model: Clara, trainable: Weights, frozen: Weights, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
+    """The loss of a batch, a scalar; arguments as `LossFn`."""
+    terms, _ = self.loss(model.reading(batch), trainable, frozen, batch, rng)
+    return sum(term.value for term in terms.values())
+
   def trained(self, config: TrainConfig) -> tuple[str, ...]:
     """The groups that train in this run, without those that the configuration freezes."""
     if unknown := set(config.freeze) - set(self.trains):
@@ -112,7 +117,7 @@ def starting_weights(stage: Stage, config: TrainConfig, init_weights: Weights, f
     fresh: makes new weights of a group.
 
   Raises:
-    ConfigError: the checkpoint before lacks a group that this stage needs.
+    ConfigError: the previous checkpoint lacks a group that this stage needs.
   """
   override = {name for name in ("generator", "query_reasoner") if getattr(config, f"fresh_{name}")}
   started = {}
@@ -122,7 +127,7 @@ def starting_weights(stage: Stage, config: TrainConfig, init_weights: Weights, f
       continue
     source = next((s for s in sources if s in init_weights), None)
     if source is None:
-      raise ConfigError(f"stage {stage.name!r} starts its {group} from {' or '.join(sources)}, but the checkpoint before has only "
+      raise ConfigError(f"stage {stage.name!r} starts its {group} from {' or '.join(sources)}, but the previous checkpoint has only "
                         f"{sorted(init_weights) or 'no weights'}; set config.init_from to a checkpoint that has it")
     started[group] = init_weights[source]
   return started
