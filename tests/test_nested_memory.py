@@ -191,7 +191,7 @@ def test_search_with_few_read_with_many(store):
   for kind in ("exact", "scann"):
     if not index_lib.available(kind):
       continue
-    index_lib.save(index_lib.build(kind, whole.first(1)), kind, whole.first(1))
+    index_lib.save(index_lib.build(whole.first(1), kind), kind, whole.first(1))
     answerer = Answerer(Checkpoint(model, prompt_tokenizer(), weights()), whole, max_new_tokens=4)
     assert answerer.search_tokens == 1 and answerer.model.num_memory_tokens == 4
     found = answerer.answer(questions)

@@ -286,7 +286,7 @@ def test_budgets_and_servers_that_are_gone(tmp_path):
   model.error = BudgetError("max_requests=9 are spent")
   assert run_factory(tmp_path / "a", model, pages()).stopped == "max_requests=9 are spent"
   model.error = RequestError("nobody there")
-  with pytest.raises(RequestError, match="20 requests in a row failed; the last problem: nobody there.*rerunning the command resumes it"):
+  with pytest.raises(RequestError, match="20 requests in a row failed; the last problem: nobody there.*rerun the command to resume"):
     run_factory(tmp_path / "b", model, pages(40))
   assert run_factory(tmp_path / "b", offline_backend.Offline(tiny.world()), pages(40)).accepted == 40
   with pytest.raises(RequestError, match="3 documents are left open; the last problem: nobody there"):
