@@ -1,11 +1,13 @@
-"""A thousand random faults each for store, index, checkpoints, factory and server; after each, what is promised is checked.
+"""A thousand random faults each for store, index, checkpoints, factory and server; after each, what
+is promised is checked.
 
     python benchmarks/chaos.py --scratch DIR [--parts store index …] [--faults 1000] [--seed 0]
 
-A fault is a SIGKILL at a random moment, a write that fails (a limit on the size of files), a flipped bit, a truncated or removed file,
-commands at the same time, a clock that jumps; for the server, what bad clients send. The promise: what was acknowledged is there, once,
-and right; what is damaged is named. Prints one JSON object; ends with status 1 where a promise was broken, and keeps that state in DIR.
-Training that is killed is a study of its own, `preemption.py`.
+A fault is a SIGKILL at a random moment, a write that fails (a limit on the size of files), a
+flipped bit, a truncated or removed file, commands at the same time, a clock that jumps; for the
+server, what bad clients send. The promise: what was acknowledged is there, once, and right; what is
+damaged is named. Prints one JSON object; ends with status 1 where a promise was broken, and keeps
+that state in DIR. Training that is killed is a study of its own, `preemption.py`.
 """
 
 import argparse
@@ -38,8 +40,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 MANIFEST = Manifest("chaos", 2, 8, 40, "float32")
 CHILDREN = multiprocessing.get_context("forkserver")  # from a process without threads
-CHILDREN.set_forkserver_preload(["clara_jax.memory.store", "clara_jax.retrieval.index", "clara_jax.experiments.quickstart.recipe",
-                                 "clara_jax.synthesis.factory", "clara_jax.experiments.offline_backend"])
+CHILDREN.set_forkserver_preload(
+  [
+    "clara_jax.memory.store",
+    "clara_jax.retrieval.index",
+    "clara_jax.experiments.quickstart.recipe",
+    "clara_jax.synthesis.factory",
+    "clara_jax.experiments.offline_backend",
+  ]
+)
 
 
 class BrokenPromiseError(Exception):
@@ -69,12 +78,18 @@ def child(target, *arguments, kill_after: float | None = None, wait: bool = True
 
 def damaged(folder: pathlib.Path, rng: random.Random, among=lambda file: True) -> str:
   """Damages a random file below a folder; says how."""
-  file = rng.choice(sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix != ".lock" and f.stat().st_size and among(f)))
+  file = rng.choice(
+    sorted(
+      f
+      for f in folder.rglob("*")
+      if f.is_file() and f.suffix != ".lock" and f.stat().st_size and among(f)
+    )
+  )
   content, kind = bytearray(file.read_bytes()), rng.choice(("flip", "flip", "truncate", "remove"))
   if kind == "flip":
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
   elif kind == "truncate":
-    del content[rng.randrange(len(content)):]
+    del content[rng.randrange(len(content)) :]
   if kind == "remove":
     file.unlink()
   else:
@@ -82,10 +97,18 @@ def damaged(folder: pathlib.Path, rng: random.Random, among=lambda file: True) -
   return f"{kind} {file.relative_to(folder)}"
 
 
-# ---- store ---------------------------------------------------------------------------------------------------------------------
+# ---- store ---------------------------------------------------------------------------------------
 
 
-def store_work(folder: str, log: str, writer: int, seed: int, version: int, limit: int | None = None, clock: int | None = None) -> None:
+def store_work(
+  folder: str,
+  log: str,
+  writer: int,
+  seed: int,
+  version: int,
+  limit: int | None = None,
+  clock: int | None = None,
+) -> None:
   """Random changes; what is begun and what is done goes to `log`."""
   rng = random.Random(seed)
   out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -94,6 +117,7 @@ def store_work(folder: str, log: str, writer: int, seed: int, version: int, limi
     line = (json.dumps(values) + "\n").encode()
     if os.write(out, line) < len(line):  # the limit holds for this file, too
       os._exit(1)
+
   try:
     store = MemoryStore(folder, MANIFEST, writer=writer)
   except StoreError:  # the other one compacts
@@ -105,8 +129,10 @@ def store_work(folder: str, log: str, writer: int, seed: int, version: int, limi
     note("begin", action, ids, version + step)
     try:
       if action == "upsert":
-        store.upsert([Document(i, f"{i} version {version + step}") for i in ids],
-                     np.full((len(ids), 2, 8), version + step, np.float32))
+        store.upsert(
+          [Document(i, f"{i} version {version + step}") for i in ids],
+          np.full((len(ids), 2, 8), version + step, np.float32),
+        )
       elif action == "delete":
         store.delete(ids)
       else:
@@ -122,7 +148,11 @@ def content_of(folder: pathlib.Path) -> dict[str, int]:
   found = {}
   for document, memory in zip(store.documents(), store.memories(), strict=True):
     version = int(document.text.rsplit(" ", 1)[1])
-    if document.text != f"{document.id} version {version}" or not (memory == version).all() or document.id in found:
+    if (
+      document.text != f"{document.id} version {version}"
+      or not (memory == version).all()
+      or document.id in found
+    ):
       raise BrokenPromiseError(f"{document}: {memory}")
     found[document.id] = version
   return found
@@ -170,13 +200,25 @@ def store_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
   folder, copy, model, counts = scratch / "store", scratch / "copy", Model(), collections.Counter()
   MemoryStore(str(folder), MANIFEST).close()
   for number in range(faults):
-    kind, logs = rng.choice(("kill", "kill", "full disk", "two writers", "clock", "damage", "damage")), []
+    kind, logs = (
+      rng.choice(("kill", "kill", "full disk", "two writers", "clock", "damage", "damage")),
+      [],
+    )
     counts[kind] += 1
 
     def start(writer, number=number, logs=logs, **options):
       logs.append(scratch / f"log-{number}-{writer}")
-      arguments = (str(folder), str(logs[-1]), writer, rng.random(), 10 * number, options.pop("limit", None), options.pop("clock", None))
+      arguments = (
+        str(folder),
+        str(logs[-1]),
+        writer,
+        rng.random(),
+        10 * number,
+        options.pop("limit", None),
+        options.pop("clock", None),
+      )
       return child(store_work, *arguments, **options)
+
     if kind == "kill":
       start(0, kill_after=rng.uniform(0, 0.12))
     elif kind == "full disk":
@@ -188,7 +230,8 @@ def store_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
       start(1, **({"kill_after": rng.uniform(0, 0.12)} if rng.random() < 0.5 else {}))
       first.join()
     else:
-      MemoryStore(str(folder), MANIFEST).close()  # the next writer enters what a kill left without an entry; it was not acknowledged
+      # the next writer enters what a kill left without an entry; it was not acknowledged
+      MemoryStore(str(folder), MANIFEST).close()
       before = content_of(folder)
       shutil.rmtree(copy, ignore_errors=True)
       shutil.copytree(folder, copy)
@@ -209,17 +252,21 @@ def store_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
   return counts
 
 
-# ---- index ---------------------------------------------------------------------------------------------------------------------
+# ---- index ---------------------------------------------------------------------------------------
 
 
 def index_work(folder: str, seed: int, limit: int | None = None) -> None:
   """Changes the store, and brings its index up to date."""
   from clara_jax.retrieval import index
+
   rng = np.random.default_rng(seed)
   store = MemoryStore(folder)
   ids = [f"d{n}" for n in rng.integers(0, 60, 5)]
   with contextlib.suppress(StoreError):
-    store.upsert([Document(i, i) for i in dict.fromkeys(ids)], rng.normal(size=(len(set(ids)), 2, 8)).astype(np.float32))
+    store.upsert(
+      [Document(i, i) for i in dict.fromkeys(ids)],
+      rng.normal(size=(len(set(ids)), 2, 8)).astype(np.float32),
+    )
   faulty(limit, None)
   with contextlib.suppress(StoreError, OSError):
     index.update(store, "exact", 6)
@@ -229,6 +276,7 @@ def index_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
   """An index that is loaded finds what an index built afresh finds."""
   from clara_jax.retrieval import index
   from clara_jax.retrieval.base import unit_vectors
+
   folder, copy, counts = scratch / "indexed", scratch / "copy", collections.Counter()
   numbers = np.random.default_rng(0).normal(size=(60, 2, 8)).astype(np.float32)
   store = MemoryStore(str(folder), MANIFEST)
@@ -248,15 +296,20 @@ def index_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
     if not np.array_equal(loaded.rows, opened.rows) or not np.array_equal(rows, expected):
       raise BrokenPromiseError(f"{rows}, expected {expected}")
     return "right"
+
   for number in range(faults):
-    kind = rng.choice(("kill", "full disk", "damage", "damage", "damage", "damage", "damage", "damage"))
+    kind = rng.choice(
+      ("kill", "full disk", "damage", "damage", "damage", "damage", "damage", "damage")
+    )
     counts[kind] += 1
     if kind == "kill":
       child(index_work, str(folder), number, kill_after=rng.uniform(0, 1.5))
     elif kind == "full disk":
       child(index_work, str(folder), number, rng.randrange(0, 3000))
     else:
-      index.update(MemoryStore(str(folder)), "exact", 6) if index.state(MemoryStore(str(folder))) != "current" else None
+      index.update(MemoryStore(str(folder)), "exact", 6) if index.state(
+        MemoryStore(str(folder))
+      ) != "current" else None
       shutil.rmtree(copy, ignore_errors=True)
       shutil.copytree(folder, copy)
       damaged(copy / "index", rng)
@@ -266,23 +319,38 @@ def index_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
   return counts
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 def checkpoints_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collections.Counter:
-  """Steps of a run are named as damaged, or are what was saved; every fortieth time the run itself goes on, to the same end."""
+  """Steps of a run are named as damaged, or are what was saved; every fortieth time the run itself
+  goes on, to the same end."""
   import jax
 
   from clara_jax.checkpoints.workdir import Checkpointer, CheckpointError
   from clara_jax.training import trainer
   from tests import tiny
-  config = tiny.run_config("contrastive", steps=4, checkpoint_every=1, keep_checkpoints=9, log_every=4)
+
+  config = tiny.run_config(
+    "contrastive", steps=4, checkpoint_every=1, keep_checkpoints=9, log_every=4
+  )
 
   def run(where, **options):
-    return trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("contrastive"), workdir=str(where), progress=False, **options).run()
+    return trainer.Trainer(
+      config,
+      tiny.prompt_tokenizer(),
+      tiny.weights(),
+      tiny.rows("contrastive"),
+      workdir=str(where),
+      progress=False,
+      **options,
+    ).run()
 
   def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+      np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
   end, counts = run(scratch / "straight").weights, collections.Counter()
   run(scratch / "run", stop_at=3)
   before = Checkpointer(str(scratch / "run"), read_only=True).weights()
@@ -305,7 +373,7 @@ def checkpoints_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> 
   return counts
 
 
-# ---- factory -------------------------------------------------------------------------------------------------------------------
+# ---- factory -------------------------------------------------------------------------------------
 
 
 def _documents(count: int):
@@ -316,6 +384,7 @@ def _documents(count: int):
 
 def _world():
   from clara_jax.experiments.world import World
+
   return World(Sizes().world)
 
 
@@ -330,14 +399,22 @@ class _Slow(offline_backend.Offline):
 def factory_work(folder: str, limit: int | None = None) -> None:
   """The factory over all documents."""
   sys.stderr = open(os.devnull, "w")
-  items, model = _documents(12), _Slow(_world(), offline_backend.Faults(wrong_answer=0.2, missing_fact=0.3, broken_json=0.1))
+  items, model = (
+    _documents(12),
+    _Slow(_world(), offline_backend.Faults(wrong_answer=0.2, missing_fact=0.3, broken_json=0.1)),
+  )
   faulty(limit, None)
   with contextlib.suppress(OSError):
-    asyncio.run(factory.produce(iter(items), rounds.scp, model, templates.Templates(), folder, progress=False, at_once=4))
+    asyncio.run(
+      factory.produce(
+        iter(items), rounds.scp, model, templates.Templates(), folder, progress=False, at_once=4
+      )
+    )
 
 
 def factory_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collections.Counter:
-  """Whatever happens to a journal, the next starts come to the rows of a straight run, each once."""
+  """Whatever happens to a journal, the next starts come to the rows of a straight run, each
+  once."""
   counts = collections.Counter()
   child(factory_work, str(scratch / "straight"))
   name = "journal-00000-of-00001.jsonl"
@@ -360,9 +437,9 @@ def factory_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> coll
         if what == "flip":
           content[place] ^= 1 << rng.randrange(8)
         elif what == "NUL":
-          content[place:place + 200] = b"\0" * 200
+          content[place : place + 200] = b"\0" * 200
         else:
-          del content[place:place + 200 if what == "gap" else None]
+          del content[place : place + 200 if what == "gap" else None]
         path.write_bytes(content)
       if path.exists():
         found = list(journal.outcomes(str(path)))
@@ -372,13 +449,16 @@ def factory_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> coll
     counts["ended"] += 1
     if dict(journal.outcomes(str(folder / name))) != wanted:
       raise BrokenPromiseError("another end")
-    rows = [json.loads(line)["id"] for line in (folder / "rows-00000-of-00001.jsonl").read_text().splitlines()]
+    rows = [
+      json.loads(line)["id"]
+      for line in (folder / "rows-00000-of-00001.jsonl").read_text().splitlines()
+    ]
     if len(set(rows)) < len(rows) or len(rows) != sum(len(o["rows"]) for o in wanted.values()):
       raise BrokenPromiseError("rows twice, or missing")
   return counts
 
 
-# ---- server --------------------------------------------------------------------------------------------------------------------
+# ---- server --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -390,11 +470,23 @@ def served(scratch: pathlib.Path):
   from clara_jax.retrieval import index
   from clara_jax.serving import server
   from tests import tiny
+
   documents = [Document(d["id"], d["text"], d["title"]) for d in tiny.world().documents(False)[:20]]
   model, prompt_tokenizer, weights = Clara(tiny.config()), tiny.prompt_tokenizer(), tiny.weights()
-  compress_corpus(Checkpoint(model, prompt_tokenizer, weights), documents, str(scratch / "served"), bucket=64, progress=False)
+  compress_corpus(
+    Checkpoint(model, prompt_tokenizer, weights),
+    documents,
+    str(scratch / "served"),
+    bucket=64,
+    progress=False,
+  )
   store = MemoryStore(str(scratch / "served"))
-  answerer = Answerer(Checkpoint(model, prompt_tokenizer, weights), store, index=index.build(store, "exact"), max_new_tokens=6)
+  answerer = Answerer(
+    Checkpoint(model, prompt_tokenizer, weights),
+    store,
+    index=index.build(store, "exact"),
+    max_new_tokens=6,
+  )
   question = next(iter(tiny.world().question_rows(1)))["question"]
   expected = answerer.answer([question])[0]
   limits = server.Limits(batch=32, read_seconds=5.0)
@@ -415,6 +507,7 @@ def served(scratch: pathlib.Path):
 def honest(port: int, question: str, expected: str) -> float:
   """Seconds of one right answer."""
   import httpx
+
   start = time.monotonic()
   response = httpx.post(f"http://127.0.0.1:{port}/answer", json={"question": question}, timeout=60)
   if response.status_code != 200 or response.json()["answer"] != expected:
@@ -427,15 +520,32 @@ def bad_client(port: int, seed: int) -> str:
   rng = random.Random(seed)
   body = json.dumps({"question": "Who is it?"}).encode()
   head = b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-  kind = rng.choice(("garbage", "half a head", "half a body", "reset", "a wrong length", "deep", "many heads", "chunks", "odd values",
-                     "a huge body"))
-  with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+  kind = rng.choice(
+    (
+      "garbage",
+      "half a head",
+      "half a body",
+      "reset",
+      "a wrong length",
+      "deep",
+      "many heads",
+      "chunks",
+      "odd values",
+      "a huge body",
+    )
+  )
+  with (
+    contextlib.suppress(OSError),
+    socket.create_connection(("127.0.0.1", port), timeout=10) as connection,
+  ):
     if kind == "garbage":
       connection.sendall(rng.randbytes(rng.randrange(1, 5000)))
     elif kind == "half a head":
-      connection.sendall(head[:rng.randrange(len(head))])
+      connection.sendall(head[: rng.randrange(len(head))])
     elif kind == "half a body":
-      connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body[:rng.randrange(len(body))])
+      connection.sendall(
+        head + b"Content-Length: %d\r\n\r\n" % len(body) + body[: rng.randrange(len(body))]
+      )
     elif kind == "reset":
       connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
       connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
@@ -447,9 +557,18 @@ def bad_client(port: int, seed: int) -> str:
     elif kind == "many heads":
       connection.sendall(head + b"".join(b"X-%d: %s\r\n" % (i, b"y" * 1000) for i in range(300)))
     elif kind == "chunks":
-      connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + rng.choice((b"zz\r\n", b"5\r\nab", b"ffffffff\r\n" + b"x" * 9999)))
+      connection.sendall(
+        head
+        + b"Transfer-Encoding: chunked\r\n\r\n"
+        + rng.choice((b"zz\r\n", b"5\r\nab", b"ffffffff\r\n" + b"x" * 9999))
+      )
     elif kind == "odd values":
-      odd = json.dumps({"question": rng.choice(("x" * 10**6, "\x00", 7, None, ["a"])), "k": rng.choice((0, -1, 1e39, "3"))}).encode()
+      odd = json.dumps(
+        {
+          "question": rng.choice(("x" * 10**6, "\x00", 7, None, ["a"])),
+          "k": rng.choice((0, -1, 1e39, "3")),
+        }
+      ).encode()
       connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(odd) + odd)
     else:
       connection.sendall(head + b"Content-Length: %d\r\n\r\n" % (60 << 20) + b" " * (1 << 20))
@@ -470,7 +589,8 @@ def server_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> colle
 
 
 def crowd_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collections.Counter:
-  """500 silent connections, 50 slow bodies, 20 bodies of 60 MB beside 32 honest clients: their 99th percentile, alone and then."""
+  """500 silent connections, 50 slow bodies, 20 bodies of 60 MB beside 32 honest clients: their 99th
+  percentile, alone and then."""
   del faults, rng
 
   def percentile(told, requests=10):
@@ -482,6 +602,7 @@ def crowd_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
           seconds.append(honest(*told))
         except Exception as error:
           wrong.append(error)
+
     threads = [threading.Thread(target=client) for _ in range(32)]
     for thread in threads:
       thread.start()
@@ -494,6 +615,7 @@ def crowd_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
   def memory():
     status = pathlib.Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in status if line.startswith("VmRSS")).split()[1]) // 1024
+
   with served(scratch) as told:
     port, over = told[0], threading.Event()
     percentile(told, 3)
@@ -501,13 +623,20 @@ def crowd_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
     silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(500)]
 
     def slow():
-      with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n")
+      with (
+        contextlib.suppress(OSError),
+        socket.create_connection(("127.0.0.1", port)) as connection,
+      ):
+        connection.sendall(
+          b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+          b"application/json\r\nContent-Length: 1000\r\n\r\n"
+        )
         while not over.wait(0.5):
           connection.sendall(b" ")
 
     threads = [threading.Thread(target=slow) for _ in range(50)]
-    crowd = CHILDREN.Process(target=_huge_bodies, args=(port, 20))  # not in this process: it would share its lock
+    # not in this process: it would share its lock
+    crowd = CHILDREN.Process(target=_huge_bodies, args=(port, 20))
     for thread in threads:
       thread.start()
     crowd.start()
@@ -519,8 +648,14 @@ def crowd_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
       connection.close()
     for thread in threads:
       thread.join()
-  found = collections.Counter({"p99 alone, ms": round(1e3 * alone), "p99 crowded, ms": round(1e3 * crowded), "MiB before": before,
-                               "MiB after": most})
+  found = collections.Counter(
+    {
+      "p99 alone, ms": round(1e3 * alone),
+      "p99 crowded, ms": round(1e3 * crowded),
+      "MiB before": before,
+      "MiB after": most,
+    }
+  )
   if crowded > 3 * alone or most > before + 100:
     raise BrokenPromiseError(dict(found))
   return found
@@ -528,14 +663,21 @@ def crowd_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
 
 def _huge_bodies(port: int, count: int) -> None:
   body = b'{"queries": [[' + b"0.5," * (15 << 20) + b'0]], "k": 1}'
-  head = b"POST /queries HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+  head = (
+    b"POST /queries HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+    b"application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+  )
 
   def one():
     while True:
-      with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as connection:
+      with (
+        contextlib.suppress(OSError),
+        socket.create_connection(("127.0.0.1", port)) as connection,
+      ):
         connection.sendall(head)
         connection.sendall(body)
       time.sleep(0.2)
+
   threads = [threading.Thread(target=one) for _ in range(count)]
   for thread in threads:
     thread.start()
@@ -543,8 +685,14 @@ def _huge_bodies(port: int, count: int) -> None:
     thread.join()
 
 
-PARTS = {"store": store_part, "index": index_part, "checkpoints": checkpoints_part, "factory": factory_part, "server": server_part,
-         "crowd": crowd_part}
+PARTS = {
+  "store": store_part,
+  "index": index_part,
+  "checkpoints": checkpoints_part,
+  "factory": factory_part,
+  "server": server_part,
+  "crowd": crowd_part,
+}
 
 
 def main() -> None:
@@ -563,7 +711,9 @@ def main() -> None:
     scratch.mkdir(parents=True)
     start = time.monotonic()
     try:
-      report[name] = dict(PARTS[name](scratch, options.faults, random.Random(f"{options.seed} {name}")))
+      report[name] = dict(
+        PARTS[name](scratch, options.faults, random.Random(f"{options.seed} {name}"))
+      )
     except (BrokenPromiseError, StoreError) as error:
       report[name], broken = {"broken": f"{type(error).__name__}: {error}"}, True
     report[name]["seconds"] = round(time.monotonic() - start)

@@ -2,9 +2,10 @@
 
     python benchmarks/data_pipeline.py --rows 1000000 --workers 2
 
-Generates JSONL rows of the project's world (SCP; a share is malformed), writes them as ArrayRecord (`clara records`), reads all of them
-through the pipeline that training uses (shards, shuffle, tokenize, windows of like length, batch, pad), once straight and once stopped
-in the middle and resumed. Prints one JSON object.
+Generates JSONL rows of the project's world (SCP; a share is malformed), writes them as ArrayRecord
+(`clara records`), reads all of them through the pipeline that training uses (shards, shuffle,
+tokenize, windows of like length, batch, pad), once straight and once stopped in the middle and
+resumed. Prints one JSON object.
 """
 
 import argparse
@@ -52,7 +53,9 @@ def memory() -> float:
 
 def main() -> None:
   """Prints the result."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--rows", type=int, default=1_000_000)
   parser.add_argument("--workers", type=int, default=2)
   parser.add_argument("--scratch", default=tempfile.gettempdir())
@@ -62,10 +65,20 @@ def main() -> None:
   start = time.monotonic()
   broken = write(folder / "rows.jsonl", world, options.rows)
   generated = time.monotonic() - start
-  report = records.build("scp", [str(folder / "rows.jsonl")], str(folder), files=8, max_malformed=broken)
+  report = records.build(
+    "scp", [str(folder / "rows.jsonl")], str(folder), files=8, max_malformed=broken
+  )
   assert report.malformed == broken and report.rows == options.rows
 
-  model = ModelConfig(vocab_size=len(world.tokenizer()), width=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8)
+  model = ModelConfig(
+    vocab_size=len(world.tokenizer()),
+    width=8,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    mlp_dim=8,
+  )
   clara = ClaraConfig(model, doc_max_length=40, compression_rate=10, decoder_max_length=512)
   data = DataConfig(batch_size=BATCH, bucket=32, shards=8, length_window=8, workers=options.workers)
   encoder = RowEncoder(PromptTokenizer(world.tokenizer(), clara), "given", data, 1)
@@ -83,22 +96,43 @@ def main() -> None:
   for step in range(steps):
     batch = next(source)
     if middle <= step < middle + resumed_for:
-      digests[step] = hashlib.sha256("".join(batch.ids).encode() + batch.batch.prompt.tokens.ids.tobytes()).hexdigest()
+      digests[step] = hashlib.sha256(
+        "".join(batch.ids).encode() + batch.batch.prompt.tokens.ids.tobytes()
+      ).hexdigest()
     if step == steps // 10:
       first = time.monotonic()
     if step % (steps // 10) == 0 and step:
       used.append(round(memory()))
-      print(f"{step * BATCH} rows, {step * BATCH / (time.monotonic() - start):.0f} rows/s, {used[-1]} MB", file=sys.stderr, flush=True)
+      print(
+        f"{step * BATCH} rows, {step * BATCH / (time.monotonic() - start):.0f} rows/s, {used[-1]} "
+        f"MB",
+        file=sys.stderr,
+        flush=True,
+      )
   end = time.monotonic()
   source.close()
   again = batches(middle)
-  same = all(hashlib.sha256("".join(b.ids).encode() + b.batch.prompt.tokens.ids.tobytes()).hexdigest() == digests[middle + i]
-             for i, b in zip(range(resumed_for), again))
+  same = all(
+    hashlib.sha256("".join(b.ids).encode() + b.batch.prompt.tokens.ids.tobytes()).hexdigest()
+    == digests[middle + i]
+    for i, b in zip(range(resumed_for), again)
+  )
   again.close()
-  print(json.dumps({
-      "rows": options.rows, "malformed": report.malformed, "jsonl_seconds": round(generated), "records_seconds": round(report.seconds),
-      "records_rows_per_second": round(options.rows / report.seconds), "workers": options.workers,
-      "rows_per_second": round(0.9 * options.rows / (end - first)), "memory_mb": used, "resume_exact": same}))
+  print(
+    json.dumps(
+      {
+        "rows": options.rows,
+        "malformed": report.malformed,
+        "jsonl_seconds": round(generated),
+        "records_seconds": round(report.seconds),
+        "records_rows_per_second": round(options.rows / report.seconds),
+        "workers": options.workers,
+        "rows_per_second": round(0.9 * options.rows / (end - first)),
+        "memory_mb": used,
+        "resume_exact": same,
+      }
+    )
+  )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Every gradient estimator among many candidates: time and memory of the selection and its gradient.
+"""Every gradient estimator among many candidates: time and memory of the selection and its
+gradient.
 
-    python benchmarks/estimators.py [--candidates 100000] [--k 5] [--width 512]
+python benchmarks/estimators.py [--candidates 100000] [--k 5] [--width 512]
 """
 
 import argparse
@@ -17,7 +18,8 @@ from clara_jax.ops import estimators
 
 
 def measure(name: str, n: int, k: int, width: int, runs: int) -> dict[str, float]:
-  """Of one row: milliseconds (median), compiled temporaries beyond arguments and results, seconds of compiling."""
+  """Of one row: milliseconds (median), compiled temporaries beyond arguments and results, seconds
+  of compiling."""
   estimator = estimators.get(name)
   keys = jax.random.split(jax.random.key(0), 3)
   scores = 0.1 * jax.random.normal(keys[0], (1, n))
@@ -39,13 +41,18 @@ def measure(name: str, n: int, k: int, width: int, runs: int) -> dict[str, float
     seconds.append(time.perf_counter() - start)
   if not bool(jnp.isfinite(gradient).all()):
     raise SystemExit(f"{name}: the gradient is not finite")
-  return {"milliseconds": round(1000 * statistics.median(seconds[1:]), 1),
-          "temporaries_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1), "compile_seconds": round(compiling, 1)}
+  return {
+    "milliseconds": round(1000 * statistics.median(seconds[1:]), 1),
+    "temporaries_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
+    "compile_seconds": round(compiling, 1),
+  }
 
 
 def main() -> None:
   """Prints one JSON object."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--candidates", type=int, default=100_000)
   parser.add_argument("--k", type=int, default=5)
   parser.add_argument("--width", type=int, default=512, help="M · D")
@@ -55,7 +62,17 @@ def main() -> None:
   for name in estimators.REGISTRY:
     found[name] = measure(name, options.candidates, options.k, options.width, options.runs)
     print(name, found[name], file=sys.stderr, flush=True)
-  print(json.dumps({"cores": os.cpu_count(), "device": str(jax.devices()[0]), **vars(options), "estimators": found}, indent=2))
+  print(
+    json.dumps(
+      {
+        "cores": os.cpu_count(),
+        "device": str(jax.devices()[0]),
+        **vars(options),
+        "estimators": found,
+      },
+      indent=2,
+    )
+  )
 
 
 if __name__ == "__main__":

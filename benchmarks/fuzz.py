@@ -1,10 +1,11 @@
-"""Every reader of foreign bytes, fed with files that were right and have been mutated: a result, or one of the errors of bad input.
+"""Every reader of foreign bytes, fed with files that were right and have been mutated: a result, or
+one of the errors of bad input.
 
     python benchmarks/fuzz.py --workdir quickstart --scratch DIR --seconds 60 [--readers NAME …] [--seed 0]
 
-`quickstart` is a working directory of `clara quickstart`. Prints one JSON object: cases and refusals a reader, and what else was raised,
-with the file that raised it kept in DIR/found.
-"""
+`quickstart` is a working directory of `clara quickstart`. Prints one JSON object: cases and
+refusals a reader, and what else was raised, with the file that raised it kept in DIR/found.
+"""  # noqa: E501
 
 import argparse
 import copy
@@ -32,8 +33,29 @@ from clara_jax.serving import schema
 from clara_jax.synthesis import documents, journal, replies
 from clara_jax.synthesis.rounds import SCHEMAS
 
-TOKENS = [b"null", b"[]", b"{}", b"-1", b"0", b"1e999", b"1" * 5000, b'"', b"\\u0000", b"\\ud800", b"\xff", b"\0" * 8, b"[" * 3000, b"true",
-          b"NaN", b'"\xe4\xb8\xad"', b"18446744073709551616", b"1e39", b",", b"\n", b"{" * 50]
+TOKENS = [
+  b"null",
+  b"[]",
+  b"{}",
+  b"-1",
+  b"0",
+  b"1e999",
+  b"1" * 5000,
+  b'"',
+  b"\\u0000",
+  b"\\ud800",
+  b"\xff",
+  b"\0" * 8,
+  b"[" * 3000,
+  b"true",
+  b"NaN",
+  b'"\xe4\xb8\xad"',
+  b"18446744073709551616",
+  b"1e39",
+  b",",
+  b"\n",
+  b"{" * 50,
+]
 SECONDS = 20  # that a reader may take for a file
 
 
@@ -48,15 +70,15 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
     elif kind == 1:
       data[place:place] = rng.choice(TOKENS)
     elif kind == 2:
-      del data[place:place + rng.choice((1, 4, 50))]
+      del data[place : place + rng.choice((1, 4, 50))]
     elif kind == 3:
-      data[place:place + rng.choice((1, 5, 20))] = rng.choice(TOKENS)
+      data[place : place + rng.choice((1, 5, 20))] = rng.choice(TOKENS)
     elif kind == 4:
       other = rng.randrange(len(data) + 1)
-      data[place:place] = data[other:other + rng.choice((4, 40, 400))]
+      data[place:place] = data[other : other + rng.choice((4, 40, 400))]
     elif kind == 5 and len(data) > 8:
       at = rng.randrange(min(len(data) - 7, 64))
-      data[at:at + 8] = struct.pack("<Q", rng.choice((0, 1, 2**31, 2**63, rng.getrandbits(64))))
+      data[at : at + 8] = struct.pack("<Q", rng.choice((0, 1, 2**31, 2**63, rng.getrandbits(64))))
     else:
       del data[place:]
   return bytes(data)
@@ -65,7 +87,25 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 class Values:
   """A JSON file in which values are exchanged for others, so that it still parses."""
 
-  ODD = [None, True, -1, 0, 1e39, 2**70, "", "x", "\ud800", [], {}, [None], {"": {}}, "a/../../b", 0.5, [1, "a"], ["</s>"] * 3]
+  ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1e39,
+    2**70,
+    "",
+    "x",
+    "\ud800",
+    [],
+    {},
+    [None],
+    {"": {}},
+    "a/../../b",
+    0.5,
+    [1, "a"],
+    ["</s>"] * 3,
+  ]
 
   def __call__(self, content: bytes, rng: random.Random) -> bytes:
     value = json.loads(content)
@@ -95,17 +135,50 @@ def readers(work: pathlib.Path, quickstart: pathlib.Path) -> dict:
     options = {"role": "generator"} if kind == "peft" else {}
     convert.convert(str(stage), str(work / kind), kind, **options)
   shutil.copytree(stage, work / "clara")
-  first = [json.loads(line) for line in (quickstart / "documents.jsonl").read_text().splitlines()[:20]]
+  first = [
+    json.loads(line) for line in (quickstart / "documents.jsonl").read_text().splitlines()[:20]
+  ]
   (work / "documents.jsonl").write_text("".join(json.dumps(d) + "\n" for d in first))
-  row = {"id": "1", "question": "Who?", "answer": "Ada", "docs": ["a", "b"], "pos_index": [0], "doc_ids": ["1", "2"]}
+  row = {
+    "id": "1",
+    "question": "Who?",
+    "answer": "Ada",
+    "docs": ["a", "b"],
+    "pos_index": [0],
+    "doc_ids": ["1", "2"],
+  }
   (work / "rows.jsonl").write_text((json.dumps(row) + "\n") * 3)
-  (work / "squad.json").write_text(json.dumps({"data": [{"title": "T", "paragraphs": [{"context": "c", "qas": [
-      {"id": "q", "question": "Who?", "answers": [{"text": "Ada"}]}] * 2}]}]}))
-  hotpot = {"_id": "x", "question": "Who?", "answer": "Ada", "context": [["T", ["Ada is."]]], "supporting_facts": [["T", 0]]}
+  (work / "squad.json").write_text(
+    json.dumps(
+      {
+        "data": [
+          {
+            "title": "T",
+            "paragraphs": [
+              {
+                "context": "c",
+                "qas": [{"id": "q", "question": "Who?", "answers": [{"text": "Ada"}]}] * 2,
+              }
+            ],
+          }
+        ]
+      }
+    )
+  )
+  hotpot = {
+    "_id": "x",
+    "question": "Who?",
+    "answer": "Ada",
+    "context": [["T", ["Ada is."]]],
+    "supporting_facts": [["T", 0]],
+  }
   (work / "hotpot.json").write_text(json.dumps([hotpot] * 2))
   small = MemoryStore(str(work / "store"), MemoryStore(str(store)).manifest)
   rows = MemoryStore(str(store)).rows[:30]
-  small.upsert(MemoryStore(str(store)).documents(rows), np.asarray(MemoryStore(str(store)).memories(rows), np.float32))
+  small.upsert(
+    MemoryStore(str(store)).documents(rows),
+    np.asarray(MemoryStore(str(store)).memories(rows), np.float32),
+  )
   small.delete([first[0]["id"]])
   small.close()
   index.update(MemoryStore(str(work / "store")), "exact", 4)
@@ -115,9 +188,13 @@ def readers(work: pathlib.Path, quickstart: pathlib.Path) -> dict:
     kept.finish(f"d{i}", "said", {"reason": None, "rows": []})
   kept.close()
   message = {"content": json.dumps({"questions": ["Who is it?"]}), "refusal": None}
-  reply = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"prompt_tokens": 1}})
+  reply = json.dumps(
+    {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"prompt_tokens": 1}}
+  )
   (work / "reply.json").write_text(reply)
-  (work / "body.json").write_text(json.dumps({"question": "Who?", "k": 2, "ids": ["a"], "max_new_tokens": 3, "stream": False}))
+  (work / "body.json").write_text(
+    json.dumps({"question": "Who?", "k": 2, "ids": ["a"], "max_new_tokens": 3, "stream": False})
+  )
   segment = next((work / "store").glob("segments-*/000000-*/segment.json"))
 
   def opened_store(_):
@@ -142,40 +219,66 @@ def readers(work: pathlib.Path, quickstart: pathlib.Path) -> dict:
   def loaded(directory):
     def read(_):
       formats.load(str(work / directory), str(work / "hf") if directory == "peft" else None)
+
     return read
+
   values = Values()
   lines = work / "documents.jsonl"
   found = {
-      "documents": (lines, mutated, lambda p: list(schemas.read_documents(p))),
-      "documents of synthesize": (lines, mutated, lambda p: list(documents.read(p))),
-      "ids": (lines, mutated, schemas.read_ids),
-      "rows": (work / "rows.jsonl", mutated, lambda p: list(schemas.parse_rows(p))),
-      "rows of evaluate": (work / "rows.jsonl", mutated, datasets.read),
-      "SQuAD": (work / "squad.json", mutated, datasets.read),
-      "SQuAD, values": (work / "squad.json", values, datasets.read),
-      "HotpotQA, values": (work / "hotpot.json", values, datasets.read),
-      "journal": (work / "journal.jsonl", mutated, journal_of),
-      "store: segment": (segment, mutated, opened_store),
-      "store: ledger": (next((work / "store").glob("ledger-*")), mutated, opened_store),
-      "store: manifest": (work / "store" / "manifest.json", mutated, opened_store),
-      "store: manifest, values": (work / "store" / "manifest.json", values, opened_store),
-      "store: keys": (segment.parent / "keys.npy", mutated, opened_store),
-      "store: memories": (segment.parent / "memories.array_record", mutated, opened_store),
-      "index": (work / "store" / "index" / "index.json", mutated, lambda p: index.load(MemoryStore(str(work / "store")))),
-      "index, values": (work / "store" / "index" / "index.json", values, lambda p: index.load(MemoryStore(str(work / "store")))),
-      "model reply": (work / "reply.json", mutated, answered),
-      "model reply, values": (work / "reply.json", values, answered),
-      "HTTP body": (work / "body.json", mutated, body),
-      "HTTP body, values": (work / "body.json", values, body),
-      "config.json of a base": (work / "hf" / "config.json", mutated, lambda p: families.model_config(str(work / "hf"))),
-      "config.json of a base, values": (work / "hf" / "config.json", values, lambda p: families.model_config(str(work / "hf"))),
-      "config.json of ours": (work / "clara" / "config.json", mutated, lambda p: read_config(str(work / "clara"))),
-      "config.json of ours, values": (work / "clara" / "config.json", values, lambda p: read_config(str(work / "clara"))),
-      "adapter_config.json": (work / "peft" / "adapter_config.json", mutated, loaded("peft")),
-      "adapter_config.json, values": (work / "peft" / "adapter_config.json", values, loaded("peft")),
-      "safetensors": (work / "hf" / "model.safetensors", mutated, loaded("hf")),
-      "tokenizer.json, values": (work / "hf" / "tokenizer.json", values, loaded("hf")),
-      "tokenizer_config.json, values": (work / "hf" / "tokenizer_config.json", values, loaded("hf")),
+    "documents": (lines, mutated, lambda p: list(schemas.read_documents(p))),
+    "documents of synthesize": (lines, mutated, lambda p: list(documents.read(p))),
+    "ids": (lines, mutated, schemas.read_ids),
+    "rows": (work / "rows.jsonl", mutated, lambda p: list(schemas.parse_rows(p))),
+    "rows of evaluate": (work / "rows.jsonl", mutated, datasets.read),
+    "SQuAD": (work / "squad.json", mutated, datasets.read),
+    "SQuAD, values": (work / "squad.json", values, datasets.read),
+    "HotpotQA, values": (work / "hotpot.json", values, datasets.read),
+    "journal": (work / "journal.jsonl", mutated, journal_of),
+    "store: segment": (segment, mutated, opened_store),
+    "store: ledger": (next((work / "store").glob("ledger-*")), mutated, opened_store),
+    "store: manifest": (work / "store" / "manifest.json", mutated, opened_store),
+    "store: manifest, values": (work / "store" / "manifest.json", values, opened_store),
+    "store: keys": (segment.parent / "keys.npy", mutated, opened_store),
+    "store: memories": (segment.parent / "memories.array_record", mutated, opened_store),
+    "index": (
+      work / "store" / "index" / "index.json",
+      mutated,
+      lambda p: index.load(MemoryStore(str(work / "store"))),
+    ),
+    "index, values": (
+      work / "store" / "index" / "index.json",
+      values,
+      lambda p: index.load(MemoryStore(str(work / "store"))),
+    ),
+    "model reply": (work / "reply.json", mutated, answered),
+    "model reply, values": (work / "reply.json", values, answered),
+    "HTTP body": (work / "body.json", mutated, body),
+    "HTTP body, values": (work / "body.json", values, body),
+    "config.json of a base": (
+      work / "hf" / "config.json",
+      mutated,
+      lambda p: families.model_config(str(work / "hf")),
+    ),
+    "config.json of a base, values": (
+      work / "hf" / "config.json",
+      values,
+      lambda p: families.model_config(str(work / "hf")),
+    ),
+    "config.json of ours": (
+      work / "clara" / "config.json",
+      mutated,
+      lambda p: read_config(str(work / "clara")),
+    ),
+    "config.json of ours, values": (
+      work / "clara" / "config.json",
+      values,
+      lambda p: read_config(str(work / "clara")),
+    ),
+    "adapter_config.json": (work / "peft" / "adapter_config.json", mutated, loaded("peft")),
+    "adapter_config.json, values": (work / "peft" / "adapter_config.json", values, loaded("peft")),
+    "safetensors": (work / "hf" / "model.safetensors", mutated, loaded("hf")),
+    "tokenizer.json, values": (work / "hf" / "tokenizer.json", values, loaded("hf")),
+    "tokenizer_config.json, values": (work / "hf" / "tokenizer_config.json", values, loaded("hf")),
   }
   found["GGUF header"] = (_gguf(work), mutated, lambda p: gguf.opened(p).__enter__())
   return {name: value for name, value in found.items() if value[0].exists()}
@@ -183,14 +286,18 @@ def readers(work: pathlib.Path, quickstart: pathlib.Path) -> dict:
 
 def _gguf(work: pathlib.Path) -> pathlib.Path:
   """The header of a small file: magic, version, counts, a few fields and one tensor."""
+
   def text(value):
     return struct.pack("<Q", len(value)) + value.encode()
+
   named = (("general.architecture", "llama"), ("general.name", "x"))
   fields = b"".join(text(key) + struct.pack("<I", 8) + text(value) for key, value in named)
   fields += text("llama.block_count") + struct.pack("<II", 4, 1)
   fields += text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")
   tensor = text("token_embd.weight") + struct.pack("<IQQIQ", 2, 8, 2, 0, 0)
-  (work / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 4) + fields + tensor + bytes(256))
+  (work / "a.gguf").write_bytes(
+    b"GGUF" + struct.pack("<IQQ", 3, 1, 4) + fields + tensor + bytes(256)
+  )
   return work / "a.gguf"
 
 
@@ -209,10 +316,12 @@ def main() -> None:
   work.mkdir(parents=True)
   kept = pathlib.Path(options.scratch, "found")
   kept.mkdir(exist_ok=True)
-  refusals = (*commands.bad_input_errors(), ValueError)  # replies and bodies are answered by their own errors, which are ValueErrors
+  # replies and bodies are answered by their own errors, which are ValueErrors
+  refusals = (*commands.bad_input_errors(), ValueError)
 
   def too_long(*_):
     raise TimeoutError
+
   signal.signal(signal.SIGALRM, too_long)
   report, broken = {}, False
   for name, (file, mutate, read) in readers(work, pathlib.Path(options.workdir)).items():
@@ -221,7 +330,11 @@ def main() -> None:
     rng, whole = random.Random(f"{options.seed} {name}"), file.read_bytes()
     cases = refused = 0
     others: dict[str, int] = {}
-    strict = (*commands.bad_input_errors(),) if not name.startswith(("model reply", "HTTP body")) else refusals
+    strict = (
+      (*commands.bad_input_errors(),)
+      if not name.startswith(("model reply", "HTTP body"))
+      else refusals
+    )
     end = time.monotonic() + options.seconds
     while time.monotonic() < end:
       cases += 1
@@ -238,7 +351,10 @@ def main() -> None:
         refused += 1
       except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__} at {pathlib.Path(place.filename).name}:{place.lineno}: {str(error)[:80]}"
+        what = (
+          f"{type(error).__name__} at {pathlib.Path(place.filename).name}:{place.lineno}: "
+          f"{str(error)[:80]}"
+        )
         key = what.split(": ")[0]
         if key not in others:
           (kept / f"{name.replace(' ', '-').replace(':', '')}-{len(others)}").write_bytes(content)

@@ -1,6 +1,7 @@
-"""What a base in 8 bits changes: the quickstart's trained stages, evaluated on unseen people with the base as it is and in int8.
+"""What a base in 8 bits changes: the quickstart's trained stages, evaluated on unseen people with
+the base as it is and in int8.
 
-    clara quickstart --workdir quickstart && python benchmarks/int8.py --workdir quickstart
+clara quickstart --workdir quickstart && python benchmarks/int8.py --workdir quickstart
 """
 
 import argparse
@@ -27,9 +28,12 @@ def evaluate(directory: str, stage: str, quantization: str) -> dict[str, float]:
   """Metrics of a stage's own loss on rows of people that were never seen."""
   checkpoint = formats.load(directory)
   config = checkpoint.model.config
-  config = dataclasses.replace(config, model=dataclasses.replace(config.model, base_quantization=quantization))
+  config = dataclasses.replace(
+    config, model=dataclasses.replace(config.model, base_quantization=quantization)
+  )
   data = DataConfig(batch_size=64, candidates=CANDIDATES, bucket=512)
-  loss = "joint" if stage == "joint" else "instruct"  # the loss of scp; scp itself would start with new adapters
+  # the loss of scp; scp itself would start with new adapters
+  loss = "joint" if stage == "joint" else "instruct"
   program = Program(RunConfig(config, data, TrainConfig(stage=loss)), steps=1)
   world = World(Sizes().world).question_rows(DOCUMENTS[stage], True, ROWS)
   rows = [schemas.parse_row(r, f"{stage}:{i}") for i, r in enumerate(world)]

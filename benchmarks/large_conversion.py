@@ -1,10 +1,13 @@
-"""A Mistral-7B-shaped checkpoint of random bf16 weights to ours and back, and onto eight virtual devices.
+"""A Mistral-7B-shaped checkpoint of random bf16 weights to ours and back, and onto eight virtual
+devices.
 
     python benchmarks/large_conversion.py --scratch /tmp/large [--layers 32]
 
-Needs three times the model's size (14.5 GB with 32 layers) on disk; everything is deleted at the end. Prints one JSON object: seconds and
-peak resident memory of each way, the time of copying the same files, whether the result is equal to the bit, and the host memory beyond
-the arrays themselves when the model is loaded with an FSDP mesh. Page caches are dropped before each measurement where that is allowed.
+Needs three times the model's size (14.5 GB with 32 layers) on disk; everything is deleted at the
+end. Prints one JSON object: seconds and peak resident memory of each way, the time of copying the
+same files, whether the result is equal to the bit, and the host memory beyond the arrays themselves
+when the model is loaded with an FSDP mesh. Page caches are dropped before each measurement where
+that is allowed.
 """
 
 import argparse
@@ -46,13 +49,21 @@ size = sum(a.nbytes for a in arrays.values())
 print(json.dumps({"seconds": time.monotonic() - start, "array_bytes": size, "peak_rss_bytes": resident("VmHWM"),
                   "rss_before_bytes": before, "beyond_arrays_bytes": resident("VmHWM") - size - before,
                   "beyond_arrays_and_nothing_else_bytes": resident("VmHWM") - size}))
-"""
+"""  # noqa: E501
 
 
 def write(directory: pathlib.Path, layers: int) -> int:
   """The random checkpoint; returns its bytes."""
-  config = ModelConfig(vocab_size=32_000, width=4096, num_layers=layers, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
-                       rope_theta=1e6)
+  config = ModelConfig(
+    vocab_size=32_000,
+    width=4096,
+    num_layers=layers,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    mlp_dim=14_336,
+    rope_theta=1e6,
+  )
   shapes = huggingface.leaf_shapes(Clara(ClaraConfig(config)), "base")
 
   class Shape:
@@ -63,9 +74,16 @@ def write(directory: pathlib.Path, layers: int) -> int:
 
   def leaf(path, shape):
     # without CLaRa's special tokens
-    return Shape({("embedding",): (config.vocab_size, config.width), ("head",): (config.width, config.vocab_size)}.get(path, shape))
+    return Shape(
+      {
+        ("embedding",): (config.vocab_size, config.width),
+        ("head",): (config.width, config.vocab_size),
+      }.get(path, shape)
+    )
 
-  tensors = huggingface.base_tensors(huggingface.lazy.nest({path: leaf(path, shape) for path, shape in shapes.items()}))
+  tensors = huggingface.base_tensors(
+    huggingface.lazy.nest({path: leaf(path, shape) for path, shape in shapes.items()})
+  )
   rng = np.random.default_rng(0)
   shape_of = {t.name: t.shape for t in tensors}
 
@@ -76,7 +94,9 @@ def write(directory: pathlib.Path, layers: int) -> int:
 
   directory.mkdir(parents=True)
   write_tensors(str(directory), [(t.name, t.shape, t.dtype) for t in tensors], bits)
-  (directory / "config.json").write_text(json.dumps(families.config_json(config, config.vocab_size, {})))
+  (directory / "config.json").write_text(
+    json.dumps(families.config_json(config, config.vocab_size, {}))
+  )
   return sum(f.stat().st_size for f in directory.glob("*.safetensors"))
 
 
@@ -101,7 +121,9 @@ def timed(*command: str) -> tuple[float, str]:
 
 def main() -> None:
   """Writes, copies, converts both ways, compares, loads; prints one JSON object."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--scratch", type=pathlib.Path, required=True)
   parser.add_argument("--layers", type=int, default=32)
   options = parser.parse_args()
@@ -117,16 +139,22 @@ def main() -> None:
     convert = (sys.executable, "-m", "clara_jax", "convert", "--json")
     for name, source, target, to in (("in", "hf", "ours", "clara"), ("out", "ours", "back", "hf")):
       seconds, output = timed(*convert, str(scratch / source), str(scratch / target), "--to", to)
-      report[name] = {"seconds": seconds, "times_copy": seconds / report["copy_seconds"],
-                      "peak_rss_bytes": json.loads(output)["peak_rss_bytes"]}
+      report[name] = {
+        "seconds": seconds,
+        "times_copy": seconds / report["copy_seconds"],
+        "peak_rss_bytes": json.loads(output)["peak_rss_bytes"],
+      }
     one, two = TensorFiles(str(scratch / "hf")), TensorFiles(str(scratch / "back"))
     report["tensors"] = len(one)
     report["exact"] = set(one) == set(two) and all(
-        tensor_hash(one.read(name)) == tensor_hash(two.read(name)) for name in one)
+      tensor_hash(one.read(name)) == tensor_hash(two.read(name)) for name in one
+    )
     shutil.rmtree(scratch / "back")
     os.environ |= {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     for name in ("hf", "ours"):
-      report[f"load_{name}_fsdp_8"] = json.loads(timed(sys.executable, "-c", LOAD, str(scratch / name))[1])
+      report[f"load_{name}_fsdp_8"] = json.loads(
+        timed(sys.executable, "-c", LOAD, str(scratch / name))[1]
+      )
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
   print(json.dumps(report, indent=2))

@@ -2,8 +2,9 @@
 
     python benchmarks/preemption.py --kills 20
 
-200 steps of a tiny model; SIGKILL at random moments, every third one while a step is being saved, and each time the run is started
-again. The final parameters and the row ids of every step must equal those of a straight run, to the bit. Prints one JSON object.
+200 steps of a tiny model; SIGKILL at random moments, every third one while a step is being saved,
+and each time the run is started again. The final parameters and the row ids of every step must
+equal those of a straight run, to the bit. Prints one JSON object.
 """
 
 import argparse
@@ -24,8 +25,14 @@ STEPS, EVERY = 200, 5
 def start(job: dict) -> subprocess.Popen:
   """A worker of the tests (`tests/pod_worker.py`)."""
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
-  return subprocess.Popen([sys.executable, "-m", "tests.pod_worker", json.dumps(job)], env=environment, cwd=ROOT, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  return subprocess.Popen(
+    [sys.executable, "-m", "tests.pod_worker", json.dumps(job)],
+    env=environment,
+    cwd=ROOT,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
 
 
 def report(process: subprocess.Popen) -> dict:
@@ -47,7 +54,9 @@ def wait_for(process: subprocess.Popen, condition) -> bool:
 
 def main() -> None:
   """Prints the result; exit status 1 where something differs."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--seed", type=int, default=0)
   options = parser.parse_args()
@@ -55,10 +64,15 @@ def main() -> None:
   folder = pathlib.Path(tempfile.mkdtemp())
   sys.path.insert(0, str(ROOT))
   from tests import tiny
+
   rows = folder / "rows.jsonl"
   rows.write_text("\n".join(map(json.dumps, tiny.raw_rows("contrastive"))))
-  job = {"stage": "contrastive", "rows": [str(rows)], "data": {"shards": 2, "length_window": 3},
-         "train": {"steps": STEPS, "checkpoint_every": EVERY, "log_every": 10}}
+  job = {
+    "stage": "contrastive",
+    "rows": [str(rows)],
+    "data": {"shards": 2, "length_window": 3},
+    "train": {"steps": STEPS, "checkpoint_every": EVERY, "log_every": 10},
+  }
   straight = report(start({**job, "runs": [{}]}))
 
   log, work = folder / "rows-seen.jsonl", folder / "run"
@@ -66,7 +80,8 @@ def main() -> None:
   run = {"workdir": str(work), "log": str(log)}
   kills, saving = [], 0
   for i in range(options.kills):
-    target = min(STEPS - 3, (i + 1) * STEPS // (options.kills + 1) + rng.randint(-3, 3))  # a moment of the run, in steps
+    # a moment of the run, in steps
+    target = min(STEPS - 3, (i + 1) * STEPS // (options.kills + 1) + rng.randint(-3, 3))
     process = start({**job, "runs": [run]})
 
     def last_step():
@@ -84,11 +99,21 @@ def main() -> None:
     unfinished = [p.name for p in (work / "checkpoints").iterdir() if "tmp" in p.name]
     saving += bool(unfinished)
     kills.append(last_step())
-    print(f"killed at step {kills[-1]}{' while saving' if unfinished else ''}", file=sys.stderr, flush=True)
+    print(
+      f"killed at step {kills[-1]}{' while saving' if unfinished else ''}",
+      file=sys.stderr,
+      flush=True,
+    )
   last = report(start({**job, "runs": [run]}))
   seen = {str(step): ids for step, ids in map(json.loads, log.read_text().splitlines())}
-  result = {"kills": len(kills), "during_a_save": saving, "steps": STEPS, "same_rows": seen == straight["ids"],
-            "same_parameters": last["digest"] == straight["digest"], "seconds": round(time.monotonic() - began)}
+  result = {
+    "kills": len(kills),
+    "during_a_save": saving,
+    "steps": STEPS,
+    "same_rows": seen == straight["ids"],
+    "same_parameters": last["digest"] == straight["digest"],
+    "seconds": round(time.monotonic() - began),
+  }
   shutil.rmtree(folder)
   print(json.dumps(result))
   sys.exit(0 if result["same_rows"] and result["same_parameters"] else 1)

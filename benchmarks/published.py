@@ -1,10 +1,12 @@
-"""Every published family, small: does a model that has learned one answer give it, through every command, with its base alone named?
+"""Every published family, small: does a model that has learned one answer give it, through every
+command, with its base alone named?
 
     python benchmarks/published.py [--only NAME] [--json F]
 
-For each model of tests/published.py (the fields, the tokenizer and the template of a published one; random weights): logits beside
-transformers', the conversion to our format and back (tensors and files), a LoRA adapter beside PEFT's, and then train (`scp`, `instruct`,
-`joint`), compress, index, ask and evaluate with `--config configs/clara.py:STAGE --config.base=DIR`. Prints the table of
+For each model of tests/published.py (the fields, the tokenizer and the template of a published one;
+random weights): logits beside transformers', the conversion to our format and back (tensors and
+files), a LoRA adapter beside PEFT's, and then train (`scp`, `instruct`, `joint`), compress, index,
+ask and evaluate with `--config configs/clara.py:STAGE --config.base=DIR`. Prints the table of
 docs/conversion.md.
 """
 
@@ -20,7 +22,9 @@ import tempfile
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+os.environ.setdefault(
+  "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,11 +59,16 @@ SIZES = {
 
 def main() -> int:
   """Prints a line for each model; returns 0 where all are right."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--only", help="models whose name contains this")
   parser.add_argument("--json", metavar="F", help="writes what was measured")
   options = parser.parse_args()
-  print("| model | logits beside transformers' | adapter beside PEFT's | files and tensors come back | EM, evaluate | EM, ask |")
+  print(
+    "| model | logits beside transformers' | adapter beside PEFT's | files and tensors come back "
+    "| EM, evaluate | EM, ask |"
+  )
   print("|---|---|---|---|---|---|", flush=True)
   found, right = {}, True
   for name in published.MODELS:
@@ -70,8 +79,10 @@ def main() -> int:
     right &= measured["evaluate"] == measured["ask"] == 1 and not measured["differs"]
     right &= max(measured["logits"], measured["adapter"]) < 1e-4
     print(
-      f"| {name} | {measured['logits']:.0e} of {measured['scale']:.0f} | {measured['adapter']:.0e} | "
-      f"{', '.join(measured['differs']) or 'yes'} | {measured['evaluate']:.2f} | {measured['ask']:.2f} |",
+      f"| {name} | {measured['logits']:.0e} of {measured['scale']:.0f} | "
+      f"{measured['adapter']:.0e} | "
+      f"{', '.join(measured['differs']) or 'yes'} | {measured['evaluate']:.2f} | "
+      f"{measured['ask']:.2f} |",
       flush=True,
     )
   if options.json:
@@ -94,7 +105,8 @@ def measure(name: str, folder: str) -> dict:
 
 
 def logit_difference(base: str) -> tuple[float, float]:
-  """Largest difference to transformers over 2 x 90 random tokens in float32, and the largest logit."""
+  """Largest difference to transformers over 2 x 90 random tokens in float32, and the largest
+  logit."""
   import torch
   import transformers
 
@@ -103,8 +115,12 @@ def logit_difference(base: str) -> tuple[float, float]:
   ids = np.random.default_rng(0).integers(0, words, (2, 90))
   reference = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
   with torch.no_grad():
-    wanted = reference(torch.tensor(ids), attention_mask=torch.ones(ids.shape, dtype=torch.long)).logits.numpy()[..., :words]
-  return float(np.abs(_logits(checkpoint.model, checkpoint.weights, None, ids)[..., :words] - wanted).max()), float(np.abs(wanted).max())
+    wanted = reference(
+      torch.tensor(ids), attention_mask=torch.ones(ids.shape, dtype=torch.long)
+    ).logits.numpy()[..., :words]
+  return float(
+    np.abs(_logits(checkpoint.model, checkpoint.weights, None, ids)[..., :words] - wanted).max()
+  ), float(np.abs(wanted).max())
 
 
 def adapter_difference(base: str, folder: str) -> float:
@@ -116,15 +132,25 @@ def adapter_difference(base: str, folder: str) -> float:
   torch.manual_seed(1)
   model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
   adapted = peft.get_peft_model(
-    model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model,
+    peft.LoraConfig(
+      r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+    ),
   ).eval()
   adapted.save_pretrained(f"{folder}/adapter")
   opened = formats.open_checkpoint(f"{folder}/adapter", base, "float32")
   words = opened.config.model.vocab_size
   ids = np.random.default_rng(0).integers(0, words, (2, 30))
   with torch.no_grad():
-    wanted = adapted(torch.tensor(ids), attention_mask=torch.ones(ids.shape, dtype=torch.long)).logits.numpy()[..., :words]
-  return float(np.abs(_logits(Clara(opened.config), formats.on_device(opened), "generator", ids)[..., :words] - wanted).max())
+    wanted = adapted(
+      torch.tensor(ids), attention_mask=torch.ones(ids.shape, dtype=torch.long)
+    ).logits.numpy()[..., :words]
+  return float(
+    np.abs(
+      _logits(Clara(opened.config), formats.on_device(opened), "generator", ids)[..., :words]
+      - wanted
+    ).max()
+  )
 
 
 def _logits(model, weights, role, ids):
@@ -143,14 +169,27 @@ def round_trip(base: str, folder: str) -> list[str]:
     one, two = (pathlib.Path(d, name) for d in (base, f"{folder}/again"))
     if not two.exists() or one.read_bytes() != two.read_bytes():
       differs.append(name)
-  before, after = (json.loads(pathlib.Path(f"{d}/config.json").read_text()) for d in (base, f"{folder}/again"))
-  differs += [f"config.json:{k}" for k in {**before, **after} if before.get(k) != after.get(k) and k != "auto_map"]
-  with safe_open(f"{base}/model.safetensors", "pt") as one, safe_open(f"{folder}/again/model.safetensors", "pt") as two:
+  before, after = (
+    json.loads(pathlib.Path(f"{d}/config.json").read_text()) for d in (base, f"{folder}/again")
+  )
+  differs += [
+    f"config.json:{k}"
+    for k in {**before, **after}
+    if before.get(k) != after.get(k) and k != "auto_map"
+  ]
+  with (
+    safe_open(f"{base}/model.safetensors", "pt") as one,
+    safe_open(f"{folder}/again/model.safetensors", "pt") as two,
+  ):
     names = set(one.keys()) ^ set(two.keys())
     differs += sorted(names) + [
       n
       for n in one.keys()
-      if n not in names and not (one.get_tensor(n).dtype == two.get_tensor(n).dtype and (one.get_tensor(n) == two.get_tensor(n)).all())
+      if n not in names
+      and not (
+        one.get_tensor(n).dtype == two.get_tensor(n).dtype
+        and (one.get_tensor(n) == two.get_tensor(n)).all()
+      )
     ]
   return differs
 
@@ -158,10 +197,18 @@ def round_trip(base: str, folder: str) -> list[str]:
 def learned(base: str, folder: str) -> dict[str, float]:
   """EM of a model that was trained to one answer, by `evaluate` and by `ask`."""
   words = ["Ada", "Berlin", "France", "Question", "capital", "system", "user", "document"]
-  documents = [{"id": str(i), "title": w, "text": f"The {w} is in Paris."} for i, w in enumerate(words)]
+  documents = [
+    {"id": str(i), "title": w, "text": f"The {w} is in Paris."} for i, w in enumerate(words)
+  ]
   texts = [d["text"] for d in documents * 2]
-  rows = [{"question": f"Where is the {w}?", "answer": ANSWER, "docs": texts[i : i + 4], "pos_index": [0]} for i, w in enumerate(words)]
-  _write(f"{folder}/scp.jsonl", [{"question": [r["question"]], "answers": [ANSWER], "docs": r["docs"][:1]} for r in rows])
+  rows = [
+    {"question": f"Where is the {w}?", "answer": ANSWER, "docs": texts[i : i + 4], "pos_index": [0]}
+    for i, w in enumerate(words)
+  ]
+  _write(
+    f"{folder}/scp.jsonl",
+    [{"question": [r["question"]], "answers": [ANSWER], "docs": r["docs"][:1]} for r in rows],
+  )
   _write(f"{folder}/instruct.jsonl", [{**r, "docs": r["docs"][:2]} for r in rows])
   _write(f"{folder}/joint.jsonl", rows)
   _write(f"{folder}/documents.jsonl", documents)
@@ -182,12 +229,23 @@ def learned(base: str, folder: str) -> dict[str, float]:
       *(f"--config.{k}={v}" for k, v in SIZES.items()),
     )
     before = f"--config.init_from={folder}/{stage}"
-  run("compress", "--checkpoint", f"{folder}/joint", "--documents", f"{folder}/documents.jsonl", "--store", f"{folder}/store")
+  run(
+    "compress",
+    "--checkpoint",
+    f"{folder}/joint",
+    "--documents",
+    f"{folder}/documents.jsonl",
+    "--store",
+    f"{folder}/store",
+  )
   run("index", "--store", f"{folder}/store", "--kind", "exact")
   given = ("--checkpoint", f"{folder}/joint", "--max-new-tokens", "8")
   asked = run("ask", *given, "--store", f"{folder}/store", *(r["question"] for r in rows))
   scores = run("evaluate", *given, "--rows", f"{folder}/joint.jsonl", "--setting", "joint")
-  return {"evaluate": scores["em"], "ask": float(np.mean([a["answer"] == ANSWER for a in asked["answers"]]))}
+  return {
+    "evaluate": scores["em"],
+    "ask": float(np.mean([a["answer"] == ANSWER for a in asked["answers"]])),
+  }
 
 
 def _write(path: str, rows: list[dict]) -> None:

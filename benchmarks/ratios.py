@@ -2,10 +2,12 @@
 
     python benchmarks/ratios.py --workdir runs/ratios --out docs/ratios.svg
 
-On the quickstart's world and pretrained base: documents of at most 30 tokens, M = 6 memory tokens. The nested checkpoint learns with the
-first 1, 3 or 6 of them (`clara.nested_memory`) in scp, instruct and joint, for twice as many steps as each of the three others, which have
-1, 3 or 6 and no more. Resumes where it was stopped. Prints one JSON object: for each m and metric both means and the difference, nested
-minus single, with its 95 % interval over the test rows of all seeds; and the seconds of training.
+On the quickstart's world and pretrained base: documents of at most 30 tokens, M = 6 memory tokens.
+The nested checkpoint learns with the first 1, 3 or 6 of them (`clara.nested_memory`) in scp,
+instruct and joint, for twice as many steps as each of the three others, which have 1, 3 or 6 and no
+more. Resumes where it was stopped. Prints one JSON object: for each m and metric both means and the
+difference, nested minus single, with its 95 % interval over the test rows of all seeds; and the
+seconds of training.
 """
 
 import argparse
@@ -34,8 +36,12 @@ from clara_jax.training import run as training
 SIZES, LONGER = (1, 3, 6), 2
 STEPS = {"scp": 200, "instruct": 80, "joint": 120}
 RATES = {"scp": 3e-3, "instruct": 2e-3, "joint": 2e-3}
-METRICS = {"answers": "answers from 3 given documents (EM)", "recall_at_1": "recall@1 of 20 after joint",
-           "recall_at_3": "recall@3 of 20 after joint", "joint_answers": "answers from the 3 best of 20 (EM)"}
+METRICS = {
+  "answers": "answers from 3 given documents (EM)",
+  "recall_at_1": "recall@1 of 20 after joint",
+  "recall_at_3": "recall@3 of 20 after joint",
+  "joint_answers": "answers from the 3 best of 20 (EM)",
+}
 
 
 class Variant:
@@ -51,15 +57,23 @@ class Variant:
 
   def __init__(self, workdir: str, seed: int, m: int | None, rows: int, scale: float):
     self.name = f"seed_{seed}/{'nested' if m is None else m}"
-    self._workdir, self._seed, self._rows, self._scale = workdir, seed, rows, scale * (LONGER if m is None else 1)
+    self._workdir, self._seed, self._rows, self._scale = (
+      workdir,
+      seed,
+      rows,
+      scale * (LONGER if m is None else 1),
+    )
     self._world = World(recipe.Sizes().world)
     self._tokenizer = self._world.tokenizer()
     # The shipped base; its own tokenizer has the special tokens of 3 memory tokens.
     plain = PromptTokenizer(self._world.tokenizer(), recipe.clara_config(len(self._tokenizer)))
     shipped.unpack(os.path.join(workdir, "shipped"), plain)
     self._base = os.path.join(workdir, "shipped", "pretrain")
-    self._config = dataclasses.replace(recipe.clara_config(len(self._tokenizer)), compression_rate=30 // (m or SIZES[-1]),
-                                       nested_memory=SIZES if m is None else ())
+    self._config = dataclasses.replace(
+      recipe.clara_config(len(self._tokenizer)),
+      compression_rate=30 // (m or SIZES[-1]),
+      nested_memory=SIZES if m is None else (),
+    )
 
   def result(self) -> dict:
     """`sizes`: by m, 0 or 1 of each test row for each of METRICS; `training_seconds`."""
@@ -72,8 +86,11 @@ class Variant:
     for m in self._config.nested_memory or (self._config.num_memory_tokens,):
       answers = self._evaluate(before.first(m), recipe.TOP_K, "compressor")
       found = self._evaluate(after.first(m), recipe.CANDIDATES, "joint")
-      sizes[m] = {"answers": [p["em"] for p in answers], "joint_answers": [p["em"] for p in found],
-                  **{k: [p[k] for p in found] for k in ("recall_at_1", "recall_at_3")}}
+      sizes[m] = {
+        "answers": [p["em"] for p in answers],
+        "joint_answers": [p["em"] for p in found],
+        **{k: [p[k] for p in found] for k in ("recall_at_1", "recall_at_3")},
+      }
     made = {"sizes": {str(m): v for m, v in sizes.items()}, "training_seconds": seconds}
     path.write_text(json.dumps(made))
     return made
@@ -90,38 +107,69 @@ class Variant:
     init_from, memories = previous and self._directory(previous), None
     if stage == "joint":
       store = os.path.join(self._workdir, self.name, "store")
-      everyone = [schemas.Document(**d) for side in (False, True) for d in self._world.documents(side)]
+      everyone = [
+        schemas.Document(**d) for side in (False, True) for d in self._world.documents(side)
+      ]
       compress_corpus(formats.load(init_from), everyone, store, progress=False)
       memories = MemoryStore(store).lookup()
     more = {"learning_rate_factors": {"generator": 0.1}} if stage == "joint" else {}
-    train = TrainConfig(stage=stage, steps=max(1, round(STEPS[stage] * self._scale)), learning_rate=RATES[stage], seed=self._seed,
-                        schedule="cosine" if stage == "joint" else "linear", log_every=50, checkpoint_every=10_000, **more)
-    run = RunConfig(self._config, DataConfig(batch_size=32, candidates=recipe.CANDIDATES, bucket=32), train, base=self._base,
-                    init_from=init_from)
-    rows = [schemas.parse_row(r, f"{stage}:{i}") for i, r in enumerate(recipe.stage_rows(self._world, stage))]
+    train = TrainConfig(
+      stage=stage,
+      steps=max(1, round(STEPS[stage] * self._scale)),
+      learning_rate=RATES[stage],
+      seed=self._seed,
+      schedule="cosine" if stage == "joint" else "linear",
+      log_every=50,
+      checkpoint_every=10_000,
+      **more,
+    )
+    run = RunConfig(
+      self._config,
+      DataConfig(batch_size=32, candidates=recipe.CANDIDATES, bucket=32),
+      train,
+      base=self._base,
+      init_from=init_from,
+    )
+    rows = [
+      schemas.parse_row(r, f"{stage}:{i}")
+      for i, r in enumerate(recipe.stage_rows(self._world, stage))
+    ]
     print(f"== {self.name} {stage}", file=sys.stderr, flush=True)
     start = time.monotonic()
-    training.train(run, self._directory(stage), rows=rows, memories=memories, tokenizer=self._tokenizer)
+    training.train(
+      run, self._directory(stage), rows=rows, memories=memories, tokenizer=self._tokenizer
+    )
     done.write_text(str(time.monotonic() - start))
     return time.monotonic() - start
 
   def _evaluate(self, checkpoint: formats.Checkpoint, documents: int, setting: str) -> list[dict]:
-    rows = [schemas.parse_row(r, f"test:{i}") for i, r in enumerate(self._world.question_rows(documents, True, self._rows))]
-    return evaluator.evaluate(checkpoint, rows, setting, batch_size=100, max_new_tokens=8,
-                               progress=False).predictions
+    rows = [
+      schemas.parse_row(r, f"test:{i}")
+      for i, r in enumerate(self._world.question_rows(documents, True, self._rows))
+    ]
+    return evaluator.evaluate(
+      checkpoint, rows, setting, batch_size=100, max_new_tokens=8, progress=False
+    ).predictions
 
 
 def main() -> None:
   """Trains, evaluates, prints and draws."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--workdir", required=True, metavar="DIR")
   parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
   parser.add_argument("--rows", type=int, default=1000, help="test rows of each seed; default 1000")
   parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, for a trial")
   parser.add_argument("--out", metavar="F.svg", help="the drawing")
   options = parser.parse_args()
-  found = {seed: {m: Variant(options.workdir, seed, m, options.rows, options.scale).result() for m in (*SIZES, None)}
-           for seed in options.seeds}
+  found = {
+    seed: {
+      m: Variant(options.workdir, seed, m, options.rows, options.scale).result()
+      for m in (*SIZES, None)
+    }
+    for seed in options.seeds
+  }
   table = compare(found)
   if options.out:
     text = html.figure(lambda axes: draw(axes, table), 10, 3.6, (1, 2))
@@ -135,25 +183,46 @@ def compare(found: dict[int, dict[int | None, dict]]) -> dict:
   for metric in METRICS:
     made["metrics"][metric] = {}
     for m in SIZES:
-      single, nested = (np.concatenate([np.asarray(r[variant]["sizes"][str(m)][metric]) for r in found.values()]) for variant in (m, None))
+      single, nested = (
+        np.concatenate([np.asarray(r[variant]["sizes"][str(m)][metric]) for r in found.values()])
+        for variant in (m, None)
+      )
       made["rows"] = len(nested)
       difference = statistics.compare(single, nested)
-      made["metrics"][metric][m] = {"single": single.mean(), "nested": nested.mean(), "difference": difference.mean,
-                                    "low": difference.low, "high": difference.high}
+      made["metrics"][metric][m] = {
+        "single": single.mean(),
+        "nested": nested.mean(),
+        "difference": difference.mean,
+        "low": difference.low,
+        "high": difference.high,
+      }
     made["largest_loss"][metric] = min(v["difference"] for v in made["metrics"][metric].values())
-  seconds = {name: float(np.mean([r[m]["training_seconds"] for r in found.values()]))
-             for m, name in ((None, "nested"), *((m, str(m)) for m in SIZES))}
-  return made | {"training_seconds": seconds, "training_seconds_singles": sum(seconds[str(m)] for m in SIZES)}
+  seconds = {
+    name: float(np.mean([r[m]["training_seconds"] for r in found.values()]))
+    for m, name in ((None, "nested"), *((m, str(m)) for m in SIZES))
+  }
+  return made | {
+    "training_seconds": seconds,
+    "training_seconds_singles": sum(seconds[str(m)] for m in SIZES),
+  }
 
 
 def draw(axes, table: dict) -> None:
   """Answers and recall against m."""
-  for axis, metrics in zip(axes, (("answers", "joint_answers"), ("recall_at_1", "recall_at_3")), strict=True):
+  for axis, metrics in zip(
+    axes, (("answers", "joint_answers"), ("recall_at_1", "recall_at_3")), strict=True
+  ):
     for metric, color in zip(metrics, ("tab:blue", "tab:orange"), strict=True):
       points = table["metrics"][metric]
       for kind, line in (("nested", "-"), ("single", "--")):
-        axis.plot(list(points), [p[kind] for p in points.values()], line, marker="o", color=color,
-                  label=f"{METRICS[metric]}, {'one for all' if kind == 'nested' else 'one for each'}")
+        axis.plot(
+          list(points),
+          [p[kind] for p in points.values()],
+          line,
+          marker="o",
+          color=color,
+          label=f"{METRICS[metric]}, {'one for all' if kind == 'nested' else 'one for each'}",
+        )
     axis.set(xlabel="memory tokens a document (M = 6)", ylim=(0, 1.03), xscale="log")
     axis.set_xticks(list(SIZES), list(map(str, SIZES)))
     axis.minorticks_off()

@@ -2,9 +2,10 @@
 
     python benchmarks/search.py --scratch DIR
 
-Writes a store of 1,000,000 documents of 4 memory tokens of width 128 (512 dimensions) from a generator, in chunks, then builds both
-indices in processes of their own and searches with the same queries. The vectors have the structure that encoders give them: clusters
-of clusters with noise, and queries that are noisy copies of documents. Prints one JSON object.
+Writes a store of 1,000,000 documents of 4 memory tokens of width 128 (512 dimensions) from a
+generator, in chunks, then builds both indices in processes of their own and searches with the same
+queries. The vectors have the structure that encoders give them: clusters of clusters with noise,
+and queries that are noisy copies of documents. Prints one JSON object.
 """
 
 import argparse
@@ -31,14 +32,21 @@ def vectors(seed: int, count: int, centers: tuple[np.ndarray, np.ndarray]) -> np
   rng = np.random.default_rng([1, seed])
   topics, parts = centers
   topic = rng.integers(0, TOPICS, count)
-  made = topics[topic] + 0.7 * parts[topic, rng.integers(0, SUBTOPICS, count)] + 0.7 * rng.normal(size=(count, M * D)).astype(np.float32)
+  made = (
+    topics[topic]
+    + 0.7 * parts[topic, rng.integers(0, SUBTOPICS, count)]
+    + 0.7 * rng.normal(size=(count, M * D)).astype(np.float32)
+  )
   return made.reshape(count, M, D).astype(np.float32)
 
 
 def make_centres() -> tuple[np.ndarray, np.ndarray]:
   """Of topics and of their parts."""
   rng = np.random.default_rng(0)
-  return (rng.normal(size=(TOPICS, M * D)).astype(np.float32), rng.normal(size=(TOPICS, SUBTOPICS, M * D)).astype(np.float32))
+  return (
+    rng.normal(size=(TOPICS, M * D)).astype(np.float32),
+    rng.normal(size=(TOPICS, SUBTOPICS, M * D)).astype(np.float32),
+  )
 
 
 def write(store: str, documents: int) -> dict:
@@ -60,7 +68,9 @@ def queries(count: int) -> np.ndarray:
   """Noisy copies of documents."""
   centers = make_centres()
   base = vectors(3, count, centers)
-  return index_lib.unit_vectors(base + 0.3 * np.random.default_rng(5).normal(size=base.shape).astype(np.float32))
+  return index_lib.unit_vectors(
+    base + 0.3 * np.random.default_rng(5).normal(size=base.shape).astype(np.float32)
+  )
 
 
 def build(store: str, kind: str) -> dict:
@@ -69,7 +79,11 @@ def build(store: str, kind: str) -> dict:
   opened = MemoryStore(store)
   index = index_lib.build(opened, kind)
   index_lib.save(index, kind, opened)
-  return {"seconds": time.monotonic() - start, "bytes": index_lib.saved_bytes(store), "peak_mb": peak_mb()}
+  return {
+    "seconds": time.monotonic() - start,
+    "bytes": index_lib.saved_bytes(store),
+    "peak_mb": peak_mb(),
+  }
 
 
 def search(store: str, kind: str, count: int, batch: int, out: str) -> dict:
@@ -81,16 +95,21 @@ def search(store: str, kind: str, count: int, batch: int, out: str) -> dict:
   asked = queries(count)
   index.search(asked[:batch], 10)  # compiles
   start = time.monotonic()
-  rows = np.concatenate([index.search(asked[i:i + batch], 10)[0] for i in range(0, count, batch)])
+  rows = np.concatenate([index.search(asked[i : i + batch], 10)[0] for i in range(0, count, batch)])
   seconds = time.monotonic() - start
   single = []
   for i in range(20):
     begun = time.monotonic()
-    index.search(asked[i:i + 1], 10)
+    index.search(asked[i : i + 1], 10)
     single.append(time.monotonic() - begun)
   np.save(out, rows)
-  return {"load_seconds": loaded, "queries_per_second": count / seconds, "batch": batch, "single_query_ms": 1e3 * float(np.median(single)),
-          "peak_mb": peak_mb()}
+  return {
+    "load_seconds": loaded,
+    "queries_per_second": count / seconds,
+    "batch": batch,
+    "single_query_ms": 1e3 * float(np.median(single)),
+    "peak_mb": peak_mb(),
+  }
 
 
 def main() -> None:
@@ -100,27 +119,53 @@ def main() -> None:
   parser.add_argument("--documents", type=int, default=1_000_000)
   parser.add_argument("--queries", type=int, default=512)
   parser.add_argument("--batch", type=int, default=64)
-  parser.add_argument("--step", choices=("write", "build", "search-exact", "search-scann"), help=argparse.SUPPRESS)
+  parser.add_argument(
+    "--step", choices=("write", "build", "search-exact", "search-scann"), help=argparse.SUPPRESS
+  )
   options = parser.parse_args()
   store = os.path.join(options.scratch, "store")
 
   def found(kind):
     return os.path.join(options.scratch, f"{kind}.npy")
+
   if options.step:
     step, _, kind = options.step.partition("-")
-    report = (write(store, options.documents) if step == "write" else build(store, "scann") if step == "build" else
-              search(store, kind, options.queries, options.batch, found(kind)))
+    report = (
+      write(store, options.documents)
+      if step == "write"
+      else build(store, "scann")
+      if step == "build"
+      else search(store, kind, options.queries, options.batch, found(kind))
+    )
     print(json.dumps(report))
     return
   report = {"documents": options.documents, "dimension": M * D, "cores": os.cpu_count()}
   for step in ("write", "build", "search-exact", "search-scann"):
-    command = [sys.executable, __file__, "--scratch", options.scratch, "--documents", str(options.documents), "--queries",
-               str(options.queries), "--batch", str(options.batch), "--step", step]
-    report[step] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1])
+    command = [
+      sys.executable,
+      __file__,
+      "--scratch",
+      options.scratch,
+      "--documents",
+      str(options.documents),
+      "--queries",
+      str(options.queries),
+      "--batch",
+      str(options.batch),
+      "--step",
+      step,
+    ]
+    report[step] = json.loads(
+      subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1]
+    )
     print(step, report[step], file=sys.stderr, flush=True)
   exact, approximate = np.load(found("exact")), np.load(found("scann"))
-  report["recall_at_10"] = float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, approximate, strict=True)]))
-  report["times_faster"] = report["search-scann"]["queries_per_second"] / report["search-exact"]["queries_per_second"]
+  report["recall_at_10"] = float(
+    np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, approximate, strict=True)])
+  )
+  report["times_faster"] = (
+    report["search-scann"]["queries_per_second"] / report["search-exact"]["queries_per_second"]
+  )
   print(json.dumps(report, indent=2))
 
 

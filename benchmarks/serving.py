@@ -1,9 +1,10 @@
-"""64 clients on one server: every answer checked, latencies and requests a second, one by one and in shared passes.
+"""64 clients on one server: every answer checked, latencies and requests a second, one by one and
+in shared passes.
 
     clara quickstart --workdir quickstart && python benchmarks/serving.py --workdir quickstart
 
-Clients mix short and long questions, 1 to 3 documents, whole and streamed answers. Client and server share the machine. Prints one JSON
-object.
+Clients mix short and long questions, 1 to 3 documents, whole and streamed answers. Client and
+server share the machine. Prints one JSON object.
 """
 
 import argparse
@@ -38,11 +39,19 @@ def expected(workdir: str, questions: int) -> list[tuple[dict, str, list[str]]]:
   rng = random.Random(0)
   asked = []
   for row in World(Sizes().world).question_rows(1, True, questions):
-    asked.append({"question": rng.choice(FILLERS) + row["question"], "k": rng.choice((1, 2, 3)), "stream": rng.random() < 0.25})
+    asked.append(
+      {
+        "question": rng.choice(FILLERS) + row["question"],
+        "k": rng.choice((1, 2, 3)),
+        "stream": rng.random() < 0.25,
+      }
+    )
   made = []
   for start in range(0, len(asked), 32):
-    batch = asked[start:start + 32]
-    for request, answer in zip(batch, answerer.answer([Question(r["question"], r["k"]) for r in batch]), strict=True):
+    batch = asked[start : start + 32]
+    for request, answer in zip(
+      batch, answerer.answer([Question(r["question"], r["k"]) for r in batch]), strict=True
+    ):
       made.append((request, answer.answer, [d.id for d in answer.documents]))
   return made
 
@@ -66,7 +75,11 @@ def client(requests: list, rng: random.Random, until: float, log: dict) -> None:
       log["errors"].append(text)
       continue
     got = json.loads(text.splitlines()[-1])
-    if got["question"] != request["question"] or got["answer"] != answer or [d["id"] for d in got["documents"]] != documents:
+    if (
+      got["question"] != request["question"]
+      or got["answer"] != answer
+      or [d["id"] for d in got["documents"]] != documents
+    ):
       log["wrong"].append((request, answer, got["answer"]))
 
 
@@ -74,22 +87,47 @@ def load(requests: list, clients: int, seconds: float) -> dict:
   """All clients at once, each in a thread."""
   log: dict = {"seconds": [], "errors": [], "wrong": []}
   until = time.monotonic() + seconds
-  threads = [threading.Thread(target=client, args=(requests, random.Random(i), until, log)) for i in range(clients)]
+  threads = [
+    threading.Thread(target=client, args=(requests, random.Random(i), until, log))
+    for i in range(clients)
+  ]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
   took = np.array(log["seconds"])
-  return {"requests": len(took), "requests_per_second": round(len(took) / seconds, 1), "errors": len(log["errors"]),
-          "wrong_answers": len(log["wrong"]), "p50_ms": round(1e3 * float(np.percentile(took, 50)), 1),
-          "p99_ms": round(1e3 * float(np.percentile(took, 99)), 1), "examples": log["errors"][:2] + log["wrong"][:2]}
+  return {
+    "requests": len(took),
+    "requests_per_second": round(len(took) / seconds, 1),
+    "errors": len(log["errors"]),
+    "wrong_answers": len(log["wrong"]),
+    "p50_ms": round(1e3 * float(np.percentile(took, 50)), 1),
+    "p99_ms": round(1e3 * float(np.percentile(took, 99)), 1),
+    "examples": log["errors"][:2] + log["wrong"][:2],
+  }
 
 
 def served(workdir: str, batch: int):
   """`clara serve`, ready."""
   checkpoint, store = os.path.join(workdir, "stages", "joint"), os.path.join(workdir, "store")
-  process = subprocess.Popen([sys.executable, "-m", "clara_jax", "serve", "--checkpoint", checkpoint, "--store", store, "--port", str(PORT),
-                              "--max-batch", str(batch), "--max-new-tokens", "4"])
+  process = subprocess.Popen(
+    [
+      sys.executable,
+      "-m",
+      "clara_jax",
+      "serve",
+      "--checkpoint",
+      checkpoint,
+      "--store",
+      store,
+      "--port",
+      str(PORT),
+      "--max-batch",
+      str(batch),
+      "--max-new-tokens",
+      "4",
+    ]
+  )
   while True:
     try:
       httpx.get(f"http://127.0.0.1:{PORT}/healthz")

@@ -1,9 +1,11 @@
-"""Which file format for memory tokens: ArrayRecord, or Zarr through TensorStore? Plain .npy files are the yardstick.
+"""Which file format for memory tokens: ArrayRecord, or Zarr through TensorStore? Plain .npy files
+are the yardstick.
 
     python benchmarks/store_formats.py --scratch DIR
 
-Writes the same bfloat16 memory tokens in each format and reads them back: batches of 640 random documents (32 questions with 20
-candidates) and everything in order. Files are in the page cache, so that formats are compared and not disks. Prints one JSON object.
+Writes the same bfloat16 memory tokens in each format and reads them back: batches of 640 random
+documents (32 questions with 20 candidates) and everything in order. Files are in the page cache, so
+that formats are compared and not disks. Prints one JSON object.
 """
 
 import argparse
@@ -79,39 +81,56 @@ class Zarr(Npy):
     chunk, compress = options
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
     codecs += [{"name": "zstd", "configuration": {"level": 3}}] if compress else []
-    self._spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": folder}, "metadata": {
-        "data_type": "bfloat16", "shape": [0, *shape], "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD, *shape]}},
-        "codecs": [{"name": "sharding_indexed", "configuration": {"chunk_shape": [chunk, *shape],
-                    "codecs": [*codecs, {"name": "crc32c"}]}}]}}
+    self._spec = {
+      "driver": "zarr3",
+      "kvstore": {"driver": "file", "path": folder},
+      "metadata": {
+        "data_type": "bfloat16",
+        "shape": [0, *shape],
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD, *shape]}},
+        "codecs": [
+          {
+            "name": "sharding_indexed",
+            "configuration": {
+              "chunk_shape": [chunk, *shape],
+              "codecs": [*codecs, {"name": "crc32c"}],
+            },
+          }
+        ],
+      },
+    }
     self._array = None
 
   def write(self, shard, values):
     if self._array is None:
       self._array = ts.open(self._spec, create=True, open=True).result()
-    self._array = self._array.resize(exclusive_max=[(shard + 1) * SHARD, *self._shape], expand_only=True).result()
-    self._array[shard * SHARD:(shard + 1) * SHARD].write(values).result()
+    self._array = self._array.resize(
+      exclusive_max=[(shard + 1) * SHARD, *self._shape], expand_only=True
+    ).result()
+    self._array[shard * SHARD : (shard + 1) * SHARD].write(values).result()
 
   def read(self, shard, rows, out):
     out[:] = self._array[shard * SHARD + rows].read().result()
 
   def scan(self, shard):
-    return self._array[shard * SHARD:(shard + 1) * SHARD].read().result()
+    return self._array[shard * SHARD : (shard + 1) * SHARD].read().result()
 
 
 FORMATS = {
-    "npy": (Npy, None),
-    "ArrayRecord": (ArrayRecord, "group_size:1,uncompressed"),
-    "ArrayRecord, 16 a group": (ArrayRecord, "group_size:16,uncompressed"),
-    "ArrayRecord, zstd": (ArrayRecord, "group_size:1,zstd:3"),
-    "ArrayRecord, 8 KB a group, zstd": (ArrayRecord, "group_size:8K,zstd:3"),
-    "Zarr": (Zarr, (1, False)),
-    "Zarr, 16 a chunk": (Zarr, (16, False)),
-    "Zarr, zstd": (Zarr, (1, True)),
+  "npy": (Npy, None),
+  "ArrayRecord": (ArrayRecord, "group_size:1,uncompressed"),
+  "ArrayRecord, 16 a group": (ArrayRecord, "group_size:16,uncompressed"),
+  "ArrayRecord, zstd": (ArrayRecord, "group_size:1,zstd:3"),
+  "ArrayRecord, 8 KB a group, zstd": (ArrayRecord, "group_size:8K,zstd:3"),
+  "Zarr": (Zarr, (1, False)),
+  "Zarr, 16 a chunk": (Zarr, (16, False)),
+  "Zarr, zstd": (Zarr, (1, True)),
 }
 
 
 def measure(kind, options, shape, documents, folder):
-  """documents/s written, milliseconds a random batch, MB/s in order, bytes a document beyond the tokens' own."""
+  """documents/s written, milliseconds a random batch, MB/s in order, bytes a document beyond the
+  tokens' own."""
   rng = np.random.default_rng(0)
   shards = documents // SHARD
   values = [rng.normal(size=(SHARD, *shape)).astype(BF16) for _ in range(shards)]
@@ -137,8 +156,12 @@ def measure(kind, options, shape, documents, folder):
   for shard in range(shards):
     assert (store.scan(shard)[-1] == values[shard][-1]).all()
   scanned = documents * values[0][0].nbytes / (time.perf_counter() - start)
-  return {"written_documents_per_second": round(written), "random_batch_ms": round(1e3 * statistics.median(seconds), 2),
-          "scan_mb_per_second": round(scanned / 1e6), "extra_bytes": round(size / documents - values[0][0].nbytes, 1)}
+  return {
+    "written_documents_per_second": round(written),
+    "random_batch_ms": round(1e3 * statistics.median(seconds), 2),
+    "scan_mb_per_second": round(scanned / 1e6),
+    "extra_bytes": round(size / documents - values[0][0].nbytes, 1),
+  }
 
 
 def main() -> None:

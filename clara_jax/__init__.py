@@ -6,16 +6,25 @@
     selected, indices = checkpoint.select(scores, memories, k=1)
     print(checkpoint.answer(["Who designed the engine?"], selected))
 
-`Clara` has the same computations on arrays, as pure functions of the weights (`clara_jax/model.py`, the file to read first). Everything
-here is imported when it is first used.
-"""
+`Clara` has the same computations on arrays, as pure functions of the weights (`clara_jax/model.py`,
+the file to read first). Everything here is imported when it is first used.
+"""  # noqa: E501
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from clara_jax.checkpoints.formats import load
-  from clara_jax.config import ClaraConfig, DataConfig, LoraConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig, config_dict
+  from clara_jax.config import (
+    ClaraConfig,
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    config_dict,
+  )
   from clara_jax.data.schemas import read_documents, read_rows
   from clara_jax.inference.answer import Answerer
   from clara_jax.inference.checkpoint import Checkpoint
@@ -33,17 +42,60 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _MODULE_OF = {
-    "Answerer": "inference.answer", "Checkpoint": "inference.checkpoint", "Clara": "model", "Hook": "training.hooks",
-    "Index": "retrieval.index", "MemoryStore": "memory.store", "Trainer": "training.trainer", "compress_corpus": "inference.compress",
-    "load": "checkpoints.formats", "load_config": "training.config_file", "read_documents": "data.schemas", "read_rows": "data.schemas", "train": "training.run",
-    **dict.fromkeys(("ClaraConfig", "DataConfig", "LoraConfig", "MeshConfig", "ModelConfig", "RunConfig", "TrainConfig", "config_dict"),
-                    "config"),
+  "Answerer": "inference.answer",
+  "Checkpoint": "inference.checkpoint",
+  "Clara": "model",
+  "Hook": "training.hooks",
+  "Index": "retrieval.index",
+  "MemoryStore": "memory.store",
+  "Trainer": "training.trainer",
+  "compress_corpus": "inference.compress",
+  "load": "checkpoints.formats",
+  "load_config": "training.config_file",
+  "read_documents": "data.schemas",
+  "read_rows": "data.schemas",
+  "train": "training.run",
+  **dict.fromkeys(
+    (
+      "ClaraConfig",
+      "DataConfig",
+      "LoraConfig",
+      "MeshConfig",
+      "ModelConfig",
+      "RunConfig",
+      "TrainConfig",
+      "config_dict",
+    ),
+    "config",
+  ),
 }
 _MODULES = {"estimators": "ops.estimators", "stages": "training.stages"}
 
-__all__ = ["Answerer", "Checkpoint", "Clara", "ClaraConfig", "DataConfig", "Hook", "Index", "LoraConfig", "MemoryStore", "MeshConfig",
-           "ModelConfig", "RunConfig", "TrainConfig", "Trainer", "compress_corpus", "config_dict", "estimators", "load", "load_config",
-           "read_documents", "read_rows", "stages", "train"]
+__all__ = [
+  "Answerer",
+  "Checkpoint",
+  "Clara",
+  "ClaraConfig",
+  "DataConfig",
+  "Hook",
+  "Index",
+  "LoraConfig",
+  "MemoryStore",
+  "MeshConfig",
+  "ModelConfig",
+  "RunConfig",
+  "TrainConfig",
+  "Trainer",
+  "compress_corpus",
+  "config_dict",
+  "estimators",
+  "load",
+  "load_config",
+  "read_documents",
+  "read_rows",
+  "stages",
+  "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,14 +19,15 @@
 | V      | vocabulary                                        |
 | Y      | layers                                            |
 
-The constants below are the *logical* names that parameters and activations carry. `sharding.py` maps them to mesh axes; nothing
-else does.
+The constants below are the *logical* names that parameters and activations carry. `sharding.py`
+maps them to mesh axes; nothing else does.
 """
 
 import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray  # what shapes in annotations are of: Float[Array, "B N"] (jaxtyping, in the letters above)
+# what shapes in annotations are of: Float[Array, "B N"] (jaxtyping, in the letters above)
+Array = jax.Array | np.ndarray
 
 BATCH = "batch"
 LENGTH = "length"

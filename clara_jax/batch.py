@@ -1,4 +1,5 @@
-"""What flows from the data pipeline to the model: arrays with names. See `axes.py` for the letters."""
+"""What flows from the data pipeline to the model: arrays with names. See `axes.py` for the
+letters."""
 
 import jax.numpy as jnp
 from flax import struct
@@ -11,7 +12,8 @@ GOLD = 8  # gold documents of a question, at most, where candidates are retrieve
 
 @struct.dataclass
 class Tokens:
-  """Right-padded rows of token ids: ids [..., L] int32, and how many of each row are real, lengths [...] int32."""
+  """Right-padded rows of token ids: ids [..., L] int32, and how many of each row are real, lengths
+  [...] int32."""
 
   ids: Int[Array, "*B L"]
   lengths: Int[Array, "*B"]
@@ -44,15 +46,19 @@ class Batch:
 
   Attributes:
     prompt: the generator's input and labels.
-    documents: [B, K, L] (scp, instruct) or [B, N, L] (joint, contrastive) encoder inputs; None where memories are given. Where rows share
-      documents, [U, L], each once.
-    document_slots: [B, K] or [B, N] int32, where rows share documents: which of the U each is; of a micro-batch's own.
+    documents: [B, K, L] (scp, instruct) or [B, N, L] (joint, contrastive) encoder inputs; None
+      where memories are given. Where rows share documents, [U, L], each once.
+    document_slots: [B, K] or [B, N] int32, where rows share documents: which of the U each is; of a
+      micro-batch's own.
     memories: [B, N, M, D] memory tokens read from a store; None where documents are given.
     question: [B, L] encoder inputs of the query reasoner (joint, contrastive).
-    is_gold: [B, N] bool, the gold documents among the candidates: a label for the contrastive stage, a metric elsewhere.
-    gold_slots: [B, GOLD] int32, the gold documents' slots in a `Corpus` from which the candidates are retrieved; -1 fills up.
+    is_gold: [B, N] bool, the gold documents among the candidates: a label for the contrastive
+      stage, a metric elsewhere.
+    gold_slots: [B, GOLD] int32, the gold documents' slots in a `Corpus` from which the candidates
+      are retrieved; -1 fills up.
     valid: [B] float32, 0 for rows that only fill up the last batch of an evaluation.
-    memory_tokens: m, how many of the M memory tokens its documents, memories, question and prompt have; None for all.
+    memory_tokens: m, how many of the M memory tokens its documents, memories, question and prompt
+      have; None for all.
   """
 
   prompt: Prompt
@@ -72,7 +78,8 @@ class Corpus:
 
   Attributes:
     memories: [S, M, D] memory tokens; slots beyond the documents are zeros.
-    scales: for every m that is searched with, [S] float32: 1 / norm of a document's first m memory tokens, flattened; 0 for an empty slot.
+    scales: for every m that is searched with, [S] float32: 1 / norm of a document's first m memory
+      tokens, flattened; 0 for an empty slot.
     candidates: N, how many are retrieved for a question.
   """
 

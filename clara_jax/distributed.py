@@ -12,11 +12,13 @@ from clara_jax.config import ConfigError
 log = logging.getLogger(__name__)
 
 
-def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+def initialize(
+  coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
   """Joins the processes of a run; call it before anything else of JAX.
 
-  Without arguments JAX finds the others itself: on Cloud TPU (also under GKE), SLURM, Kubernetes or Open MPI, or by
-  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  Without arguments JAX finds the others itself: on Cloud TPU (also under GKE), SLURM, Kubernetes or
+  Open MPI, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
   Args:
     coordinator: HOST:PORT of process 0.
@@ -27,18 +29,33 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     ConfigError: only some of the three are given, or the others are not to be found.
   """
   given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
-  environment = {"--coordinator": os.environ.get("JAX_COORDINATOR_ADDRESS"), "--processes": os.environ.get("JAX_NUM_PROCESSES"),
-                 "--process": os.environ.get("JAX_PROCESS_ID")}
+  environment = {
+    "--coordinator": os.environ.get("JAX_COORDINATOR_ADDRESS"),
+    "--processes": os.environ.get("JAX_NUM_PROCESSES"),
+    "--process": os.environ.get("JAX_PROCESS_ID"),
+  }
   if any(v is not None for v in given.values()) or environment["--coordinator"]:
-    given = {name: value if value is not None else environment[name] for name, value in given.items()}
+    given = {
+      name: value if value is not None else environment[name] for name, value in given.items()
+    }
     if missing := [name for name, value in given.items() if value is None]:
-      raise ConfigError(f"{', '.join(missing)}: missing; several processes by hand need --coordinator, --processes and --process")
-    coordinator, processes, process = given["--coordinator"], int(given["--processes"]), int(given["--process"])
+      raise ConfigError(
+        f"{', '.join(missing)}: missing; several processes by hand need --coordinator, "
+        f"--processes and --process"
+      )
+    coordinator, processes, process = (
+      given["--coordinator"],
+      int(given["--processes"]),
+      int(given["--process"]),
+    )
   try:
     jax.distributed.initialize(coordinator, processes, process)
   except (ValueError, RuntimeError) as error:
     raise ConfigError(f"--distributed: {str(error).splitlines()[0]}") from None
-  log.info(f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of {jax.device_count()} devices")
+  log.info(
+    f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of "
+    f"{jax.device_count()} devices"
+  )
 
 
 def is_main() -> bool:

@@ -2,4 +2,5 @@
 
 
 class InputError(ValueError):
-  """Something that the user gave cannot be used; the message names it, what was expected and what came. Commands end with status 2."""
+  """Something that the user gave cannot be used; the message names it, what was expected and what
+  came. Commands end with status 2."""

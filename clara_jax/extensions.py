@@ -32,7 +32,10 @@ def from_file(name: str, field: str) -> Any:
   sys.path.insert(0, str(file.resolve().parent))  # as `python file.py` has it
   try:
     spec.loader.exec_module(module)
-  except (Exception, SystemExit) as error:  # the user's code: whatever it is, it is named with its file
+  except (
+    Exception,
+    SystemExit,
+  ) as error:  # the user's code: whatever it is, it is named with its file
     del sys.modules[unique]
     raise ConfigError(f"{field}={name!r}: {path} fails: {type(error).__name__}: {error}") from error
   finally:

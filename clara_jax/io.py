@@ -1,6 +1,8 @@
-"""Files that can be relied upon: whole or not there, with checksums, and locked while somebody writes.
+"""Files that can be relied upon: whole or not there, with checksums, and locked while somebody
+writes.
 
-Nothing here waits for the disk (fsync): what is promised holds when processes end, however they end, not when the power does.
+Nothing here waits for the disk (fsync): what is promised holds when processes end, however they
+end, not when the power does.
 """
 
 import concurrent.futures
@@ -31,7 +33,8 @@ class LockedError(OSError):
 
 
 def write(file: Any, content: bytes | str) -> None:
-  """Writes a file (a path of `pathlib` or `epath`) beside its name and renames it: it is there as a whole, or as it was before."""
+  """Writes a file (a path of `pathlib` or `epath`) beside its name and renames it: it is there as a
+  whole, or as it was before."""
   content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
   part = file.parent / f"{file.name}.{uuid.uuid4().hex}.part"
   try:
@@ -53,10 +56,17 @@ SUMS = "checksums.json"
 
 
 def seal_folder(folder: Any, but: Sequence[str] = ()) -> None:
-  """Writes FOLDER/checksums.json, with the checksums of all files below, `but` for those of some names."""
+  """Writes FOLDER/checksums.json, with the checksums of all files below, `but` for those of some
+  names."""
   there = [f for f in files(folder) if f.name not in (SUMS, *but)]
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    sums = dict(zip([os.path.relpath(str(f), str(folder)) for f in there], pool.map(checksum, there), strict=True))
+    sums = dict(
+      zip(
+        [os.path.relpath(str(f), str(folder)) for f in there],
+        pool.map(checksum, there),
+        strict=True,
+      )
+    )
   write(folder / SUMS, sealed(sums))
 
 
@@ -70,8 +80,8 @@ def files(folder: Any) -> Iterator[Any]:
 
 
 def damage(folder: Any, below: str = "") -> str | None:
-  """What is wrong with a folder that was sealed, or with a folder below it: 'FILE is missing', say. None where it is whole, or was never
-  sealed."""
+  """What is wrong with a folder that was sealed, or with a folder below it: 'FILE is missing', say.
+  None where it is whole, or was never sealed."""
   try:
     sums = unsealed((folder / SUMS).read_bytes())
   except FileNotFoundError:
@@ -81,20 +91,31 @@ def damage(folder: Any, below: str = "") -> str | None:
 
   def one(name):
     try:
-      return None if checksum(folder / name) == sums[name] else f"{folder / name} is damaged (its checksum does not fit)"
+      return (
+        None
+        if checksum(folder / name) == sums[name]
+        else f"{folder / name} is damaged (its checksum does not fit)"
+      )
     except FileNotFoundError:
       return f"{folder / name} is missing"
     except OSError as error:
       return f"{folder / name}: {error.strerror}"
+
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    return next((found for found in pool.map(one, [name for name in sums if name.startswith(below)]) if found), None)
+    return next(
+      (
+        found for found in pool.map(one, [name for name in sums if name.startswith(below)]) if found
+      ),
+      None,
+    )
 
 
 def parse_json(text: str | bytes) -> Any:
   """`json.loads` for what others wrote: whatever is wrong with it is one kind of error.
 
   Raises:
-    ValueError: saying what; also for brackets nested too deep, numbers too long, and bytes that are no UTF-8.
+    ValueError: saying what; also for brackets nested too deep, numbers too long, and bytes that are
+      no UTF-8.
   """
   try:
     return json.loads(text)
@@ -108,7 +129,7 @@ def parse_json(text: str | bytes) -> Any:
     raise ValueError("not valid JSON: a number has too many digits") from None
 
 
-# ---- lines of JSON, each with its own checksum ---------------------------------------------------------------------------------
+# ---- lines of JSON, each with its own checksum ---------------------------------------------------
 
 
 def sealed(value: Mapping[str, Any]) -> bytes:
@@ -126,10 +147,10 @@ def unsealed(line: bytes) -> dict[str, Any]:
   """
   line = line.rstrip(b"\n")
   end = len(line) - len(_SUM) - _SUM_LENGTH - 2
-  if end < 1 or line[end:end + len(_SUM)] != _SUM.encode():
+  if end < 1 or line[end : end + len(_SUM)] != _SUM.encode():
     raise DamagedError("has no checksum at its end")
   text = line[:end].removesuffix(b", ") + b"}"
-  if line[end + len(_SUM):] != f'{_digest(text)}"}}'.encode():
+  if line[end + len(_SUM) :] != f'{_digest(text)}"}}'.encode():
     raise DamagedError("its checksum does not fit")
   return parse_json(text)
 
@@ -137,7 +158,7 @@ def unsealed(line: bytes) -> dict[str, Any]:
 def is_sealed(line: bytes) -> bool:
   """Whether a line ends with a checksum, right or wrong."""
   line = line.rstrip(b"\n")
-  return line[-len(_SUM) - _SUM_LENGTH - 2:].startswith(_SUM.encode())
+  return line[-len(_SUM) - _SUM_LENGTH - 2 :].startswith(_SUM.encode())
 
 
 def _digest(text: bytes) -> str:
@@ -145,12 +166,13 @@ def _digest(text: bytes) -> str:
 
 
 def append(descriptor: int, data: bytes) -> None:
-  """Appends to a file that was opened with O_APPEND, all or nothing: what a full disk cut is cut back."""
+  """Appends to a file that was opened with O_APPEND, all or nothing: what a full disk cut is cut
+  back."""
   end = os.fstat(descriptor).st_size
   rest = memoryview(data)
   try:
     while rest:
-      rest = rest[os.write(descriptor, rest):]
+      rest = rest[os.write(descriptor, rest) :]
   except BaseException:
     os.ftruncate(descriptor, end)
     raise
@@ -170,15 +192,15 @@ def cut_back(path: str) -> None:
     file.truncate(end)
 
 
-# ---- locks ---------------------------------------------------------------------------------------------------------------------
+# ---- locks ---------------------------------------------------------------------------------------
 
 
 _SOMEBODY = "another process"
 
 
 class Lock:
-  """A lock on a file, held until it is released or its process ends, however it ends. It works among the processes of one machine, and
-  among machines where their common file system has flock.
+  """A lock on a file, held until it is released or its process ends, however it ends. It works
+  among the processes of one machine, and among machines where their common file system has flock.
 
   Args:
     path: of the file; it says who holds it and is left there.
@@ -226,7 +248,8 @@ class Lock:
         with contextlib.suppress(OSError):
           if not self._shared:
             os.ftruncate(self._descriptor, 0)
-          fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # also for a child that was forked meanwhile and holds the file open
+          # also for a child that was forked meanwhile and holds the file open
+          fcntl.flock(self._descriptor, fcntl.LOCK_UN)
       os.close(self._descriptor)
       self._descriptor = -1
 

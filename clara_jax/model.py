@@ -8,9 +8,9 @@ The method in five lines:
     selected  = select(scores, memories)                  # [B, K, M, D]   straight-through top-k
     logits    = answer_logits(prompt, selected)           # [B, A, V]      generator
 
-All of it is one frozen decoder with three sets of LoRA weights. Weights are a plain dict of groups (`GROUPS`); a role is an entry
-of that dict. Everything here is a pure function of its arguments.
-"""
+All of it is one frozen decoder with three sets of LoRA weights. Weights are a plain dict of groups
+(`GROUPS`); a role is an entry of that dict. Everything here is a pure function of its arguments.
+"""  # noqa: E501
 
 import dataclasses
 import functools
@@ -51,8 +51,10 @@ class Clara:
 
   Attributes:
     config: sizes.
-    estimator: what teaches the scores in training; None: the straight-through top-k of `config.masking`.
-    memory_tokens: m, how many of the M memory tokens are written, scored and read; None for all (`first`). In the shapes below, M is m.
+    estimator: what teaches the scores in training; None: the straight-through top-k of
+      `config.masking`.
+    memory_tokens: m, how many of the M memory tokens are written, scored and read; None for all
+      (`first`). In the shapes below, M is m.
   """
 
   config: ClaraConfig
@@ -94,10 +96,11 @@ class Clara:
     """The base alone."""
     return Decoder(self.config.model, self.config.vocab_size)
 
-  # ---- weights -------------------------------------------------------------------------------------------------------------
+  # ---- weights -----------------------------------------------------------------------------------
 
   def init_boxed(self, rng: jax.Array, groups: tuple[str, ...] = GROUPS) -> dict[str, Any]:
-    """Fresh weights whose leaves carry their logical axes (for shardings under `jax.eval_shape`)."""
+    """Fresh weights whose leaves carry their logical axes (for shardings under
+    `jax.eval_shape`)."""
     made = {}
     for index, group in enumerate(GROUPS):
       if group not in groups:
@@ -105,21 +108,28 @@ class Clara:
       key = jax.random.fold_in(rng, index)
       if group == "memory_embedding":
         init = nn.with_logical_partitioning(
-            nn.initializers.normal(self.config.model.initializer_range), (axes.MEMORY, axes.WIDTH))
-        made[group] = init(key, (self.config.num_memory_tokens, self.config.model.width), jnp.float32)
+          nn.initializers.normal(self.config.model.initializer_range), (axes.MEMORY, axes.WIDTH)
+        )
+        made[group] = init(
+          key, (self.config.num_memory_tokens, self.config.model.width), jnp.float32
+        )
       else:
         x = jnp.zeros((1, 1, self.config.model.width), self.config.model.dtype)
         variables = (self.plain_decoder if group == "base" else self.decoder).init(key, x)
         made[group] = variables["params" if group == "base" else "lora"]
     if "temperature" in groups:
-      made["temperature"] = {"log": nn.with_logical_partitioning(lambda _: jnp.full(1, jnp.log(self.config.temperature)), (None,))(rng)}
+      made["temperature"] = {
+        "log": nn.with_logical_partitioning(
+          lambda _: jnp.full(1, jnp.log(self.config.temperature)), (None,)
+        )(rng)
+      }
     return made
 
   def init(self, rng: jax.Array, groups: tuple[str, ...] = GROUPS) -> dict[str, Any]:
     """Fresh weights of the named groups."""
     return nn.meta.unbox(self.init_boxed(rng, groups))
 
-  # ---- one pass of the decoder in a role -----------------------------------------------------------------------------------
+  # ---- one pass of the decoder in a role ---------------------------------------------------------
 
   def memory_slot(self, ids: Int[Array, "*B L"]) -> tuple[Bool[Array, "*B L"], Int[Array, "*B L"]]:
     """For token ids of any shape: (whether it is a `<MEMi>`, i where it is and 0 elsewhere)."""
@@ -128,16 +138,26 @@ class Clara:
     return is_memory, jnp.where(is_memory, slot, 0)
 
   def embed(self, weights: Weights, ids: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:
-    """ids: [..., L] -> [..., L, D]; `<MEM…>` ids read `memory_embedding`, all others the base's table."""
+    """ids: [..., L] -> [..., L, D]; `<MEM…>` ids read `memory_embedding`, all others the base's
+    table."""
     is_memory, slot = self.memory_slot(ids)
     table = self.plain_decoder.apply({"params": _group(weights, "base")}, ids, method="embed")
     rows = _group(weights, "memory_embedding")[slot]
     return jnp.where(is_memory[..., None], rows.astype(table.dtype), table)
 
-  def hidden(self, weights: Weights, role: Role | None, x: Float[Array, "B L D"], *, positions: Int[Array, "B L"] | None = None,
-             cache: KeyValues | None = None, dropout: jax.Array | None = None, return_kv: bool = False
-             ) -> tuple[Float[Array, "B L D"], KeyValues | None]:
-    """Last hidden states of the decoder in a role (None: the plain base), and keys and values; see `Decoder.__call__`.
+  def hidden(
+    self,
+    weights: Weights,
+    role: Role | None,
+    x: Float[Array, "B L D"],
+    *,
+    positions: Int[Array, "B L"] | None = None,
+    cache: KeyValues | None = None,
+    dropout: jax.Array | None = None,
+    return_kv: bool = False,
+  ) -> tuple[Float[Array, "B L D"], KeyValues | None]:
+    """Last hidden states of the decoder in a role (None: the plain base), and keys and values; see
+    `Decoder.__call__`.
 
     `dropout` is the key of LoRA dropout; None turns it off.
     """
@@ -147,21 +167,31 @@ class Clara:
       variables["lora"] = _group(weights, role)
       decoder = self.decoder
     rngs = None if dropout is None else {"dropout": dropout}
-    return decoder.apply(variables, x, positions, cache, deterministic=dropout is None, return_kv=return_kv, rngs=rngs)
+    return decoder.apply(
+      variables, x, positions, cache, deterministic=dropout is None, return_kv=return_kv, rngs=rngs
+    )
 
-  def logits(self, weights: Weights, hidden: Float[Array, "*B D"], output_matrix: Float[Array, "D V"] | None = None
-             ) -> Float[Array, "*B V"]:
-    """hidden: [..., D] -> next-token logits [..., V] float32; `output_matrix` where many calls share it."""
-    return self.plain_decoder.apply({"params": _group(weights, "base")}, hidden, output_matrix, method="logits")
+  def logits(
+    self,
+    weights: Weights,
+    hidden: Float[Array, "*B D"],
+    output_matrix: Float[Array, "D V"] | None = None,
+  ) -> Float[Array, "*B V"]:
+    """hidden: [..., D] -> next-token logits [..., V] float32; `output_matrix` where many calls
+    share it."""
+    return self.plain_decoder.apply(
+      {"params": _group(weights, "base")}, hidden, output_matrix, method="logits"
+    )
 
   def output_matrix(self, weights: Weights) -> Float[Array, "D V"]:
     """[D, V], the head (or the tied embedding)."""
     return self.plain_decoder.apply({"params": _group(weights, "base")}, method="output_matrix")
 
-  # ---- the method ----------------------------------------------------------------------------------------------------------
+  # ---- the method --------------------------------------------------------------------------------
 
-  def encode(self, weights: Weights, role: Role, texts: Tokens, dropout: jax.Array | None = None
-             ) -> tuple[Float[Array, "B M D"], Float[Array, "B L D"]]:
+  def encode(
+    self, weights: Weights, role: Role, texts: Tokens, dropout: jax.Array | None = None
+  ) -> tuple[Float[Array, "B M D"], Float[Array, "B L D"]]:
     """Reads `<ENC> <s> text </s> MEM_0 … MEM_{M-1}` in a role (paper §3.1).
 
     Args:
@@ -181,28 +211,38 @@ class Clara:
     m = self.num_memory_tokens
     return jnp.maximum(texts.lengths[..., None] - m, 0) + jnp.arange(m)
 
-  def compress(self, weights: Weights, documents: Tokens, dropout: jax.Array | None = None) -> Float[Array, "*B M D"]:
-    """Memory tokens of documents: ids [..., L] -> [..., M, D]. Leading axes (batch, candidates) are free."""
+  def compress(
+    self, weights: Weights, documents: Tokens, dropout: jax.Array | None = None
+  ) -> Float[Array, "*B M D"]:
+    """Memory tokens of documents: ids [..., L] -> [..., M, D]. Leading axes (batch, candidates) are
+    free."""
     lead = documents.ids.shape[:-1]
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lead):]), documents)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lead) :]), documents)
     memories, _ = self.encode(weights, "compressor", flat, dropout)
     return memories.reshape(*lead, *memories.shape[1:])
 
-  def encode_query(self, weights: Weights, questions: Tokens, dropout: jax.Array | None = None) -> Float[Array, "B M D"]:
+  def encode_query(
+    self, weights: Weights, questions: Tokens, dropout: jax.Array | None = None
+  ) -> Float[Array, "B M D"]:
     """Memory tokens of questions, in the documents' space: ids [B, L] -> [B, M, D] (paper §3.2)."""
     return self.encode(weights, "query_reasoner", questions, dropout)[0]
 
-  def score(self, query: Float[Array, "B M D"], memories: Float[Array, "B N M D"]) -> Float[Array, "B N"]:
-    """Cosine of the flattened memory tokens, float32 (paper Eq. 3.1): [B, M, D], [B, N, M, D] -> [B, N]."""
+  def score(
+    self, query: Float[Array, "B M D"], memories: Float[Array, "B N M D"]
+  ) -> Float[Array, "B N"]:
+    """Cosine of the flattened memory tokens, float32 (paper Eq. 3.1): [B, M, D], [B, N, M, D] ->
+    [B, N]."""
     query = query.reshape(*query.shape[:-2], -1).astype(jnp.float32)
     memories = memories.reshape(*memories.shape[:-2], -1).astype(jnp.float32)
     if self.config.center_scores:
       memories = memories - memories.mean(axis=-2, keepdims=True)
     return jnp.einsum("bd,bnd->bn", _normalize(query), _normalize(memories))
 
-  def select(self, scores: Float[Array, "B N"], memories: Float[Array, "B N M D"], k: int | None = None
-             ) -> tuple[Float[Array, "B K M D"], Int[Array, "B K"]]:
-    """The K best candidates with the straight-through gradient (paper Eq. 3.3, Algorithm 1; `ops/topk.py`).
+  def select(
+    self, scores: Float[Array, "B N"], memories: Float[Array, "B N M D"], k: int | None = None
+  ) -> tuple[Float[Array, "B K M D"], Int[Array, "B K"]]:
+    """The K best candidates with the straight-through gradient (paper Eq. 3.3, Algorithm 1;
+    `ops/topk.py`).
 
     Args:
       scores: [B, N].
@@ -217,14 +257,24 @@ class Clara:
     """
     config = self.config
     return jax.vmap(
-        lambda s, m: straight_through_top_k(s, m, k or config.top_k, config.temperature, config.masking))(scores, memories)
+      lambda s, m: straight_through_top_k(
+        s, m, k or config.top_k, config.temperature, config.masking
+      )
+    )(scores, memories)
 
   def temperature(self, weights: Weights) -> float | jax.Array:
     """τ: the configuration's, or what it has come to by now."""
-    return jnp.exp(weights["temperature"]["log"][0]) if "temperature" in weights else self.config.temperature
+    return (
+      jnp.exp(weights["temperature"]["log"][0])
+      if "temperature" in weights
+      else self.config.temperature
+    )
 
-  def splice(self, weights: Weights, ids: Int[Array, "B T"], memories: Float[Array, "B K M D"]) -> Float[Array, "B T D"]:
-    """Prompt embeddings with the memory slots filled: ids [B, T], memories [B, K, M, D] -> [B, T, D].
+  def splice(
+    self, weights: Weights, ids: Int[Array, "B T"], memories: Float[Array, "B K M D"]
+  ) -> Float[Array, "B T D"]:
+    """Prompt embeddings with the memory slots filled: ids [B, T], memories [B, K, M, D] -> [B, T,
+    D].
 
     The i-th `<MEM…>` id of a row takes the i-th memory token of its documents.
     """
@@ -235,8 +285,14 @@ class Clara:
     filled = jnp.take_along_axis(flat, order[..., None], axis=1)
     return jnp.where(is_memory[..., None], filled.astype(table.dtype), table)
 
-  def answer_states(self, weights: Weights, prompt: Prompt, memories: Float[Array, "B K M D"] | None, role: Role | None = "generator",
-                    dropout: jax.Array | None = None) -> Float[Array, "B A D"]:
+  def answer_states(
+    self,
+    weights: Weights,
+    prompt: Prompt,
+    memories: Float[Array, "B K M D"] | None,
+    role: Role | None = "generator",
+    dropout: jax.Array | None = None,
+  ) -> Float[Array, "B A D"]:
     """Last hidden states at the label positions.
 
     Args:
@@ -254,9 +310,16 @@ class Clara:
     hidden, _ = self.hidden(weights, role, x, dropout=dropout)
     return jnp.take_along_axis(hidden, prompt.label_positions[..., None], axis=1)
 
-  def answer_logits(self, weights: Weights, prompt: Prompt, memories: Float[Array, "B K M D"] | None, role: Role | None = "generator",
-                    dropout: jax.Array | None = None) -> Float[Array, "B A V"]:
-    """Logits [B, A, V] float32 at the label positions only, so that [B, T, V] is never formed; see `answer_states`."""
+  def answer_logits(
+    self,
+    weights: Weights,
+    prompt: Prompt,
+    memories: Float[Array, "B K M D"] | None,
+    role: Role | None = "generator",
+    dropout: jax.Array | None = None,
+  ) -> Float[Array, "B A V"]:
+    """Logits [B, A, V] float32 at the label positions only, so that [B, T, V] is never formed; see
+    `answer_states`."""
     return self.logits(weights, self.answer_states(weights, prompt, memories, role, dropout))
 
 

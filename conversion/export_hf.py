@@ -1,4 +1,5 @@
-"""A clara_jax checkpoint leaves as a plain Hugging Face model, with a role merged into it if one is named.
+"""A clara_jax checkpoint leaves as a plain Hugging Face model, with a role merged into it if one is
+named.
 
     python conversion/export_hf.py SRC DST [--role generator] [--to hf|peft|upstream] [--verify]
 

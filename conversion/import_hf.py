@@ -1,4 +1,5 @@
-"""A Hugging Face model, a GGUF file, a PEFT adapter or a checkpoint of the released code becomes a clara_jax checkpoint.
+"""A Hugging Face model, a GGUF file, a PEFT adapter or a checkpoint of the released code becomes a
+clara_jax checkpoint.
 
     python conversion/import_hf.py SRC DST [--base DIR] [--verify]
 

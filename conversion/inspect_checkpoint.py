@@ -1,6 +1,7 @@
-"""What is in a checkpoint of any kind: its configuration, its base, every tensor; nothing is loaded.
+"""What is in a checkpoint of any kind: its configuration, its base, every tensor; nothing is
+loaded.
 
-    python conversion/inspect_checkpoint.py CKPT [--base DIR] [--allow-config FIELD] [--hash]
+python conversion/inspect_checkpoint.py CKPT [--base DIR] [--allow-config FIELD] [--hash]
 """
 
 import argparse
@@ -16,11 +17,23 @@ from clara_jax.config import to_json
 
 def main() -> int:
   """Prints; returns the exit status."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("checkpoint")
-  parser.add_argument("--base", help="the base, where the checkpoint's own record does not lead to it")
-  parser.add_argument("--allow-config", action="append", default=[], metavar="FIELD", help="a field that is not known and changes nothing")
-  parser.add_argument("--hash", action="store_true", help="read the whole base and compare its hash with the record")
+  parser.add_argument(
+    "--base", help="the base, where the checkpoint's own record does not lead to it"
+  )
+  parser.add_argument(
+    "--allow-config",
+    action="append",
+    default=[],
+    metavar="FIELD",
+    help="a field that is not known and changes nothing",
+  )
+  parser.add_argument(
+    "--hash", action="store_true", help="read the whole base and compare its hash with the record"
+  )
   options = parser.parse_args()
   configure_logging()
   try:
@@ -38,7 +51,9 @@ def main() -> int:
     print(f"\n{name}")
     for path, leaf in sorted(lazy.leaves({"": tree})):
       total += math.prod(leaf.shape)
-      print(f"  {'/'.join(path[1:]) or name:<40} {leaf.dtype!s:<9} {'x'.join(map(str, leaf.shape))}")
+      print(
+        f"  {'/'.join(path[1:]) or name:<40} {leaf.dtype!s:<9} {'x'.join(map(str, leaf.shape))}"
+      )
     print(f"  {total:,} parameters")
   return 0
 

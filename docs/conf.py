@@ -6,9 +6,9 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import pages
+import pages  # noqa: E402
 
-import clara_jax
+import clara_jax  # noqa: E402
 
 pages.write(HERE)
 
@@ -23,4 +23,5 @@ html_title = "clara_jax"
 autodoc_typehints = "none"  # shapes are in the text
 autodoc_member_order = "bysource"
 napoleon_custom_sections = []
-suppress_warnings = ["myst.header", "docutils", "ref.python"]  # docstrings are written for the eye: tables and indented lines in them
+# docstrings are written for the eye: tables and indented lines in them
+suppress_warnings = ["myst.header", "docutils", "ref.python"]

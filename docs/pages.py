@@ -1,4 +1,5 @@
-"""Pages of the site that are made from the code: the README as home, the commands' options, the configuration, the Python API."""
+"""Pages of the site that are made from the code: the README as home, the commands' options, the
+configuration, the Python API."""
 
 import argparse
 import pathlib
@@ -9,9 +10,26 @@ from clara_jax.cli.main import COMMANDS, command_module
 from clara_jax.config import config_dict, field_meanings
 
 CONTENTS = {
-    "Guides": ("install", "quickstart", "training", "pods", "conversion", "corpus", "gradients", "evaluation", "synthesis", "reliability"),
-    "Results": ("joint_stage", "reproduction", "ratios", "real_language", "performance"),
-    "Reference": ("commands", "reference/cli", "reference/configuration", "reference/api", "architecture"),
+  "Guides": (
+    "install",
+    "quickstart",
+    "training",
+    "pods",
+    "conversion",
+    "corpus",
+    "gradients",
+    "evaluation",
+    "synthesis",
+    "reliability",
+  ),
+  "Results": ("joint_stage", "reproduction", "ratios", "real_language", "performance"),
+  "Reference": (
+    "commands",
+    "reference/cli",
+    "reference/configuration",
+    "reference/api",
+    "architecture",
+  ),
 }
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -19,33 +37,57 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def write(folder: pathlib.Path) -> None:
   """Writes the generated pages below the folder of the sources; they are not kept."""
   (folder / "reference").mkdir(exist_ok=True)
-  for name, text in {"index.md": home(), "reference/cli.md": commands(), "reference/configuration.md": configuration(),
-                     "reference/api.md": api()}.items():
+  for name, text in {
+    "index.md": home(),
+    "reference/cli.md": commands(),
+    "reference/configuration.md": configuration(),
+    "reference/api.md": api(),
+  }.items():
     if not (folder / name).exists() or (folder / name).read_text(encoding="utf-8") != text:
       (folder / name).write_text(text, encoding="utf-8")
 
 
 def home() -> str:
-  """The README, whose links are followed from here (files outside of the site are named only), and the table of contents."""
+  """The README, whose links are followed from here (files outside of the site are named only), and
+  the table of contents."""
   text = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
   text = re.sub(r"\[([^\]]+)\]\((?:[A-Z]+(?:\.md|\.cff)?|examples[^)]*)\)", r"`\1`", text)
-  return text + "".join(f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(names) + "\n```\n"
-                        for caption, names in CONTENTS.items())
+  return text + "".join(
+    f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(names) + "\n```\n"
+    for caption, names in CONTENTS.items()
+  )
 
 
 def commands() -> str:
   """Every command with its options, from the parsers."""
-  lines = ["# Options of the commands", "", "Made from the parsers; `clara COMMAND --help` says the same."]
+  lines = [
+    "# Options of the commands",
+    "",
+    "Made from the parsers; `clara COMMAND --help` says the same.",
+  ]
   for name in COMMANDS:
     parser = argparse.ArgumentParser(prog=f"clara {name}")
     command_module(name).add_arguments(parser)
-    lines += ["", f"## clara {name}", "", _escape(command_module(name).HELP), "", "| option | default | meaning |", "|---|---|---|"]
+    lines += [
+      "",
+      f"## clara {name}",
+      "",
+      _escape(command_module(name).HELP),
+      "",
+      "| option | default | meaning |",
+      "|---|---|---|",
+    ]
     for action in parser._actions:
       if "--help" in action.option_strings:
         continue
       shown = ", ".join(action.option_strings) or str(action.metavar or action.dest)
-      default = "required" if action.required and action.option_strings else (
-          "" if action.default in (None, argparse.SUPPRESS, False, []) else f"`{action.default}`")
+      default = (
+        "required"
+        if action.required and action.option_strings
+        else (
+          "" if action.default in (None, argparse.SUPPRESS, False, []) else f"`{action.default}`"
+        )
+      )
       choices = f" One of {', '.join(f'`{c}`' for c in action.choices)}." if action.choices else ""
       lines.append(f"| `{shown}` | {default} | {_escape((action.help or '') + choices)} |")
   return "\n".join(lines) + "\n"
@@ -54,14 +96,25 @@ def commands() -> str:
 def configuration() -> str:
   """Every field of `RunConfig` with its default and meaning."""
   meanings = field_meanings()
-  lines = ["# Configuration", "", "Made from the dataclasses of `clara_jax/config.py`; `clara config FILE.py:STAGE` prints what a run would "
-           "use. Fields of `clara.model` are the base's unless they are named."]
+  lines = [
+    "# Configuration",
+    "",
+    "Made from the dataclasses of `clara_jax/config.py`; `clara config FILE.py:STAGE` prints what "
+    "a run would "
+    "use. Fields of `clara.model` are the base's unless they are named.",
+  ]
 
   def add(title, prefix, values):
-    rows = {name: value for name, value in values.items() if not hasattr(value, "items") or not value}
+    rows = {
+      name: value for name, value in values.items() if not hasattr(value, "items") or not value
+    }
     lines.extend(["", f"## {title}", "", "| field | default | meaning |", "|---|---|---|"])
     for name, value in rows.items():
-      shown = "" if value is None or prefix == "clara.model." else f"`{list(value) if isinstance(value, tuple) else value}`"
+      shown = (
+        ""
+        if value is None or prefix == "clara.model."
+        else f"`{list(value) if isinstance(value, tuple) else value}`"
+      )
       lines.append(f"| `{prefix}{name}` | {shown} | {_escape(meanings[prefix + name])} |")
     for name, value in values.items():
       if name not in rows:
@@ -76,13 +129,31 @@ def api() -> str:
   lines = ["# Python API", "", "`import clara_jax` imports nothing else before a name is used."]
   for name in clara_jax.__all__:
     value = getattr(clara_jax, name)
-    kind = "automodule" if name in ("estimators", "stages") else "autoclass" if isinstance(value, type) else "autofunction"
+    kind = (
+      "automodule"
+      if name in ("estimators", "stages")
+      else "autoclass"
+      if isinstance(value, type)
+      else "autofunction"
+    )
     target = value.__name__ if kind == "automodule" else f"{value.__module__}.{value.__qualname__}"
-    members = "" if kind == "autofunction" else "\n   :members:\n   :imported-members:\n   :exclude-members: indices, rows, log_prob" if kind == "automodule" else "\n   :members:"
-    lines += ["", f"## clara_jax.{name}", "", "```{eval-rst}", f".. {kind}:: {target}{members}", "```"]
+    members = (
+      ""
+      if kind == "autofunction"
+      else "\n   :members:\n   :imported-members:\n   :exclude-members: indices, rows, log_prob"
+      if kind == "automodule"
+      else "\n   :members:"
+    )
+    lines += [
+      "",
+      f"## clara_jax.{name}",
+      "",
+      "```{eval-rst}",
+      f".. {kind}:: {target}{members}",
+      "```",
+    ]
   return "\n".join(lines) + "\n"
 
 
 def _escape(text: str) -> str:
   return text.replace("|", "\\|").replace("<", "&lt;").replace("%%", "%")
-

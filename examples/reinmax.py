@@ -1,10 +1,11 @@
-"""An estimator of one's own: ReinMax (Liu et al., arXiv 2304.08612), slot by slot. docs/gradients.md builds it up.
+"""An estimator of one's own: ReinMax (Liu et al., arXiv 2304.08612), slot by slot.
+docs/gradients.md builds it up.
 
     clara gradients --out lab --estimators algorithm1 gumbel examples/reinmax.py:reinmax
     clara train --config … --config.estimator=examples/reinmax.py:reinmax --config.estimator_args.sharpness=1.0
 
 or, as a script, its audit beside two others: `python examples/reinmax.py`.
-"""
+"""  # noqa: E501
 
 import tempfile
 
@@ -15,8 +16,9 @@ from clara_jax.ops.estimators import Selection, weighted
 
 
 def reinmax(scores, k, temperature, rng, sharpness: float = 1.0) -> Selection:
-  """Second-order straight-through: with D the document that was drawn and π the softmax it was drawn from, the gradient is twice that
-  through (π + D)/2 less half of that through π. Exact for losses that are quadratic in the weights of a single slot (K = 1)."""
+  """Second-order straight-through: with D the document that was drawn and π the softmax it was
+  drawn from, the gradient is twice that through (π + D)/2 less half of that through π. Exact for
+  losses that are quadratic in the weights of a single slot (K = 1)."""
   theta = sharpness * scores.astype(jnp.float32) / temperature
   noise = jax.random.gumbel(rng, theta.shape)
   indices = jax.lax.top_k(theta + noise, k)[1]  # a draw from Plackett–Luce
@@ -31,6 +33,9 @@ def reinmax(scores, k, temperature, rng, sharpness: float = 1.0) -> Selection:
 
 if __name__ == "__main__":
   from clara_jax.experiments.laboratory import laboratory
+
   with tempfile.TemporaryDirectory() as out:
-    laboratory.run_audit(out, ("algorithm1", "gumbel", "score_function", f"{__file__}:reinmax"), draws=500, varied=())
+    laboratory.run_audit(
+      out, ("algorithm1", "gumbel", "score_function", f"{__file__}:reinmax"), draws=500, varied=()
+    )
     print(open(f"{out}/gradients.md", encoding="utf-8").read())

@@ -1,16 +1,19 @@
-"""Does a run fit, and how fast can it be? Compiles its step for a TPU topology, on a machine without TPUs.
+"""Does a run fit, and how fast can it be? Compiles its step for a TPU topology, on a machine
+without TPUs.
 
     python launch/aot.py --config configs/mistral_7b.py:scp --topology v5e:4x8              # compiled; needs the extra 'tpu' (libtpu)
     python launch/aot.py --config configs/mistral_7b.py:scp --gpus 8 --chip h100            # by analysis, nothing is compiled
 
-The step, its shapes and its shardings are those of `clara train`; batches have the largest shapes that the configuration allows. With
-`--program compress` (a pass over `data.batch_size` documents) or `answer` (as many questions, 32 tokens each) those of inference.
-Overrides as in training: `--config.train.accumulate=4`. With --json one object: chips, mesh, fits, bytes_per_chip {arguments,
-temporaries, output, total}, memory_per_chip, flops_per_step (all chips, recomputation included), collectives {kind: how often they
-run}, interconnect_bytes_per_chip, memory_traffic_bytes_per_chip, roofline_seconds {compute, memory, interconnect, step},
-compile_seconds, remedies (what would make it fit, where it does not), method ('compiled' or 'analysis').
-Exit status: 0 it fits, 1 it does not, 2 wrong usage.
-"""
+The step, its shapes and its shardings are those of `clara train`; batches have the largest shapes
+that the configuration allows. With `--program compress` (a pass over `data.batch_size` documents)
+or `answer` (as many questions, 32 tokens each) those of inference. Overrides as in training:
+`--config.train.accumulate=4`. With --json one object: chips, mesh, fits, bytes_per_chip {arguments,
+temporaries, output, total}, memory_per_chip, flops_per_step (all chips, recomputation included),
+collectives {kind: how often they run}, interconnect_bytes_per_chip, memory_traffic_bytes_per_chip,
+roofline_seconds {compute, memory, interconnect, step}, compile_seconds, remedies (what would make
+it fit, where it does not), method ('compiled' or 'analysis'). Exit status: 0 it fits, 1 it does
+not, 2 wrong usage.
+"""  # noqa: E501
 
 import argparse
 import importlib.util
@@ -18,9 +21,15 @@ import json
 import os
 import sys
 
-# libtpu compiles; it looks for no TPU and may be loaded by several programs. Arrays live on the CPU.
-os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu",
-                  TF_CPP_MIN_LOG_LEVEL="2", ABSL_MIN_LOG_LEVEL="2")
+# libtpu compiles; it looks for no TPU and may be loaded by several programs. Arrays live on the
+# CPU.
+os.environ.update(
+  TPU_SKIP_MDS_QUERY="1",
+  ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+  JAX_PLATFORMS="cpu",
+  TF_CPP_MIN_LOG_LEVEL="2",
+  ABSL_MIN_LOG_LEVEL="2",
+)
 
 import jax
 import numpy as np
@@ -39,14 +48,23 @@ from clara_jax.training.program import Program
 
 def main(arguments: list[str] | None = None) -> int:
   """Prints the report; returns the exit status."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--config", required=True, metavar="FILE.py[:NAME]")
   where = parser.add_mutually_exclusive_group(required=True)
   where.add_argument("--topology", help="chip and shape: v5e:4x8, v5p:2x2x4, v6e:4x4")
   where.add_argument("--gpus", type=int, help="how many GPUs; by analysis")
   parser.add_argument("--program", choices=("train", *PROGRAMS), default="train")
-  parser.add_argument("--slices", type=int, default=1, help="how many such topologies, joined by the data center network")
-  parser.add_argument("--chip", choices=sorted(cost.CHIPS), default="h100", help="of --gpus; default h100")
+  parser.add_argument(
+    "--slices",
+    type=int,
+    default=1,
+    help="how many such topologies, joined by the data center network",
+  )
+  parser.add_argument(
+    "--chip", choices=sorted(cost.CHIPS), default="h100", help="of --gpus; default h100"
+  )
   parser.add_argument("--json", action="store_true")
   options, overrides = parser.parse_known_args(arguments)
   try:
@@ -60,12 +78,20 @@ def main(arguments: list[str] | None = None) -> int:
   except ConfigError as error:
     print(f"aot: {error}", file=sys.stderr)
     return 2
-  report = {"config": options.config, "topology": options.topology or f"{options.gpus} x {options.chip}", "chips": program.mesh.size,
-            "mesh": dict(program.mesh.shape)}
+  report = {
+    "config": options.config,
+    "topology": options.topology or f"{options.gpus} x {options.chip}",
+    "chips": program.mesh.size,
+    "mesh": dict(program.mesh.shape),
+  }
   if options.program != "train":
     if not options.topology:
       parser.error(f"--program {options.program} needs --topology")
-    report |= {"program": options.program, **cost.compiled(program, chip, *PROGRAMS[options.program](program)), "remedies": []}
+    report |= {
+      "program": options.program,
+      **cost.compiled(program, chip, *PROGRAMS[options.program](program)),
+      "remedies": [],
+    }
   else:
     report |= cost.compiled(program, chip) if options.topology else cost.analyzed(program, chip)
     report["remedies"] = [] if report["fits"] else cost.remedies(program, chip)
@@ -77,23 +103,43 @@ def compress_step(program: Program):
   """A pass of the compressor over documents of full length, and its arguments."""
   clara = program.config.clara
   return jax.jit(program.model.compress), (
-      {g: program.weights_shapes(g) for g in ("base", "memory_embedding", "compressor")},
-      _tokens(program, clara.doc_max_length + EXTRA_TOKENS + clara.num_memory_tokens, program.config.data.document_bucket))
+    {g: program.weights_shapes(g) for g in ("base", "memory_embedding", "compressor")},
+    _tokens(
+      program,
+      clara.doc_max_length + EXTRA_TOKENS + clara.num_memory_tokens,
+      program.config.data.document_bucket,
+    ),
+  )
 
 
 def answer_step(program: Program):
-  """Answers of NEW_TOKENS tokens from K documents each and questions of 64 tokens, and their arguments."""
+  """Answers of NEW_TOKENS tokens from K documents each and questions of 64 tokens, and their
+  arguments."""
   clara, batch = program.config.clara, program.config.data.batch_size
   slots = clara.top_k * (clara.num_memory_tokens + 1)
-  memories = jax.ShapeDtypeStruct((batch, clara.top_k, clara.num_memory_tokens, clara.model.width), clara.model.dtype,
-                                  sharding=program.batch_sharding)
+  memories = jax.ShapeDtypeStruct(
+    (batch, clara.top_k, clara.num_memory_tokens, clara.model.width),
+    clara.model.dtype,
+    sharding=program.batch_sharding,
+  )
   return jax.jit(Greedy(program.model, NEW_TOKENS, end_ids=(2,), pad_id=0).__call__), (
-      {g: program.weights_shapes(g) for g in ("base", "memory_embedding", "generator")}, _tokens(program, slots + 128, 128), memories)
+    {g: program.weights_shapes(g) for g in ("base", "memory_embedding", "generator")},
+    _tokens(program, slots + 128, 128),
+    memories,
+  )
 
 
 def _tokens(program, length, bucket):
-  ids, lengths = ((program.config.data.batch_size, padded_length(length, bucket)), (program.config.data.batch_size,))
-  return Tokens(*(jax.ShapeDtypeStruct(shape, np.int32, sharding=program.batch_sharding) for shape in (ids, lengths)))
+  ids, lengths = (
+    (program.config.data.batch_size, padded_length(length, bucket)),
+    (program.config.data.batch_size,),
+  )
+  return Tokens(
+    *(
+      jax.ShapeDtypeStruct(shape, np.int32, sharding=program.batch_sharding)
+      for shape in (ids, lengths)
+    )
+  )
 
 
 NEW_TOKENS = 32
@@ -107,23 +153,44 @@ def _topology(name: str, slices: int):
   try:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices)
   except Exception as error:
-    hint = "" if importlib.util.find_spec("libtpu") else " (the compiler comes with pip install -e '.[tpu]')"
-    raise ConfigError(f"--topology {name}: {str(error).splitlines()[0]}{hint}; shapes are those of Cloud TPU slices, such as v5e:2x2, 2x4, "
-                      "4x4, 4x8, 8x8, 8x16, 16x16 or v5p:2x2x2, 2x2x4, 4x4x4") from None
+    hint = (
+      ""
+      if importlib.util.find_spec("libtpu")
+      else " (the compiler comes with pip install -e '.[tpu]')"
+    )
+    raise ConfigError(
+      f"--topology {name}: {str(error).splitlines()[0]}{hint}; shapes are those of Cloud TPU "
+      f"slices, such as v5e:2x2, 2x4, "
+      "4x4, 4x8, 8x8, 8x16, 16x16 or v5p:2x2x2, 2x2x4, 4x4x4"
+    ) from None
   return cost.CHIPS[kind], topology.devices
 
 
 def _text(report: dict) -> str:
-  gib = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in report["bytes_per_chip"].items() if size)
-  lines = [f"{report['config']} on {report['topology']}: {report['chips']} chips, mesh {report['mesh']} ({report['method']})",
-           f"  {'fits' if report['fits'] else 'DOES NOT FIT'}: GiB per chip {gib} of {report['memory_per_chip'] / 2**30:.2f}",
-           *([f"  {report['reason']}"] if "reason" in report else []),
-           f"  {report['flops_per_step']:.3g} FLOPs a step" + (
-               f", compiled in {report['compile_seconds']:.0f} s" if report["method"] == "compiled" else "")]
+  gib = ", ".join(
+    f"{name} {size / 2**30:.2f}" for name, size in report["bytes_per_chip"].items() if size
+  )
+  lines = [
+    f"{report['config']} on {report['topology']}: {report['chips']} chips, mesh {report['mesh']} "
+    f"({report['method']})",
+    f"  {'fits' if report['fits'] else 'DOES NOT FIT'}: GiB per chip {gib} of "
+    f"{report['memory_per_chip'] / 2**30:.2f}",
+    *([f"  {report['reason']}"] if "reason" in report else []),
+    f"  {report['flops_per_step']:.3g} FLOPs a step"
+    + (
+      f", compiled in {report['compile_seconds']:.0f} s" if report["method"] == "compiled" else ""
+    ),
+  ]
   if report["collectives"]:
-    lines.append(f"  collectives {report['collectives']}, {report['interconnect_bytes_per_chip'] / 1e9:.1f} GB received a chip")
+    lines.append(
+      f"  collectives {report['collectives']}, {report['interconnect_bytes_per_chip'] / 1e9:.1f} "
+      f"GB received a chip"
+    )
   if "roofline_seconds" in report:
-    lines.append("  at least, seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in report["roofline_seconds"].items()))
+    lines.append(
+      "  at least, seconds: "
+      + ", ".join(f"{k} {v:.2f}" for k, v in report["roofline_seconds"].items())
+    )
   return "\n".join(lines + [f"  would fit with {remedy}" for remedy in report["remedies"]])
 
 

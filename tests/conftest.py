@@ -1,4 +1,5 @@
-"""Shared test helpers. Golden data and real data live beside the repository; tests that need them skip where they are missing."""
+"""Shared test helpers. Golden data and real data live beside the repository; tests that need them
+skip where they are missing."""
 
 import logging
 import os
@@ -7,8 +8,11 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # a mesh in every test
 # Most of the time is compiling.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-                      "--xla_cpu_parallel_codegen_split_count=1")
+os.environ.setdefault(
+  "XLA_FLAGS",
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+  "--xla_cpu_parallel_codegen_split_count=1",
+)
 
 import hypothesis
 import pytest
@@ -21,15 +25,21 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
 
 # What `make test-real` fetches from the package registry.
-REAL = pathlib.Path(os.environ.get("CLARA_REAL", pathlib.Path(__file__).resolve().parents[1] / ".real"))
-SHARED = pathlib.Path(os.environ.get("CLARA_SHARED", pathlib.Path(__file__).resolve().parents[2] / "shared"))
+REAL = pathlib.Path(
+  os.environ.get("CLARA_REAL", pathlib.Path(__file__).resolve().parents[1] / ".real")
+)
+SHARED = pathlib.Path(
+  os.environ.get("CLARA_SHARED", pathlib.Path(__file__).resolve().parents[2] / "shared")
+)
 
 
 def shared(*parts: str) -> pathlib.Path:
   """A path below the shared data folder; skips the test where it is missing."""
   path = SHARED.joinpath(*parts)
   if not path.exists():
-    pytest.skip(f"{'/'.join(parts)} is not there: set CLARA_SHARED to the folder with golden/ and data/")
+    pytest.skip(
+      f"{'/'.join(parts)} is not there: set CLARA_SHARED to the folder with golden/ and data/"
+    )
   return path
 
 
@@ -49,7 +59,7 @@ def plain_logging():
   logger.setLevel(level)
 
 
-ESTIMATOR = '''
+ESTIMATOR = """
 import jax
 from clara_jax.ops.estimators import Selection, weighted
 
@@ -57,12 +67,13 @@ def mine(scores, k, temperature, rng, scale: float = 1.0) -> Selection:
   indices = jax.lax.top_k(scores, k)[1]
   soft = jax.nn.softmax(scale * scores / temperature)
   return weighted(indices, jax.numpy.repeat(soft[:, None], k, axis=1))
-'''
+"""
 
 
 @pytest.fixture
 def own_estimator(tmp_path, monkeypatch) -> str:
-  """FILE.py:mine; the same function is the entry point 'mine' of a package, as pip would install it."""
+  """FILE.py:mine; the same function is the entry point 'mine' of a package, as pip would install
+  it."""
   (tmp_path / "my_package.py").write_text(ESTIMATOR)
   info = tmp_path / "my_package-1.0.dist-info"
   info.mkdir()

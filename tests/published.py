@@ -1,5 +1,6 @@
-"""Published models made small: the fields of their config.json and generation_config.json, their kind of tokenizer, and templates of their
-shape, with random weights of a few thousand numbers. The templates are written here; tests/test_real.py has the published ones.
+"""Published models made small: the fields of their config.json and generation_config.json, their
+kind of tokenizer, and templates of their shape, with random weights of a few thousand numbers. The
+templates are written here; tests/test_real.py has the published ones.
 """
 
 import dataclasses
@@ -8,50 +9,91 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+  AddedToken,
+  Tokenizer,
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  trainers,
+)
 
 TEXT = [
-  "You are a helpful assistant. Your task is to extract relevant information from provided documents and to answer to questions as "
+  "You are a helpful assistant. Your task is to extract relevant information from provided "
+  "documents and to answer to questions as "
   "briefly as possible.",
-  "Given a document, your task is to generate some single questions to cover all key information of the document and answer them "
+  "Given a document, your task is to generate some single questions to cover all key information "
+  "of the document and answer them "
   "sequentially.",
-  "Background: Question: Answer: What is the capital of France? Paris. Who was Ada? Where is Berlin? It is in Germany, user and system.",
+  "Background: Question: Answer: What is the capital of France? Paris. Who was Ada? Where is "
+  "Berlin? It is in Germany, user and system.",
 ] * 3
 
 
 def _chatml(first: str = "", think: bool = False) -> str:
-  thought = "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}" if think else ""
-  answered = "{% if loop.last and m.role == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}" if think else ""
+  thought = (
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' "
+    "}}{% endif %}"
+    if think
+    else ""
+  )
+  answered = (
+    "{% if loop.last and m.role == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    if think
+    else ""
+  )
   return (
-    f"{{% if messages[0].role != 'system' %}}{{{{ '<|im_start|>system\\nYou are SmallModel.<|im_end|>\\n' }}}}{{% endif %}}{first}"
-    f"{{% for m in messages %}}{{{{ '<|im_start|>' + m.role + '\\n' }}}}{answered}{{{{ m.content + '<|im_end|>\\n' }}}}{{% endfor %}}"
+    f"{{% if messages[0].role != 'system' %}}{{{{ '<|im_start|>system\\nYou are "
+    f"SmallModel.<|im_end|>\\n' }}}}{{% endif %}}{first}"
+    f"{{% for m in messages %}}{{{{ '<|im_start|>' + m.role + '\\n' }}}}{answered}{{{{ m.content "
+    f"+ '<|im_end|>\\n' }}}}{{% endfor %}}"
     f"{{% if add_generation_prompt %}}{{{{ '<|im_start|>assistant\\n' }}}}{thought}{{% endif %}}"
   )
 
 
-def _inst(user: str, system: str = "first", answer: str = "{{ ' ' + m.content + eos_token }}") -> str:
-  """Mistral's: where the system's text goes ('first' or 'last' user turn, 'own' turn, 'none': refused)."""
-  head = {"own": "{{ '[SYSTEM_PROMPT]' + messages[0].content + '[/SYSTEM_PROMPT]' }}"}.get(system, "")
-  refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('Conversation roles must alternate user/assistant/…') }}{% endif %}"
-  there = {"first": "loop.first and system is defined", "last": "loop.last and system is defined"}.get(system, "false")
+def _inst(
+  user: str, system: str = "first", answer: str = "{{ ' ' + m.content + eos_token }}"
+) -> str:
+  """Mistral's: where the system's text goes ('first' or 'last' user turn, 'own' turn, 'none':
+  refused)."""
+  head = {"own": "{{ '[SYSTEM_PROMPT]' + messages[0].content + '[/SYSTEM_PROMPT]' }}"}.get(
+    system, ""
+  )
+  refusal = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('Conversation roles must "
+    "alternate user/assistant/…') }}{% endif %}"
+  )
+  there = {
+    "first": "loop.first and system is defined",
+    "last": "loop.last and system is defined",
+  }.get(system, "false")
   return (
     f"{{{{ bos_token }}}}{refusal if system == 'none' else ''}"
     f"{{% if messages[0].role == 'system' %}}{{% set system = messages[0].content %}}"
-    f"{head}{{% set messages = messages[1:] %}}{{% endif %}}{{% for m in messages %}}{{% if m.role == 'user' %}}"
-    f"{{% set text = (system + '\\n\\n' + m.content) if {there} else m.content %}}{user}{{% else %}}{answer}{{% endif %}}{{% endfor %}}"
+    f"{head}{{% set messages = messages[1:] %}}{{% endif %}}{{% for m in messages %}}{{% if "
+    f"m.role == 'user' %}}"
+    f"{{% set text = (system + '\\n\\n' + m.content) if {there} else m.content %}}{user}{{% else "
+    f"%}}{answer}{{% endif %}}{{% endfor %}}"
   )
 
 
 MISTRAL_V1 = "{{ '[INST] ' + text + ' [/INST]' }}"
 _HEADERS = (
-  "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' }}{DATE}"
+  "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + "
+  "'<|end_header_id|>\\n\\n' }}{DATE}"
   "{{ m.content | trim + '<|eot_id|>' }}{% endfor %}"
-  "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+  "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% "
+  "endif %}"
 )
 LLAMA3 = _HEADERS.replace("{DATE}", "")
-LLAMA32 = _HEADERS.replace("{DATE}", "{% if m.role == 'system' %}{{ 'Today Date: ' + strftime_now('%d %b %Y') + '\\n\\n' }}{% endif %}")
+LLAMA32 = _HEADERS.replace(
+  "{DATE}",
+  "{% if m.role == 'system' %}{{ 'Today Date: ' + strftime_now('%d %b %Y') + '\\n\\n' }}{% endif %}",  # noqa: E501
+)
 LLAMA2 = _inst(
-  "{{ bos_token if not loop.first }}{{ '[INST] ' + ('<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if loop.first and system is defined "
+  "{{ bos_token if not loop.first }}{{ '[INST] ' + ('<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' "
+  "if loop.first and system is defined "
   "else '') + m.content + ' [/INST]' }}",
   answer="{{ ' ' + m.content + ' ' + eos_token }}",
 )
@@ -64,14 +106,16 @@ PHI3 = (
   "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 PHI4 = (
-  "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
+  "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' "
+  "}}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
 )
 PHI4_MINI = PHI3.replace("|>\\n'", "|>'")
 R1 = (
   "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
   "{% elif m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
-  "{% else %}{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}"
+  "{% else %}{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}{% "
+  "endif %}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
 )
 
@@ -82,10 +126,36 @@ _LLAMA3_ROPE = {
   "original_max_position_embeddings": 64,
   "rope_type": "llama3",
 }
-_LONG = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]}
-_HEADER_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>")
-_PHI3_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
-_QWEN = {"attention_dropout": 0.0, "max_window_layers": 28, "use_sliding_window": False, "sliding_window": 131072, "use_cache": True}
+_LONG = {
+  "type": "longrope",
+  "short_factor": [1.0, 1.1, 1.2, 1.3],
+  "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
+_HEADER_TOKENS = (
+  "<|begin_of_text|>",
+  "<|end_of_text|>",
+  "<|start_header_id|>",
+  "<|end_header_id|>",
+  "<|eom_id|>",
+  "<|eot_id|>",
+)
+_PHI3_TOKENS = (
+  "<unk>",
+  "<s>",
+  "</s>",
+  "<|endoftext|>",
+  "<|assistant|>",
+  "<|system|>",
+  "<|end|>",
+  "<|user|>",
+)
+_QWEN = {
+  "attention_dropout": 0.0,
+  "max_window_layers": 28,
+  "use_sliding_window": False,
+  "sliding_window": 131072,
+  "use_cache": True,
+}
 _QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _PHI = {
   "attention_bias": False,
@@ -128,7 +198,16 @@ class Published:
   dtype: str = "bfloat16"
 
 
-_CONTROL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
+_CONTROL = (
+  "<unk>",
+  "<s>",
+  "</s>",
+  "[INST]",
+  "[/INST]",
+  "[TOOL_CALLS]",
+  "[AVAILABLE_TOOLS]",
+  "[/AVAILABLE_TOOLS]",
+)
 MODELS: dict[str, Published] = {
   "Mistral-7B-Instruct-v0.1": Published(
     "mistral",
@@ -159,7 +238,12 @@ MODELS: dict[str, Published] = {
     "mistral",
     _inst("{{ '[INST]' + text + '[/INST]' }}", "last", "{{ m.content + eos_token }}"),
     _CONTROL,
-    {"sliding_window": 24, "rope_theta": 1e8, "head_dim": 16, "layer_types": ["full_attention", "sliding_attention"]},
+    {
+      "sliding_window": 24,
+      "rope_theta": 1e8,
+      "head_dim": 16,
+      "layer_types": ["full_attention", "sliding_attention"],
+    },
   ),
   "Mistral-Small-24B-Instruct-2501": Published(
     "mistral",
@@ -198,7 +282,13 @@ MODELS: dict[str, Published] = {
     "llama",
     LLAMA32,
     _HEADER_TOKENS,
-    {**_LLAMA, "rope_theta": 5e5, "rope_scaling": {**_LLAMA3_ROPE, "factor": 32.0}, "tie_word_embeddings": True, "head_dim": 8},
+    {
+      **_LLAMA,
+      "rope_theta": 5e5,
+      "rope_scaling": {**_LLAMA3_ROPE, "factor": 32.0},
+      "tie_word_embeddings": True,
+      "head_dim": 8,
+    },
     "<|begin_of_text|>",
     "<|eot_id|>",
     ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
@@ -207,10 +297,23 @@ MODELS: dict[str, Published] = {
     "mistral",
     ZEPHYR,
     sentencepiece=True,
-    fields={"sliding_window": 24, "rope_theta": 10000.0, "pad_token_id": 2, "_name_or_path": "mistralai/Mistral-7B-v0.1"},
+    fields={
+      "sliding_window": 24,
+      "rope_theta": 10000.0,
+      "pad_token_id": 2,
+      "_name_or_path": "mistralai/Mistral-7B-v0.1",
+    },
   ),
   "TinyLlama-1.1B-Chat-v1.0": Published(
-    "llama", ZEPHYR, sentencepiece=True, fields={"attention_bias": False, "pretraining_tp": 1, "rope_scaling": None, "rope_theta": 10000.0}
+    "llama",
+    ZEPHYR,
+    sentencepiece=True,
+    fields={
+      "attention_bias": False,
+      "pretraining_tp": 1,
+      "rope_scaling": None,
+      "rope_theta": 10000.0,
+    },
   ),
   "SmolLM2-135M-Instruct": Published(
     "llama",
@@ -253,7 +356,11 @@ MODELS: dict[str, Published] = {
     "qwen2",
     _chatml(),
     _QWEN_TOKENS,
-    {**_QWEN, "rope_theta": 1e6, "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 16, "type": "yarn"}},
+    {
+      **_QWEN,
+      "rope_theta": 1e6,
+      "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 16, "type": "yarn"},
+    },
     None,
     "<|im_end|>",
     ("<|im_end|>", "<|endoftext|>"),
@@ -333,7 +440,13 @@ MODELS: dict[str, Published] = {
   "DeepSeek-R1-Distill-Qwen-1.5B": Published(
     "qwen2",
     R1,
-    ("<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>", "<think>"),
+    (
+      "<｜end▁of▁sentence｜>",
+      "<｜User｜>",
+      "<｜Assistant｜>",
+      "<｜begin▁of▁sentence｜>",
+      "<think>",
+    ),
     {**_QWEN, "use_mrope": False, "rope_theta": 10000},
     "<｜begin▁of▁sentence｜>",
     "<｜end▁of▁sentence｜>",
@@ -343,7 +456,13 @@ MODELS: dict[str, Published] = {
   "DeepSeek-R1-Distill-Llama-8B": Published(
     "llama",
     R1,
-    ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>"),
+    (
+      "<｜begin▁of▁sentence｜>",
+      "<｜end▁of▁sentence｜>",
+      "<｜User｜>",
+      "<｜Assistant｜>",
+      "<think>",
+    ),
     {**_LLAMA, "rope_theta": 5e5, "rope_scaling": _LLAMA3_ROPE},
     "<｜begin▁of▁sentence｜>",
     "<｜end▁of▁sentence｜>",
@@ -359,38 +478,70 @@ def tokenizer(model: Published) -> Any:
   tokens = list(model.tokens)
   if model.sentencepiece:
     made = Tokenizer(models.BPE(unk_token=tokens[0], fuse_unk=True, byte_fallback=True))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    made.normalizer = normalizers.Sequence(
+      [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = decoders.Sequence(
+      [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+      ]
+    )
     alphabet, initial = [f"<0x{i:02X}>" for i in range(256)], sorted(set("".join(TEXT)))
     made.train_from_iterator(
       [w for text in TEXT for w in text.split()],
-      trainers.BpeTrainer(vocab_size=480, special_tokens=[*tokens, *alphabet], initial_alphabet=initial),
+      trainers.BpeTrainer(
+        vocab_size=480, special_tokens=[*tokens, *alphabet], initial_alphabet=initial
+      ),
     )
     spec = json.loads(made.to_str())
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in alphabet]
     made = Tokenizer.from_str(json.dumps(spec))
   else:
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.train_from_iterator(
-      TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=tokens, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    made.pre_tokenizer, made.decoder = (
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+      decoders.ByteLevel(),
     )
-  made.add_tokens([AddedToken(t, special=t not in ("<think>", "</think>"), normalized=False) for t in tokens])
-  named = {"bos_token": model.bos, "eos_token": model.eos} if model.bos else {"eos_token": model.eos, "pad_token": tokens[0]}
-  found = PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, **{k: v for k, v in named.items() if v})
+    made.train_from_iterator(
+      TEXT,
+      trainers.BpeTrainer(
+        vocab_size=400, special_tokens=tokens, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+      ),
+    )
+  made.add_tokens(
+    [AddedToken(t, special=t not in ("<think>", "</think>"), normalized=False) for t in tokens]
+  )
+  named = (
+    {"bos_token": model.bos, "eos_token": model.eos}
+    if model.bos
+    else {"eos_token": model.eos, "pad_token": tokens[0]}
+  )
+  found = PreTrainedTokenizerFast(
+    tokenizer_object=made,
+    clean_up_tokenization_spaces=False,
+    **{k: v for k, v in named.items() if v},
+  )
   found.chat_template = model.template
   return found
 
 
 def make(name: str, directory: str | pathlib.Path, **sizes: int) -> Published:
-  """Writes a small model of that name as its publisher's directory would be: the files, the fields, weights of its type."""
+  """Writes a small model of that name as its publisher's directory would be: the files, the fields,
+  weights of its type."""
   import torch
   import transformers
 
   model, directory = MODELS[name], pathlib.Path(directory)
   made = tokenizer(model)
   made.save_pretrained(directory)
-  ids = {k: made.convert_tokens_to_ids(v) for k, v in (("bos_token_id", model.bos), ("eos_token_id", model.eos)) if v}
+  ids = {
+    k: made.convert_tokens_to_ids(v)
+    for k, v in (("bos_token_id", model.bos), ("eos_token_id", model.eos))
+    if v
+  }
   fields = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -415,7 +566,9 @@ def make(name: str, directory: str | pathlib.Path, **sizes: int) -> Published:
     "transformers_version": "4.44.0",
   }
   kind = "ministral" if "layer_types" in model.fields else model.family
-  config = transformers.CONFIG_MAPPING[kind].from_dict({k: v for k, v in fields.items() if k not in ("attn_implementation", "auto_map")})
+  config = transformers.CONFIG_MAPPING[kind].from_dict(
+    {k: v for k, v in fields.items() if k not in ("attn_implementation", "auto_map")}
+  )
   torch.manual_seed(0)
   made_model = transformers.AutoModelForCausalLM.from_config(config).float()
   with torch.no_grad():

@@ -25,11 +25,22 @@ def runs(tmp_path_factory):
   folder = tmp_path_factory.mktemp("api")
   tokenizer = tiny.prompt_tokenizer().tokenizer
   base = str(folder / "runs" / "base")
-  clara_jax.train(tiny.run_config("pretrain", steps=1), base, rows=tiny.rows("pretrain"), tokenizer=tokenizer, progress=False)
+  clara_jax.train(
+    tiny.run_config("pretrain", steps=1),
+    base,
+    rows=tiny.rows("pretrain"),
+    tokenizer=tokenizer,
+    progress=False,
+  )
   previous = None
   for stage in ("scp", "instruct", "joint"):
-    config = clara_jax.RunConfig(tiny.config(), clara_jax.DataConfig(**tiny.DATA), tiny.run_config(stage, steps=1).train, base=base,
-                                 init_from=previous)
+    config = clara_jax.RunConfig(
+      tiny.config(),
+      clara_jax.DataConfig(**tiny.DATA),
+      tiny.run_config(stage, steps=1).train,
+      base=base,
+      init_from=previous,
+    )
     previous = str(folder / "runs" / stage)
     clara_jax.train(config, previous, rows=tiny.rows(stage), progress=False)
   write_rows(tiny.raw_rows("joint")[:4], str(folder / "rows.jsonl"))
@@ -88,8 +99,15 @@ def test_every_name_is_there():
 
 
 def test_importing_costs_nothing():
-  """No library is imported before a name is used; 0.1 s is the bound, here with room for a busy machine."""
-  code = ("import sys, time; start = time.perf_counter(); import clara_jax; seconds = time.perf_counter() - start;"
-          "import json; print(json.dumps([seconds, sorted(set(sys.modules) & {'jax', 'numpy', 'flax', 'transformers', 'ml_collections'})]))")
-  seconds, heavy = json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+  """No library is imported before a name is used; 0.1 s is the bound, here with room for a busy
+  machine."""
+  code = (
+    "import sys, time; start = time.perf_counter(); import clara_jax; seconds = "
+    "time.perf_counter() - start;"
+    "import json; print(json.dumps([seconds, sorted(set(sys.modules) & {'jax', 'numpy', 'flax', "
+    "'transformers', 'ml_collections'})]))"
+  )
+  seconds, heavy = json.loads(
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+  )
   assert not heavy and seconds < 0.5

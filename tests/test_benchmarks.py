@@ -14,6 +14,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 def speed(monkeypatch_module):
   monkeypatch_module.syspath_prepend(str(BENCHMARKS))
   import speed
+
   monkeypatch_module.setattr(speed, "WIDTH", 64)
   monkeypatch_module.setattr(speed, "BATCHES", 1)
   monkeypatch_module.setattr(speed, "REPEATS", 1)
@@ -35,8 +36,18 @@ def scratch(speed, tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize("task, ours", [("instruct_step", "jax"), ("joint_step", "jax-store"), ("joint_step", "jax"), ("compress", "jax"),
-                                        ("answer", "jax"), ("answer", "jax-merged"), ("retrieve", "jax")])
+@pytest.mark.parametrize(
+  "task, ours",
+  [
+    ("instruct_step", "jax"),
+    ("joint_step", "jax-store"),
+    ("joint_step", "jax"),
+    ("compress", "jax"),
+    ("answer", "jax"),
+    ("answer", "jax-merged"),
+    ("retrieve", "jax"),
+  ],
+)
 def test_both_sides_compute_the_same(speed, scratch, task, ours):
   mine, other = (speed.side(name, task, scratch, 2) for name in (ours, "torch"))
   np.testing.assert_allclose(mine["check"], other["check"], rtol=1e-4)
@@ -46,9 +57,15 @@ def test_both_sides_compute_the_same(speed, scratch, task, ours):
 def test_growth_is_drawn(monkeypatch_module, tmp_path):
   monkeypatch_module.syspath_prepend(str(BENCHMARKS))
   import growth
+
   monkeypatch_module.setattr(growth, "REPEATS", 1)
-  point = {"value": 64, **growth.measure("joint", length=32, ratio=8, layers=1, candidates=5, from_store=True)}
+  point = {
+    "value": 64,
+    **growth.measure("joint", length=32, ratio=8, layers=1, candidates=5, from_store=True),
+  }
   assert point["seconds"] > 0
-  report = {title: {kind: [point] for kind in kinds} for title, (_, _, kinds) in growth.SWEEPS.items()}
+  report = {
+    title: {kind: [point] for kind in kinds} for title, (_, _, kinds) in growth.SWEEPS.items()
+  }
   growth.draw(report, str(tmp_path / "growth.svg"))
   assert (tmp_path / "growth.svg").read_text().count("<svg") == 1

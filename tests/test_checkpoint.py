@@ -1,4 +1,5 @@
-"""Saved steps: broken ones are skipped, the best one is kept, the base may be laid out otherwise."""
+"""Saved steps: broken ones are skipped, the best one is kept, the base may be laid out
+otherwise."""
 
 import dataclasses
 import json
@@ -19,9 +20,20 @@ from tests import tiny
 
 
 def run(workdir, stop_at=None, eval_rows=(), **fields):
-  config = tiny.run_config("contrastive", **{"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 5, "log_every": 1, **fields})
-  return trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("contrastive"), eval_rows, workdir=workdir and str(workdir),
-                    progress=False, stop_at=stop_at).run()
+  config = tiny.run_config(
+    "contrastive",
+    **{"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 5, "log_every": 1, **fields},
+  )
+  return trainer.Trainer(
+    config,
+    tiny.prompt_tokenizer(),
+    tiny.weights(),
+    tiny.rows("contrastive"),
+    eval_rows,
+    workdir=workdir and str(workdir),
+    progress=False,
+    stop_at=stop_at,
+  ).run()
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +51,7 @@ def test_a_broken_last_step_is_passed_over(straight, tmp_path, caplog, harm):
   step = tmp_path / "run" / "checkpoints" / "4"
   if harm == "truncate":
     file = largest(step / "optimizer")
-    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
   elif harm == "remove":
     largest(step / "optimizer").unlink()
   else:
@@ -52,7 +64,8 @@ def test_a_broken_last_step_is_passed_over(straight, tmp_path, caplog, harm):
 
 
 def test_a_flipped_bit_is_passed_over_and_named(straight, tmp_path, caplog):
-  """One bit in any file of a step: another step is gone on from, and a reader of the weights is told the file."""
+  """One bit in any file of a step: another step is gone on from, and a reader of the weights is
+  told the file."""
   run(tmp_path / "run", stop_at=4)
   step = tmp_path / "run" / "checkpoints" / "4"
   weights = Checkpointer(str(tmp_path / "run"), read_only=True).weights()
@@ -64,7 +77,11 @@ def test_a_flipped_bit_is_passed_over_and_named(straight, tmp_path, caplog):
     damaged[int(random.integers(len(whole)))] ^= 1 << int(random.integers(8))
     file.write_bytes(damaged)
     if file.name in OF_ORBAX:  # Orbax writes them last; they decide nothing
-      jax.tree.map(np.testing.assert_array_equal, Checkpointer(str(tmp_path / "run"), read_only=True).weights(), weights)
+      jax.tree.map(
+        np.testing.assert_array_equal,
+        Checkpointer(str(tmp_path / "run"), read_only=True).weights(),
+        weights,
+      )
       file.write_bytes(whole)
       continue
     with pytest.raises(CheckpointError, match="step 4 is damaged: .*checkpoints/4/"):
@@ -95,8 +112,16 @@ def test_other_inputs_are_refused(tmp_path):
   def go(weights, path=str(rows), base="1", **options):
     config = tiny.run_config("contrastive", steps=4, checkpoint_every=2)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=(path,)))
-    return trainer.Trainer(config, tiny.prompt_tokenizer(), weights, tiny.rows("contrastive"), workdir=str(tmp_path / "run"), progress=False,
-                      base_sha256=base, **options).run()
+    return trainer.Trainer(
+      config,
+      tiny.prompt_tokenizer(),
+      weights,
+      tiny.rows("contrastive"),
+      workdir=str(tmp_path / "run"),
+      progress=False,
+      base_sha256=base,
+      **options,
+    ).run()
 
   weights = tiny.weights()
   go(weights, stop_at=2)
@@ -111,7 +136,10 @@ def test_other_inputs_are_refused(tmp_path):
     go(weights)
   rows.write_text(content)
   assert (tmp_path / "run" / "config.json").read_text() == record
-  with pytest.raises(CheckpointError, match=r"another run is at work here \(process \d+ on "), claim(str(tmp_path / "run")):
+  with (
+    pytest.raises(CheckpointError, match=r"another run is at work here \(process \d+ on "),
+    claim(str(tmp_path / "run")),
+  ):
     go(weights)
   starts = tmp_path / "run" / "starts.jsonl"
   starts.write_text(starts.read_text() + '{"time": 17')
@@ -125,7 +153,8 @@ def test_other_inputs_are_refused(tmp_path):
 
 @pytest.mark.parametrize("when", ["before the step", "within", "after"])
 def test_an_interruption_anywhere_loses_and_doubles_nothing(straight, tmp_path, monkeypatch, when):
-  """Position and state are saved together: the run that goes on ends as the one that was not interrupted."""
+  """Position and state are saved together: the run that goes on ends as the one that was not
+  interrupted."""
   count = 0
 
   def interrupted(where):
@@ -135,11 +164,24 @@ def test_an_interruption_anywhere_loses_and_doubles_nothing(straight, tmp_path, 
       signal.raise_signal(signal.SIGINT)
 
   following = TrainingBatches.__next__
-  monkeypatch.setattr(TrainingBatches, "__next__", lambda self: (interrupted("before the step"), following(self), interrupted("within"))[1])
+  monkeypatch.setattr(
+    TrainingBatches,
+    "__next__",
+    lambda self: (interrupted("before the step"), following(self), interrupted("within"))[1],
+  )
   with pytest.raises(KeyboardInterrupt):
-    config = tiny.run_config("contrastive", steps=6, checkpoint_every=2, keep_checkpoints=5, log_every=1)
-    trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("contrastive"), workdir=str(tmp_path), progress=False,
-               hooks=[AfterStep(lambda step: interrupted("after"))]).run()
+    config = tiny.run_config(
+      "contrastive", steps=6, checkpoint_every=2, keep_checkpoints=5, log_every=1
+    )
+    trainer.Trainer(
+      config,
+      tiny.prompt_tokenizer(),
+      tiny.weights(),
+      tiny.rows("contrastive"),
+      workdir=str(tmp_path),
+      progress=False,
+      hooks=[AfterStep(lambda step: interrupted("after"))],
+    ).run()
   monkeypatch.undo()
   assert Checkpointer(str(tmp_path), read_only=True).latest_step() == 3
   again = run(tmp_path)
@@ -149,13 +191,23 @@ def test_an_interruption_anywhere_loses_and_doubles_nothing(straight, tmp_path, 
 
 def test_a_second_interruption_stops_at_once(tmp_path):
   """… and what was saved before stands."""
+
   def twice(step):
     if step == 3:
       signal.raise_signal(signal.SIGINT)
       signal.raise_signal(signal.SIGINT)
+
   with pytest.raises(KeyboardInterrupt):
     config = tiny.run_config("contrastive", steps=6, checkpoint_every=2, log_every=1)
-    trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("contrastive"), workdir=str(tmp_path), progress=False, hooks=[AfterStep(twice)]).run()
+    trainer.Trainer(
+      config,
+      tiny.prompt_tokenizer(),
+      tiny.weights(),
+      tiny.rows("contrastive"),
+      workdir=str(tmp_path),
+      progress=False,
+      hooks=[AfterStep(twice)],
+    ).run()
   assert Checkpointer(str(tmp_path), read_only=True).latest_step() == 2
 
 
@@ -167,15 +219,27 @@ def test_nothing_to_read_is_an_error(tmp_path):
 
 
 def test_the_best_step_stays(tmp_path):
-  result = run(tmp_path, eval_rows=tiny.rows("contrastive")[:8], steps=8, eval_every=2, keep_checkpoints=1, keep_best="recall_at_1",
-               learning_rate=0.3)
-  recalls = {step: numbers["recall_at_1"] for step, numbers in result.evaluations if step in (2, 4, 6, 8)}
+  result = run(
+    tmp_path,
+    eval_rows=tiny.rows("contrastive")[:8],
+    steps=8,
+    eval_every=2,
+    keep_checkpoints=1,
+    keep_best="recall_at_1",
+    learning_rate=0.3,
+  )
+  recalls = {
+    step: numbers["recall_at_1"] for step, numbers in result.evaluations if step in (2, 4, 6, 8)
+  }
   best = max(recalls, key=lambda s: (recalls[s], s))
   assert sorted({8, best}) == Checkpointer(str(tmp_path), read_only=True).all_steps()
 
 
 def test_a_loss_that_is_not_finite_names_the_rows(tmp_path):
-  with pytest.raises(trainer.NonFiniteLossError, match=r"the loss is nan at step [23] .*rows person/\w+/0/\w+/0, person/"):
+  with pytest.raises(
+    trainer.NonFiniteLossError,
+    match=r"the loss is nan at step [23] .*rows person/\w+/0/\w+/0, person/",
+  ):
     run(tmp_path, learning_rate=1e38, log_every=6, clip_norm=1e38)
 
 
@@ -185,8 +249,17 @@ def test_metrics_file(tmp_path):
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   trained = [line for line in lines if line["kind"] == "train"]
   assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
-  assert {"loss", "gradient_norm", "gradient_norm_query_reasoner", "recall_at_1", "samples_per_second", "tokens_per_second", "input_wait",
-          "goodput", "learning_rate"} <= set(trained[-1])
+  assert {
+    "loss",
+    "gradient_norm",
+    "gradient_norm_query_reasoner",
+    "recall_at_1",
+    "samples_per_second",
+    "tokens_per_second",
+    "input_wait",
+    "goodput",
+    "learning_rate",
+  } <= set(trained[-1])
   assert 0 < trained[-1]["goodput"] <= 1 and 0 <= trained[-1]["input_wait"] <= 1
   assert any((tmp_path / "tensorboard").iterdir())
 
@@ -202,18 +275,29 @@ def test_a_profile_on_demand(tmp_path, monkeypatch):
 
 def layouts(**model):
   config = tiny.run_config("scp", steps=3, log_every=1)
-  return dataclasses.replace(config, clara=dataclasses.replace(config.clara, model=dataclasses.replace(config.clara.model, **model)))
+  return dataclasses.replace(
+    config,
+    clara=dataclasses.replace(config.clara, model=dataclasses.replace(config.clara.model, **model)),
+  )
 
 
 @pytest.fixture(scope="module")
 def plain():
-  return trainer.Trainer(layouts(), tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("scp"), progress=False).run()
+  return trainer.Trainer(
+    layouts(), tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("scp"), progress=False
+  ).run()
 
 
 def test_filling_the_vocabulary_up_changes_nothing(plain, tmp_path):
   rows = tiny.rows("scp")
-  filled = trainer.Trainer(layouts(vocab_multiple=64, logits_chunk=16), tiny.prompt_tokenizer(), tiny.weights(), rows, progress=False,
-                      workdir=str(tmp_path)).run()
+  filled = trainer.Trainer(
+    layouts(vocab_multiple=64, logits_chunk=16),
+    tiny.prompt_tokenizer(),
+    tiny.weights(),
+    rows,
+    progress=False,
+    workdir=str(tmp_path),
+  ).run()
   assert filled.weights["base"]["embedding"].shape[0] % 64 == 0
   assert filled.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-6)
   saved = Checkpointer(str(tmp_path), read_only=True).weights()
@@ -222,12 +306,28 @@ def test_filling_the_vocabulary_up_changes_nothing(plain, tmp_path):
 
 def test_a_base_in_eight_bits(plain):
   pytest.importorskip("qwix")
-  small = trainer.Trainer(layouts(base_quantization="int8"), tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("scp"), progress=False).run()
+  small = trainer.Trainer(
+    layouts(base_quantization="int8"),
+    tiny.prompt_tokenizer(),
+    tiny.weights(),
+    tiny.rows("scp"),
+    progress=False,
+  ).run()
   kernel = small.weights["base"]["layers"]["mlp"]["up"]
   whole = plain.weights["base"]["layers"]["mlp"]["up"]["kernel"]
-  assert kernel["kernel"].dtype == np.int8 and kernel["scale"].shape == (whole.shape[0], whole.shape[2])
+  assert kernel["kernel"].dtype == np.int8 and kernel["scale"].shape == (
+    whole.shape[0],
+    whole.shape[2],
+  )
   step = np.asarray(kernel["scale"])[:, None]
-  assert (np.abs(np.asarray(kernel["kernel"], np.float32) * step - np.asarray(whole)) <= 0.5001 * step).all()
+  assert (
+    np.abs(np.asarray(kernel["kernel"], np.float32) * step - np.asarray(whole)) <= 0.5001 * step
+  ).all()
   assert small.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=5e-3)
   with pytest.raises(ConfigError, match="trains the base"):
-    program.Program(dataclasses.replace(layouts(base_quantization="int8"), train=tiny.run_config("pretrain").train), 1)
+    program.Program(
+      dataclasses.replace(
+        layouts(base_quantization="int8"), train=tiny.run_config("pretrain").train
+      ),
+      1,
+    )

@@ -17,25 +17,37 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def reference(golden):
-  return json.loads((golden / "prompts.json").read_text()), json.loads((golden / "inputs.json").read_text())
+  return json.loads((golden / "prompts.json").read_text()), json.loads(
+    (golden / "inputs.json").read_text()
+  )
 
 
 @pytest.fixture(scope="module")
 def prompt_tokenizer(golden):
-  config = ClaraConfig(ModelConfig(1024, 64, 3, 4, 2, 16, 160), doc_max_length=32, compression_rate=8, query_max_length=32)
+  config = ClaraConfig(
+    ModelConfig(1024, 64, 3, 4, 2, 16, 160),
+    doc_max_length=32,
+    compression_rate=8,
+    query_max_length=32,
+  )
   return PromptTokenizer(str(golden / "tiny_mistral"), config)
 
 
 def unpadded(entry):
-  return [[i for i, m in zip(ids, mask, strict=True) if m] for ids, mask in zip(entry["input_ids"], entry["attention_mask"],
-                                                                                strict=True)]
+  return [
+    [i for i, m in zip(ids, mask, strict=True) if m]
+    for ids, mask in zip(entry["input_ids"], entry["attention_mask"], strict=True)
+  ]
 
 
 def test_encoder_inputs(reference, prompt_tokenizer):
   wanted, inputs = reference
-  assert [prompt_tokenizer.document(t).tolist() for t in inputs["DOCS"]] == unpadded(wanted["encoder_inputs/max_length=32"])
+  assert [prompt_tokenizer.document(t).tolist() for t in inputs["DOCS"]] == unpadded(
+    wanted["encoder_inputs/max_length=32"]
+  )
   assert [prompt_tokenizer.query(t).tolist() for t in inputs["QUESTIONS"]] == unpadded(
-      wanted["query_inputs/generate (max_length=doc_max_length=32)"])
+    wanted["query_inputs/generate (max_length=doc_max_length=32)"]
+  )
 
 
 def test_special_tokens(reference, prompt_tokenizer):
@@ -51,16 +63,29 @@ def test_prompts(reference, prompt_tokenizer, k):
   for i, question in enumerate(inputs["QUESTIONS"]):
     with_answer = wanted["prompts"][f"standard+answer/top_k={k}"][i]
     made = prompt_tokenizer.answer_prompt(question, k, inputs["ANSWERS"][i])
-    assert (made.ids.tolist(), made.prompt_length) == (with_answer["ids"], with_answer["prompt_len"])
-    assert prompt_tokenizer.answer_prompt(question, k).ids.tolist() == wanted["prompts"][f"standard/top_k={k}"][i]["ids"]
+    assert (made.ids.tolist(), made.prompt_length) == (
+      with_answer["ids"],
+      with_answer["prompt_len"],
+    )
+    assert (
+      prompt_tokenizer.answer_prompt(question, k).ids.tolist()
+      == wanted["prompts"][f"standard/top_k={k}"][i]["ids"]
+    )
     listed = wanted["prompts"][f"qa/top_k={k}"][i]
-    row = schemas.Row(tuple(inputs["QA_QUESTIONS"][i]), tuple(inputs["QA_ANSWERS"][i]), ("d",), is_question_list=True)
+    row = schemas.Row(
+      tuple(inputs["QA_QUESTIONS"][i]),
+      tuple(inputs["QA_ANSWERS"][i]),
+      ("d",),
+      is_question_list=True,
+    )
     made = prompt_tokenizer.row_prompt(row, k)
     assert (made.ids.tolist(), made.prompt_length) == (listed["ids"], listed["prompt_len"])
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(golden):
-  config = ClaraConfig(ModelConfig(1000, 64, 3, 4, 2, 16, 160), doc_max_length=32, compression_rate=8)
+  config = ClaraConfig(
+    ModelConfig(1000, 64, 3, 4, 2, 16, 160), doc_max_length=32, compression_rate=8
+  )
   with pytest.raises(schemas.DataError, match="<MEM0> became token 1024, expected 1000"):
     PromptTokenizer(str(golden / "tiny_mistral"), config)
 
@@ -73,9 +98,11 @@ def test_too_long(prompt_tokenizer):
 
 
 def test_gzip_and_field_names(tmp_path):
-  values = [{"context": ["d"], "question": "q", "golden_answers": ["a", "b"]},
-            {"content": ["d"], "question": ["q"], "answers": ["a"], "answer": ""},
-            {"docs": "d", "data_type": "paraphrase", "question": "", "answer": "p"}]
+  values = [
+    {"context": ["d"], "question": "q", "golden_answers": ["a", "b"]},
+    {"content": ["d"], "question": ["q"], "answers": ["a"], "answer": ""},
+    {"docs": "d", "data_type": "paraphrase", "question": "", "answer": "p"},
+  ]
   path = tmp_path / "rows.jsonl.gz"
   path.write_bytes(gzip.compress("\n".join(json.dumps(v) for v in values).encode()))
   a, b, c = schemas.read_rows([str(path)])
@@ -98,21 +125,36 @@ def test_documents_must_have_one_id_each(tmp_path):
 
 
 def test_labels_are_the_answer_only():
-  prompt = pad_prompts([PromptTokens(np.arange(10, 17, dtype=np.int32), 4), PromptTokens(np.arange(20, 23, dtype=np.int32), 2)], [4, 2],
-                       0, 8, 4)
+  prompt = pad_prompts(
+    [
+      PromptTokens(np.arange(10, 17, dtype=np.int32), 4),
+      PromptTokens(np.arange(20, 23, dtype=np.int32), 2),
+    ],
+    [4, 2],
+    0,
+    8,
+    4,
+  )
   assert prompt.tokens.ids.shape == (2, 8)
-  assert prompt.labels[0, :3].tolist() == [14, 15, 16] and prompt.label_positions[0, :3].tolist() == [3, 4, 5]
+  assert prompt.labels[0, :3].tolist() == [14, 15, 16] and prompt.label_positions[
+    0, :3
+  ].tolist() == [3, 4, 5]
   assert prompt.label_weights.sum(1).tolist() == [3, 1]
   everything = pad_prompts([PromptTokens(np.arange(10, 17, dtype=np.int32), 4)], [1], 0, 8, 8)
   assert everything.label_weights.sum() == 6
 
 
 def encoder(kind, **data):
-  return RowEncoder(tiny.prompt_tokenizer(), kind, DataConfig(batch_size=4, candidates=6, bucket=16, **data), 2)
+  return RowEncoder(
+    tiny.prompt_tokenizer(), kind, DataConfig(batch_size=4, candidates=6, bucket=16, **data), 2
+  )
 
 
 def test_rows_with_fewer_documents_are_filled_up():
-  rows = [dataclasses.replace(r, documents=r.documents[:n]) for r, n in zip(tiny.rows("instruct")[:2], (2, 1), strict=True)]
+  rows = [
+    dataclasses.replace(r, documents=r.documents[:n])
+    for r, n in zip(tiny.rows("instruct")[:2], (2, 1), strict=True)
+  ]
   (batch,) = evaluation_batches(rows, encoder("given"), 2)
   assert batch.documents.ids.shape[:2] == (2, 2) and batch.documents.lengths[1, 1] == 0
 
@@ -140,7 +182,7 @@ def test_the_position_is_exact():
 
 def test_an_epoch_has_every_row_once():
   rows = tiny.rows("joint")
-  rows = rows[:len(rows) // 4 * 4]
+  rows = rows[: len(rows) // 4 * 4]
   batches = TrainingBatches([[rows]], encoder("candidates"), seed=0)
   seen = [i for _ in range(len(rows) // 4) for i in next(batches).ids]
   assert sorted(seen) == sorted(r.identifier for r in rows)
@@ -154,7 +196,8 @@ def given_batches(data, **fields):
 
 
 def test_batches_do_not_depend_on_who_reads_them():
-  """Parts that several processes read are the parts that one reads; the agreed sizes pad them alike."""
+  """Parts that several processes read are the parts that one reads; the agreed sizes pad them
+  alike."""
   data = {"shards": 4, "length_window": 3}
   whole = given_batches(data)
   parts = [given_batches(data, positions=np.arange(4 * i, 4 * i + 4)) for i in range(2)]
@@ -164,16 +207,18 @@ def test_batches_do_not_depend_on_who_reads_them():
     assert [h.positions.tolist() for h in halves] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     for i, half in enumerate(halves):
       lengths = half.batch.prompt.tokens.lengths
-      np.testing.assert_array_equal(lengths, batch.batch.prompt.tokens.lengths[4 * i:4 * i + 4])
+      np.testing.assert_array_equal(lengths, batch.batch.prompt.tokens.lengths[4 * i : 4 * i + 4])
 
 
 def test_windows_put_rows_of_like_length_together():
   def spread(batches):
     return np.mean([np.ptp(next(batches).batch.prompt.tokens.lengths) for _ in range(8)])
+
   assert spread(given_batches({"length_window": 8})) < 0.6 * spread(given_batches({}))
   ids = given_batches({"length_window": 4, "shards": 2})
   epoch = sorted(i for _ in range(8) for i in next(ids).ids)
-  assert epoch == sorted(r.identifier for r in tiny.rows("scp"))  # 64 rows, 8 batches: every row once
+  # 64 rows, 8 batches: every row once
+  assert epoch == sorted(r.identifier for r in tiny.rows("scp"))
 
 
 @pytest.mark.parametrize("step", [0, 5])
@@ -193,12 +238,18 @@ def test_workers_give_the_same_batches(step):
 
 def test_sources_are_mixed_by_weight():
   rows = tiny.rows("scp")
-  sources = [[[dataclasses.replace(r, identifier=f"{name}{i}") for i, r in enumerate(rows[:count])]]
-             for name, count in (("a", 40), ("b", 7))]
+  sources = [
+    [[dataclasses.replace(r, identifier=f"{name}{i}") for i, r in enumerate(rows[:count])]]
+    for name, count in (("a", 40), ("b", 7))
+  ]
   config = DataConfig(batch_size=8, rows=("a", "b"), weights=(0.75, 0.25))
-  batches = TrainingBatches(sources, RowEncoder(tiny.prompt_tokenizer(), "given", config, 2), seed=1)
+  batches = TrainingBatches(
+    sources, RowEncoder(tiny.prompt_tokenizer(), "given", config, 2), seed=1
+  )
   ids = [i for _ in range(20) for i in next(batches).ids]
-  assert sum(i.startswith("a") for i in ids) == 120 and len({i for i in ids if i.startswith("b")}) == 7
+  assert (
+    sum(i.startswith("a") for i in ids) == 120 and len({i for i in ids if i.startswith("b")}) == 7
+  )
   with pytest.raises(ConfigError, match="data.weights"):
     DataConfig(rows=("a",), weights=(1.0, 2.0))
 
@@ -209,21 +260,31 @@ def test_malformed_rows_are_counted_and_limited(tmp_path, caplog):
   path.write_text("\n".join([*good[:5], "{", *good[5:9], '{"docs": ["x"]}', "[]", *good[9:]]))
   with pytest.raises(schemas.DataError, match=r"rows.jsonl:6: not valid JSON"):
     records.open_sources([str(path)], 1)
-  with pytest.raises(schemas.DataError, match=r"rows.jsonl:12: expected a JSON object.*3 malformed rows, max_malformed=2"):
+  with pytest.raises(
+    schemas.DataError,
+    match=r"rows.jsonl:12: expected a JSON object.*3 malformed rows, max_malformed=2",
+  ):
     records.open_sources([str(path)], 1, max_malformed=2)
   ((rows,),) = records.open_sources([str(path)], 1, max_malformed=3)
   assert len(rows) == 20
   err = caplog.text
-  assert "rows.jsonl:6" in err and "rows.jsonl:11: the row has no answer" in err and "malformed row 3 of at most 3" in err
+  assert (
+    "rows.jsonl:6" in err
+    and "rows.jsonl:11: the row has no answer" in err
+    and "malformed row 3 of at most 3" in err
+  )
 
 
 def test_a_row_that_does_not_fit_is_replaced_and_counted(caplog):
   rows = tiny.rows("scp")[:16]
-  rows[3] = dataclasses.replace(rows[3], documents=rows[3].documents * 100, identifier="long")  # too many memory slots
+  # too many memory slots
+  rows[3] = dataclasses.replace(rows[3], documents=rows[3].documents * 100, identifier="long")
 
   def batches(limit):
     config = DataConfig(batch_size=8, max_malformed=limit)
-    return TrainingBatches([[rows]], RowEncoder(tiny.prompt_tokenizer(), "given", config, 2), seed=1)
+    return TrainingBatches(
+      [[rows]], RowEncoder(tiny.prompt_tokenizer(), "given", config, 2), seed=1
+    )
 
   made = batches(1)
   ids = [i for _ in range(4) for i in next(made).ids]
@@ -242,13 +303,17 @@ def test_records_hold_the_rows(tmp_path, kind):
   for i, row in enumerate(raw):
     row["doc_ids"] = [f"{i}-{j}" for j in range(len(row["docs"]))]
   path.write_text("\n".join(map(json.dumps, [*raw, {"docs": [], "question": "?", "answer": "!"}])))
-  with pytest.raises(schemas.DataError, match=f"rows.jsonl:{len(raw) + 1}: the row has no documents"):
+  with pytest.raises(
+    schemas.DataError, match=f"rows.jsonl:{len(raw) + 1}: the row has no documents"
+  ):
     records.build(kind, [str(path)], str(tmp_path / "strict"), 3)
   report = records.build(kind, [str(path)], str(tmp_path / "data"), 3, max_malformed=1)
   assert (report.rows, report.malformed, report.files) == (len(raw), 1, 3)
   shards = records.open_sources([report.directory], 3)[0]
   read = {r.identifier: r for shard in shards for r in shard}
-  assert read == {r.identifier: r for r in (schemas.parse_row(v, f"{path}:{i + 1}") for i, v in enumerate(raw))}
+  assert read == {
+    r.identifier: r for r in (schemas.parse_row(v, f"{path}:{i + 1}") for i, v in enumerate(raw))
+  }
   with pytest.raises(schemas.DataError, match="3 files cannot be divided among data.shards=4"):
     records.open_sources([report.directory], 4)
   with pytest.raises(schemas.DataError, match="fewer rows than --files 400"):

@@ -1,4 +1,5 @@
-"""Every estimator against its definition written plainly, at the edges, and, where it is unbiased, against the exact expectation."""
+"""Every estimator against its definition written plainly, at the edges, and, where it is unbiased,
+against the exact expectation."""
 
 import functools
 import itertools
@@ -24,17 +25,28 @@ SAMPLES = 100_000
 def given(batch=2, n=N, k=K, seed=0):
   """Scores [B, N], memories [B, N, 2, 3], a cotangent [B, K, 2, 3]."""
   keys = jax.random.split(jax.random.key(seed), 3)
-  return (jax.random.normal(keys[0], (batch, n)), jax.random.normal(keys[1], (batch, n, 2, 3)),
-          jax.random.normal(keys[2], (batch, k, 2, 3)))
+  return (
+    jax.random.normal(keys[0], (batch, n)),
+    jax.random.normal(keys[1], (batch, n, 2, 3)),
+    jax.random.normal(keys[2], (batch, k, 2, 3)),
+  )
 
 
 def pulled(estimator, scores, memories, cotangent, k=K, temperature=TAU, key=KEY):
   """(rows, indices, ∂⟨cotangent, rows⟩/∂scores)."""
+
   def objective(scores):
     choice = estimator(scores, k, temperature, key)
     rows = choice.rows(memories)
-    extra = 0.0 if choice.log_prob is None else estimators.leave_one_out(jnp.arange(2.0 * len(scores))[:len(scores)], choice.log_prob, 1)
+    extra = (
+      0.0
+      if choice.log_prob is None
+      else estimators.leave_one_out(
+        jnp.arange(2.0 * len(scores))[: len(scores)], choice.log_prob, 1
+      )
+    )
     return (rows.astype(jnp.float32) * cotangent).sum() + extra, (rows, choice.indices)
+
   gradient, (rows, indices) = jax.grad(objective, has_aux=True)(scores)
   return rows, indices, gradient
 
@@ -46,28 +58,44 @@ def slot_weights(estimator, scores, k=K, key=KEY):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_edges(name):
-  """k = 1 … N, ties, scores of ±1e4, bfloat16, a batch over devices, vmap: finite, every document once, the same numbers."""
+  """k = 1 … N, ties, scores of ±1e4, bfloat16, a batch over devices, vmap: finite, every document
+  once, the same numbers."""
   estimator = estimators.get(name)
   rows, memories, _ = given(batch=4)
-  scores = jnp.stack([rows[0], jnp.zeros(N), jnp.array([1e4, -1e4, 1e4, 0, -1e4]), jnp.round(rows[3])])
+  scores = jnp.stack(
+    [rows[0], jnp.zeros(N), jnp.array([1e4, -1e4, 1e4, 0, -1e4]), jnp.round(rows[3])]
+  )
 
   @functools.partial(jax.jit, static_argnums=2)
   def run(scores, memories, ks):
     return [pulled(estimator, scores, memories, jnp.ones((4, k, 2, 3)), k, 0.02) for k in ks]
 
   for dtype, ks in ((jnp.float32, tuple(range(1, N + 1))), (jnp.bfloat16, (2,))):
-    for k, (read, indices, gradient) in zip(ks, run(scores.astype(dtype), memories.astype(dtype), ks), strict=True):
+    for k, (read, indices, gradient) in zip(
+      ks, run(scores.astype(dtype), memories.astype(dtype), ks), strict=True
+    ):
       assert read.shape == (4, k, 2, 3) and read.dtype == gradient.dtype == dtype
-      assert np.isfinite(np.asarray(read, np.float32)).all() and np.isfinite(np.asarray(gradient, np.float32)).all()
+      assert (
+        np.isfinite(np.asarray(read, np.float32)).all()
+        and np.isfinite(np.asarray(gradient, np.float32)).all()
+      )
       assert all(len(set(row)) == k for row in indices.tolist())
 
-  devices = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  devices = jax.make_mesh(
+    (len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
   sharding = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("data"))
-  whole, parts = (run(*(jax.device_put(x, to) for x in (scores, memories)), (2,)) for to in (None, sharding))
+  whole, parts = (
+    run(*(jax.device_put(x, to) for x in (scores, memories)), (2,)) for to in (None, sharding)
+  )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), whole, parts)
 
-  mapped = jax.vmap(lambda s, m: run(s, m, (2,)))(jnp.stack([scores] * 2), jnp.stack([memories] * 2))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-3), mapped, whole)
+  mapped = jax.vmap(lambda s, m: run(s, m, (2,)))(
+    jnp.stack([scores] * 2), jnp.stack([memories] * 2)
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-3), mapped, whole
+  )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,11 +103,15 @@ def test_documents_themselves_or_mixtures(name):
   scores, memories, _ = given()
   choice = estimators.get(name)(scores, K, TAU, KEY)
   is_soft = name in ("softmax", "iterated_softmax", "optimal_transport", "perturbed")
-  exactly = np.array_equal(choice.rows(memories), jax.vmap(lambda m, i: m[i])(memories, choice.indices))
+  exactly = np.array_equal(
+    choice.rows(memories), jax.vmap(lambda m, i: m[i])(memories, choice.indices)
+  )
   assert exactly != is_soft
   if is_soft:
     hard = estimators.get(name, {"hard": True})(scores, K, TAU, KEY)
-    np.testing.assert_array_equal(hard.rows(memories), jax.vmap(lambda m, i: m[i])(memories, hard.indices))
+    np.testing.assert_array_equal(
+      hard.rows(memories), jax.vmap(lambda m, i: m[i])(memories, hard.indices)
+    )
     np.testing.assert_array_equal(hard.indices, jax.lax.top_k(scores, K)[1])
 
 
@@ -90,6 +122,7 @@ def test_straight_through(masking):
 
   def one(s, m, c):
     return jax.grad(lambda s: (straight_through_top_k(s, m, K, TAU, masking)[0] * c).sum())(s)
+
   np.testing.assert_array_equal(gradient, jax.vmap(one)(scores, memories, cotangent))
 
 
@@ -100,9 +133,12 @@ def test_a_temperature_that_is_learned():
     return (estimators.get(name)(scores, K, tau, KEY).rows(memories) * cotangent).sum()
 
   def plain(tau):  # Eq. 3.3 with W = soft: what straight-through takes for its derivative
-    taken = jnp.cumsum(jax.nn.one_hot(jax.lax.top_k(scores, K)[1], N), axis=1) - jax.nn.one_hot(jax.lax.top_k(scores, K)[1], N)
+    taken = jnp.cumsum(jax.nn.one_hot(jax.lax.top_k(scores, K)[1], N), axis=1) - jax.nn.one_hot(
+      jax.lax.top_k(scores, K)[1], N
+    )
     soft = jax.nn.softmax(jnp.where(taken[:, :K] > 0, -1e9, scores[:, None]) / tau)
     return (jnp.einsum("bkn,bnmd->bkmd", soft, memories) * cotangent).sum()
+
   wanted = jax.grad(plain)(TAU)
   for name in ("equation33", "softmax"):
     np.testing.assert_allclose(jax.grad(value)(TAU, name), wanted, rtol=1e-4)
@@ -117,8 +153,11 @@ def test_the_control_teaches_nothing():
 def test_gumbel_is_algorithm1_at_perturbed_scores():
   scores, memories, cotangent = given()
   noisy = scores + TAU * jax.random.gumbel(KEY, scores.shape)
-  for a, b in zip(pulled(estimators.get("gumbel"), scores, memories, cotangent),
-                  pulled(estimators.get("algorithm1"), noisy, memories, cotangent), strict=True):
+  for a, b in zip(
+    pulled(estimators.get("gumbel"), scores, memories, cotangent),
+    pulled(estimators.get("algorithm1"), noisy, memories, cotangent),
+    strict=True,
+  ):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -152,15 +191,21 @@ def plain_simple(scores):
   return weights / total
 
 
-@pytest.mark.parametrize("name, plain", [("iterated_softmax", plain_iterated), ("optimal_transport", plain_transport)])
+@pytest.mark.parametrize(
+  "name, plain", [("iterated_softmax", plain_iterated), ("optimal_transport", plain_transport)]
+)
 def test_relaxations(name, plain):
   scores, memories, cotangent = given()
   soft = estimators.get(name)
   np.testing.assert_allclose(slot_weights(soft, scores[0]), plain(scores[0]), rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(slot_weights(soft, scores[0]).sum(-1), 1.0, rtol=1e-5)
-  check_grads(lambda s: soft(s, K, TAU, None).rows(memories), (scores,), 1, ["rev"], atol=1e-2, rtol=1e-2)
+  check_grads(
+    lambda s: soft(s, K, TAU, None).rows(memories), (scores,), 1, ["rev"], atol=1e-2, rtol=1e-2
+  )
   # Straight-through: the derivative of the soft rows.
-  wanted = jax.grad(lambda s: (jnp.einsum("kn,nmd->kmd", plain(s), memories[0]) * cotangent[0]).sum())(scores[0])
+  wanted = jax.grad(
+    lambda s: (jnp.einsum("kn,nmd->kmd", plain(s), memories[0]) * cotangent[0]).sum()
+  )(scores[0])
   for hard in (False, True):
     got = pulled(estimators.get(name, {"hard": hard}), scores, memories, cotangent)[2][0]
     np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)
@@ -171,10 +216,13 @@ def test_marginals_of_subsets():
 
   def wanted(s, m, c):
     return jax.grad(lambda s: (jnp.einsum("kn,nmd->kmd", plain_simple(s), m) * c).sum())(s)
+
   for sample in (True, False):
     got = pulled(estimators.get("simple", {"sample": sample}), scores, memories, cotangent)[2]
     for b in range(2):
-      np.testing.assert_allclose(got[b], wanted(scores[b], memories[b], cotangent[b]), rtol=1e-3, atol=1e-5)
+      np.testing.assert_allclose(
+        got[b], wanted(scores[b], memories[b], cotangent[b]), rtol=1e-3, atol=1e-5
+      )
 
 
 def test_perturbed_by_its_formula():
@@ -185,25 +233,38 @@ def test_perturbed_by_its_formula():
 
   def matrix(s):  # [K, N]
     return np.eye(N)[np.argsort(-s, kind="stable")[:K]]
+
   for b in range(2):
     m, g = np.asarray(memories[b]).reshape(N, -1), np.asarray(cotangent[b]).reshape(K, -1)
     drawn = [matrix(np.asarray(scores[b]) + TAU * z[i, b]) for i in range(6)]
-    np.testing.assert_allclose(np.asarray(rows[b]).reshape(K, -1), np.mean([w @ m for w in drawn], 0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+      np.asarray(rows[b]).reshape(K, -1), np.mean([w @ m for w in drawn], 0), rtol=1e-5, atol=1e-6
+    )
     inner = [(g * ((w - matrix(np.asarray(scores[b]))) @ m)).sum() for w in drawn]
-    np.testing.assert_allclose(gradient[b], np.mean([i * z[j, b] for j, i in enumerate(inner)], 0) / TAU, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+      gradient[b],
+      np.mean([i * z[j, b] for j, i in enumerate(inner)], 0) / TAU,
+      rtol=1e-4,
+      atol=1e-5,
+    )
 
 
-# ---- draws and expectations -----------------------------------------------------------------------------------------------------------
+# ---- draws and expectations ----------------------------------------------------------------------
 
 
 def frequencies(name, scores, samples):
   tiled = jnp.broadcast_to(scores, (samples, len(scores)))
-  indices = np.asarray(jax.jit(lambda key: estimators.get(name)(tiled, 2, TAU, key).indices)(jax.random.key(1)))
+  indices = np.asarray(
+    jax.jit(lambda key: estimators.get(name)(tiled, 2, TAU, key).indices)(jax.random.key(1))
+  )
   found = exact.choices(len(scores), 2)
   return np.array([(indices == c).all(-1).mean() for c in found]), found
 
 
-@pytest.mark.parametrize("name, policy", [("gumbel", "plackett_luce"), ("score_function", "plackett_luce"), ("simple", "subsets")])
+@pytest.mark.parametrize(
+  "name, policy",
+  [("gumbel", "plackett_luce"), ("score_function", "plackett_luce"), ("simple", "subsets")],
+)
 def test_draws_have_their_distribution(name, policy):
   scores = jnp.array([0.3, -0.2, 0.1, 0.5])
   samples = 20_000 if name == "simple" else SAMPLES
@@ -220,7 +281,9 @@ def test_draws_have_their_distribution(name, policy):
 def test_the_score_function_is_unbiased():
   """1e5 draws of four, a loss that is no sum over documents, against the enumeration."""
   setting = audit.AuditSetting(n=5, k=2, temperature=0.5, spread=0.5, loss="two_hops")
-  (found,) = (audit.audit_setting(setting, [parse("score_function")], draws=SAMPLES, count=1).values(),)
+  (found,) = (
+    audit.audit_setting(setting, [parse("score_function")], draws=SAMPLES, count=1).values(),
+  )
   values = next(iter(found))["plackett_luce"]
   assert values["bias"] < 2.5 * values["bias_error"] < 0.05 and values["cosine"] > 0.999
 
@@ -231,12 +294,19 @@ def test_perturbed_is_unbiased_for_linear_losses():
   memories = jnp.array([[1.0], [0.0]])
 
   def one(key):
-    return jax.grad(lambda s: estimators.get("perturbed", {"samples": 1})(s[None], 1, TAU, key).rows(memories[None]).sum())(scores)
+    return jax.grad(
+      lambda s: (
+        estimators.get("perturbed", {"samples": 1})(s[None], 1, TAU, key).rows(memories[None]).sum()
+      )
+    )(scores)
+
   drawn = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(KEY, SAMPLES)))
   sigma = TAU * np.sqrt(2)
-  wanted = np.exp(-0.5 * (0.2 / sigma)**2) / np.sqrt(2 * np.pi) / sigma
+  wanted = np.exp(-0.5 * (0.2 / sigma) ** 2) / np.sqrt(2 * np.pi) / sigma
   error = drawn.std(0) / np.sqrt(SAMPLES)
-  assert (np.abs(drawn.mean(0) - [wanted, -wanted]) < 4 * error).all() and (error < 0.02 * wanted).all()
+  assert (np.abs(drawn.mean(0) - [wanted, -wanted]) < 4 * error).all() and (
+    error < 0.02 * wanted
+  ).all()
 
 
 def test_leave_one_out_is_a_gradient_and_no_value():
@@ -246,7 +316,7 @@ def test_leave_one_out_is_a_gradient_and_no_value():
   np.testing.assert_allclose(gradient, [(1 - 4) / 2, (4 - 1) / 2, 0, 0])
 
 
-# ---- the exact gradient ---------------------------------------------------------------------------------------------------------------
+# ---- the exact gradient --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", sorted(exact.POLICIES))
@@ -273,7 +343,9 @@ def test_uniform_noise_by_drawing():
   found = exact.choices(4, 2)
   with jax.enable_x64(True):
     wanted = np.asarray(exact.uniform_noise_policy(jnp.asarray(scores, jnp.float64), found, TAU))
-  assert np.abs([(drawn == c).all(-1).mean() for c in found] - wanted).max() < 4.5 * np.sqrt(0.25 / SAMPLES)
+  assert np.abs([(drawn == c).all(-1).mean() for c in found] - wanted).max() < 4.5 * np.sqrt(
+    0.25 / SAMPLES
+  )
 
 
 def test_too_many_choices():
@@ -281,13 +353,20 @@ def test_too_many_choices():
     exact.choices(20, 5)
 
 
-# ---- names ----------------------------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, arguments, message", [
-    ("nobody", {}, "expected one of algorithm1"), ("gumbel", {"samples": 3}, "gumbel does not take samples; it takes none"),
-    ("perturbed", {"samples": 0}, "samples=0: expected at least 1"), ("perturbed", {"samples": "x"}, "samples='x': expected int"),
-    ("simple", {"sample": 1}, "sample=1: expected bool"), ("missing.py:f", {}, "no file missing.py")])
+@pytest.mark.parametrize(
+  "name, arguments, message",
+  [
+    ("nobody", {}, "expected one of algorithm1"),
+    ("gumbel", {"samples": 3}, "gumbel does not take samples; it takes none"),
+    ("perturbed", {"samples": 0}, "samples=0: expected at least 1"),
+    ("perturbed", {"samples": "x"}, "samples='x': expected int"),
+    ("simple", {"sample": 1}, "sample=1: expected bool"),
+    ("missing.py:f", {}, "no file missing.py"),
+  ],
+)
 def test_bad_names_and_arguments(name, arguments, message):
   with pytest.raises(ConfigError, match=message):
     estimators.get(name, arguments)
@@ -300,7 +379,10 @@ def test_bad_k():
 
 
 def test_files_that_fail(tmp_path):
-  (tmp_path / "helper.py").write_text("from clara_jax.ops.estimators import *\nfrom clara_jax.ops.estimators import weighted\nimport jax")
+  (tmp_path / "helper.py").write_text(
+    "from clara_jax.ops.estimators import *\nfrom clara_jax.ops.estimators import "
+    "weighted\nimport jax"
+  )
   (tmp_path / "mine.py").write_text("""
 from __future__ import annotations
 import dataclasses
@@ -321,13 +403,18 @@ def decides(scores, k, temperature, rng): return good(scores, k, 1, 1) if scores
 def too_many(scores, k, temperature, rng): return good(scores, k + 1, 1, 1)
 def few_rows(scores, k, temperature, rng): return weighted(jax.lax.top_k(scores, k)[1], soft(scores, 1), hard=False)
 def no_log(scores, k, temperature, rng, draws: int = 2): return good(scores, k, 1, 1)
-""")
+""")  # noqa: E501
   assert estimators.get(f"{tmp_path}/mine.py:good", {"x": 2}).arguments == (("x", 2),)
   for text, message in (
-      ("mine.py:bad", "expected a function of .scores, k, temperature, rng"), ("mine.py:none", "has no 'none'"),
-      ("mine.py", "name the function, too"), ("mine.py:nothing", "'NoneType' object has no attribute 'indices'"),
-      ("mine.py:decides", "TracerBoolConversionError"), ("mine.py:too_many", r"expected indices of integers \[2, 3\], got int32 \[2, 4\]"),
-      ("mine.py:few_rows", r"expected rows \[2, 3, 4, 5\], got \[2, 1, 4, 5\]"), ("mine.py:no_log", "expected log_prob")):
+    ("mine.py:bad", "expected a function of .scores, k, temperature, rng"),
+    ("mine.py:none", "has no 'none'"),
+    ("mine.py", "name the function, too"),
+    ("mine.py:nothing", "'NoneType' object has no attribute 'indices'"),
+    ("mine.py:decides", "TracerBoolConversionError"),
+    ("mine.py:too_many", r"expected indices of integers \[2, 3\], got int32 \[2, 4\]"),
+    ("mine.py:few_rows", r"expected rows \[2, 3, 4, 5\], got \[2, 1, 4, 5\]"),
+    ("mine.py:no_log", "expected log_prob"),
+  ):
     with pytest.raises(ConfigError, match=message):
       estimators.get(f"{tmp_path}/{text}")
   (tmp_path / "broken.py").write_text("import nothing_of_the_kind")
@@ -335,8 +422,18 @@ def no_log(scores, k, temperature, rng, draws: int = 2): return good(scores, k, 
     estimators.get(f"{tmp_path}/broken.py:f")
 
 
-@pytest.mark.parametrize("text", ["algorithm1(", "algorithm1(3)", "algorithm1(temperature=-1)", "algorithm1(x=y)", "algorithm1(**{})",
-                                  "algorithm1(learned=3)", "algorithm1(temperature=1e999)"])
+@pytest.mark.parametrize(
+  "text",
+  [
+    "algorithm1(",
+    "algorithm1(3)",
+    "algorithm1(temperature=-1)",
+    "algorithm1(x=y)",
+    "algorithm1(**{})",
+    "algorithm1(learned=3)",
+    "algorithm1(temperature=1e999)",
+  ],
+)
 def test_bad_variants(text):
   with pytest.raises(ConfigError, match="algorithm1"):
     parse(text)

@@ -25,7 +25,9 @@ def expected(golden):
 
 def continuations(model, weights, prompt_tokenizer, prompts, memories, end_ids=None, new=12):
   tokens = pad_tokens(prompts, prompt_tokenizer.pad_id, 1)
-  generate = make_generate(model, new, prompt_tokenizer.end_ids if end_ids is None else end_ids, prompt_tokenizer.pad_id)
+  generate = make_generate(
+    model, new, prompt_tokenizer.end_ids if end_ids is None else end_ids, prompt_tokenizer.pad_id
+  )
   ids = generate(weights, Tokens(jnp.asarray(tokens.ids), jnp.asarray(tokens.lengths)), memories)
   return np.asarray(ids).tolist()
 
@@ -45,22 +47,31 @@ def test_given_documents(golden, inputs, expected):
   texts = [t for pool in inputs["POOL"] for t in pool[:2]]
   memories = compress(model, weights, prompt_tokenizer, texts, 2, 2)
   prompts = [prompt_tokenizer.answer_prompt(q, 2).ids for q in inputs["STAGE2_QUESTIONS"]]
-  assert continuations(model, weights, prompt_tokenizer, prompts, memories) == expected["from_text_stage1_2"]["ids"]
+  assert (
+    continuations(model, weights, prompt_tokenizer, prompts, memories)
+    == expected["from_text_stage1_2"]["ids"]
+  )
 
 
 @pytest.mark.parametrize("shared", ["instruction", "documents"])
 def test_what_prompts_begin_with_is_read_once(golden, inputs, shared):
   model, weights = load(golden, "stage1_2")
   prompt_tokenizer = PromptTokenizer(str(golden / "tiny_mistral"), model.config)
-  memories = jnp.repeat(compress(model, weights, prompt_tokenizer, inputs["POOL"][0][:2], 1, 2), 2, axis=0)
+  memories = jnp.repeat(
+    compress(model, weights, prompt_tokenizer, inputs["POOL"][0][:2], 1, 2), 2, axis=0
+  )
   prompts = [prompt_tokenizer.answer_prompt(q, 2).ids for q in inputs["STAGE2_QUESTIONS"]]
-  places = np.flatnonzero(np.isin(prompts[0], np.arange(model.config.num_memory_tokens) + model.config.model.vocab_size))
+  places = np.flatnonzero(
+    np.isin(prompts[0], np.arange(model.config.num_memory_tokens) + model.config.model.vocab_size)
+  )
   length = places[0] if shared == "instruction" else places[-1] + 1
   tokens = pad_tokens(prompts, prompt_tokenizer.pad_id, 32)
   greedy = Greedy(model, 12, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id)
   prefix_cache = greedy.prefill_prefix(weights, prompts[0][:length], memories[0])
   assert prefix_cache.keys.shape[1] == 1
-  np.testing.assert_array_equal(greedy(weights, tokens, memories, prefix_cache), greedy(weights, tokens, memories))
+  np.testing.assert_array_equal(
+    greedy(weights, tokens, memories, prefix_cache), greedy(weights, tokens, memories)
+  )
 
 
 def test_paraphrase(golden, inputs, expected):
@@ -83,12 +94,22 @@ def test_joint(golden, inputs, expected, variant):
   wanted = expected[f"from_questions_stage2{variant}"]
   model, weights = load(golden, "stage2")
   prompt_tokenizer = PromptTokenizer(str(golden / "tiny_mistral"), model.config)
-  memories = compress(model, weights, prompt_tokenizer, [t for pool in inputs["POOL"] for t in pool], 2, 4)
-  query = model.encode_query(weights, pad_tokens([prompt_tokenizer.query(q) for q in inputs["STAGE2_QUESTIONS"]], prompt_tokenizer.pad_id, 1))
+  memories = compress(
+    model, weights, prompt_tokenizer, [t for pool in inputs["POOL"] for t in pool], 2, 4
+  )
+  query = model.encode_query(
+    weights,
+    pad_tokens(
+      [prompt_tokenizer.query(q) for q in inputs["STAGE2_QUESTIONS"]], prompt_tokenizer.pad_id, 1
+    ),
+  )
   scores = model.score(query, memories)
   if "scores" in wanted:
     np.testing.assert_allclose(scores, wanted["scores"], rtol=0, atol=1e-4)
   selected, indices = model.select(scores, memories)
   assert indices.tolist() == wanted["topk_idx"]
   prompts = [prompt_tokenizer.answer_prompt(q, 2).ids for q in inputs["STAGE2_QUESTIONS"]]
-  assert continuations(model, weights, prompt_tokenizer, prompts, selected, wanted.get("eos_token_id")) == wanted["ids"]
+  assert (
+    continuations(model, weights, prompt_tokenizer, prompts, selected, wanted.get("eos_token_id"))
+    == wanted["ids"]
+  )

@@ -1,4 +1,5 @@
-"""GGUF files of every supported architecture, written as llama.cpp's converter writes them, and broken ones."""
+"""GGUF files of every supported architecture, written as llama.cpp's converter writes them, and
+broken ones."""
 
 import json
 
@@ -17,7 +18,12 @@ from tests.test_published import refused
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("torch")
-MODELS = {"llama": "Llama-3.2-1B-Instruct", "qwen2": "Qwen2.5-0.5B-Instruct", "qwen3": "Qwen3-0.6B", "phi3": "Phi-3.5-mini-instruct"}
+MODELS = {
+  "llama": "Llama-3.2-1B-Instruct",
+  "qwen2": "Qwen2.5-0.5B-Instruct",
+  "qwen3": "Qwen3-0.6B",
+  "phi3": "Phi-3.5-mini-instruct",
+}
 LLAMA3 = RopeScaling("llama3", 32.0, 8192)
 
 
@@ -52,7 +58,9 @@ def write(base, path, kind="F32", change=None):
   head_dim = config.get("head_dim") or config["hidden_size"] // heads
   vocabulary = spec["model"]["vocab"]
   added = {t["content"]: t for t in spec["added_tokens"]}
-  tokens = sorted({**vocabulary, **{c: t["id"] for c, t in added.items()}}.items(), key=lambda x: x[1])
+  tokens = sorted(
+    {**vocabulary, **{c: t["id"] for c, t in added.items()}}.items(), key=lambda x: x[1]
+  )
   rows = config["vocab_size"]
   values = {
     "block_count": config["num_hidden_layers"],
@@ -71,14 +79,26 @@ def write(base, path, kind="F32", change=None):
   writer.add_float32(f"{arch}.rope.freq_base", config["rope_theta"])
   listed = [t for t, _ in tokens] + [f"[PAD{i}]" for i in range(len(tokens), rows)]
   sorts = [
-    (3 if added[t]["special"] else 4) if t in added else 6 if t.startswith("<0x") else 5 if t.startswith("[PAD") else 1 for t in listed
+    (3 if added[t]["special"] else 4)
+    if t in added
+    else 6
+    if t.startswith("<0x")
+    else 5
+    if t.startswith("[PAD")
+    else 1
+    for t in listed
   ]
   writer.add_token_list(listed)
   writer.add_token_types(sorts)
   if spec["model"]["byte_fallback"]:
     writer.add_tokenizer_model("llama")
     order = {a + b: i for i, (a, b) in reversed(list(enumerate(spec["model"]["merges"])))}
-    writer.add_token_scores([float(-order.get(t, -1)) if t in order else 0.0 if sorts[i] != 1 else -1e4 for i, t in enumerate(listed)])
+    writer.add_token_scores(
+      [
+        float(-order.get(t, -1)) if t in order else 0.0 if sorts[i] != 1 else -1e4
+        for i, t in enumerate(listed)
+      ]
+    )
   else:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -88,10 +108,15 @@ def write(base, path, kind="F32", change=None):
       writer.add_uint32(f"tokenizer.ggml.{name}_token_id", config[f"{name}_token_id"])
   writer.add_chat_template(published.MODELS[MODELS[arch]].template)
   if arch == "phi3":
-    writer.add_uint32("phi3.rope.scaling.original_context_length", config["original_max_position_embeddings"])
+    writer.add_uint32(
+      "phi3.rope.scaling.original_context_length", config["original_max_position_embeddings"]
+    )
     writer.add_uint32("phi3.attention.sliding_window", config["sliding_window"])
     for name in ("long", "short"):
-      writer.add_tensor(f"rope_factors_{name}.weight", np.array(config["rope_scaling"][f"{name}_factor"], np.float32))
+      writer.add_tensor(
+        f"rope_factors_{name}.weight",
+        np.array(config["rope_scaling"][f"{name}_factor"], np.float32),
+      )
   if arch == "llama":
     plain = config["rope_theta"] ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     writer.add_tensor("rope_freqs.weight", plain / llama3_frequencies(plain, LLAMA3))
@@ -117,20 +142,33 @@ def write(base, path, kind="F32", change=None):
   return str(path)
 
 
-@pytest.mark.parametrize("arch, kind", [*((a, "F32") for a in MODELS), *(("llama", k) for k in ("F16", "BF16", "Q8_0", "Q4_0"))])
+@pytest.mark.parametrize(
+  "arch, kind",
+  [*((a, "F32") for a in MODELS), *(("llama", k) for k in ("F16", "BF16", "Q8_0", "Q4_0"))],
+)
 def test_every_architecture(bases, tmp_path, arch, kind):
   base = bases(arch)
   report = convert(write(base, tmp_path / "m.gguf", kind), str(tmp_path / "hf"), "hf", verify=True)
-  assert report.verify["exact"] and report.verify["max_abs_logit_difference"] < 1e-4 and report.verify["reloaded_by"] == ["transformers"]
+  assert (
+    report.verify["exact"]
+    and report.verify["max_abs_logit_difference"] < 1e-4
+    and report.verify["reloaded_by"] == ["transformers"]
+  )
   before, after = TensorFiles(str(base)), TensorFiles(str(tmp_path / "hf"))
   assert set(before) == set(after)
   for name in before:
     one, two = before.read(name), after.read(name)
-    assert str(two.dtype) == {"F16": "float16", "BF16": "bfloat16"}.get(kind if one.ndim == 2 else "", "float32")
+    assert str(two.dtype) == {"F16": "float16", "BF16": "bfloat16"}.get(
+      kind if one.ndim == 2 else "", "float32"
+    )
     sort = gguf.GGMLQuantizationType[kind if one.ndim == 2 else "F32"]
     if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")) and kind == "Q4_0":
       continue  # blocks of other rows: compared through what is equal for all
-    np.testing.assert_array_equal(gguf.quants.dequantize(gguf.quants.quantize(one, sort), sort), two.astype(np.float32), err_msg=name)
+    np.testing.assert_array_equal(
+      gguf.quants.dequantize(gguf.quants.quantize(one, sort), sort),
+      two.astype(np.float32),
+      err_msg=name,
+    )
   ours, theirs = (json.loads((d / "config.json").read_text()) for d in (tmp_path / "hf", base))
   for field in (
     "model_type",
@@ -164,14 +202,19 @@ def test_the_tokenizer_and_its_template(bases, tmp_path, arch):
 
   convert(write(bases(arch), tmp_path / "m.gguf"), str(tmp_path / "hf"), "hf")
   one, two = (AutoTokenizer.from_pretrained(d) for d in (bases(arch), tmp_path / "hf"))
-  assert two.chat_template == published.MODELS[MODELS[arch]].template and (one.bos_token, one.eos_token) == (two.bos_token, two.eos_token)
+  assert two.chat_template == published.MODELS[MODELS[arch]].template and (
+    one.bos_token,
+    one.eos_token,
+  ) == (two.bos_token, two.eos_token)
   for text in (
     "Paris is the capital of France.",
     "Was Ada's  answer 12345, é 中?",
     "<|im_start|>user\nWho?<|im_end|>",
     " leading\n\n\ttab",
   ):
-    assert one.encode(text, add_special_tokens=False) == two.encode(text, add_special_tokens=False), text
+    assert one.encode(text, add_special_tokens=False) == two.encode(
+      text, add_special_tokens=False
+    ), text
 
 
 def test_to_our_format_and_into_a_run(bases, tmp_path):
@@ -192,7 +235,13 @@ def test_to_our_format_and_into_a_run(bases, tmp_path):
   ],
 )
 def test_what_is_not_supported_is_refused_by_name(bases, tmp_path, change, message):
-  assert message in refused("convert", write(bases("llama"), tmp_path / "m.gguf", change=change), tmp_path / "out", "--to", "hf")
+  assert message in refused(
+    "convert",
+    write(bases("llama"), tmp_path / "m.gguf", change=change),
+    tmp_path / "out",
+    "--to",
+    "hf",
+  )
   assert not (tmp_path / "out").exists()
 
 
@@ -204,7 +253,9 @@ def test_another_architecture_and_other_commands(tmp_path, bases):
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
   writer.close()
-  assert "general.architecture='gemma2' is not supported" in refused("convert", tmp_path / "g.gguf", tmp_path / "out", "--to", "hf")
+  assert "general.architecture='gemma2' is not supported" in refused(
+    "convert", tmp_path / "g.gguf", tmp_path / "out", "--to", "hf"
+  )
   path = write(bases("llama"), tmp_path / "m.gguf")
   assert "clara convert FILE.gguf DIR --to clara" in refused("lens", "--checkpoint", path, "Who?")
 

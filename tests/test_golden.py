@@ -1,4 +1,5 @@
-"""The stages against the reference implementation's numbers (float32): tokens, memories, scores, losses, gradients."""
+"""The stages against the reference implementation's numbers (float32): tokens, memories, scores,
+losses, gradients."""
 
 import dataclasses
 import json
@@ -18,7 +19,9 @@ VALUES = {"rtol": 0, "atol": 1e-4}
 
 
 def load(golden, name, **overrides):
-  opened = formats.open_checkpoint(str(golden / f"ckpt_{name}"), str(golden / "tiny_mistral"), "float32")
+  opened = formats.open_checkpoint(
+    str(golden / f"ckpt_{name}"), str(golden / "tiny_mistral"), "float32"
+  )
   return Clara(dataclasses.replace(opened.config, **overrides)), formats.on_device(opened)
 
 
@@ -27,7 +30,7 @@ def right_pad(ids, mask):
   rows = [row[keep.astype(bool)] for row, keep in zip(ids, mask, strict=True)]
   out = np.zeros(ids.shape, np.int32)
   for target, row in zip(out, rows, strict=True):
-    target[:len(row)] = row
+    target[: len(row)] = row
   return Tokens(out, np.array([len(r) for r in rows], np.int32))
 
 
@@ -41,7 +44,11 @@ def prompt_of(reference):
   weights = np.zeros((len(labels), width), np.float32)
   for i, row in enumerate(is_label):
     (where,) = np.nonzero(row)
-    positions[i, :len(where)], targets[i, :len(where)], weights[i, :len(where)] = where - 1, labels[i, where], 1
+    positions[i, : len(where)], targets[i, : len(where)], weights[i, : len(where)] = (
+      where - 1,
+      labels[i, where],
+      1,
+    )
   return Prompt(tokens, positions, targets, weights)
 
 
@@ -71,7 +78,13 @@ def check_gradients(reference, grads):
     for part in place.path:
       leaf = leaf[part]
     expected = reference[name]
-    np.testing.assert_allclose(np.asarray(leaf[place.layer]).T, expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+    np.testing.assert_allclose(
+      np.asarray(leaf[place.layer]).T,
+      expected,
+      rtol=0,
+      atol=1e-4 * np.abs(expected).max(),
+      err_msg=name,
+    )
 
 
 def check_logits(model, weights, reference, prompt, memories):
@@ -80,8 +93,10 @@ def check_logits(model, weights, reference, prompt, memories):
   positions = np.broadcast_to(np.arange(length, dtype=np.int32), prompt.tokens.ids.shape)
   everywhere = Prompt(prompt.tokens, positions, positions, np.ones_like(positions, np.float32))
   logits = np.asarray(model.answer_logits(weights, everywhere, memories))
-  for row, expected, mask in zip(logits, reference["logits"], reference["dec_attention_mask"], strict=True):
-    np.testing.assert_allclose(row[:mask.sum()], expected[mask.astype(bool)], **VALUES)
+  for row, expected, mask in zip(
+    logits, reference["logits"], reference["dec_attention_mask"], strict=True
+  ):
+    np.testing.assert_allclose(row[: mask.sum()], expected[mask.astype(bool)], **VALUES)
 
 
 @pytest.mark.parametrize("name, k", [("stage1", 1), ("stage1_2", 2)])
@@ -93,9 +108,13 @@ def test_given_documents(golden, name, k):
   rows = len(prompt.labels)
   batch = Batch(prompt, leading(documents, rows, k))
   memories = model.compress(weights, batch.documents)
-  np.testing.assert_allclose(np.asarray(memories).reshape(reference["compressed"].shape), reference["compressed"], **VALUES)
+  np.testing.assert_allclose(
+    np.asarray(memories).reshape(reference["compressed"].shape), reference["compressed"], **VALUES
+  )
   check_logits(model, weights, reference, prompt, memories)
-  loss, metrics, grads = objective(model, stages.get("scp"), weights, batch, ("compressor", "generator"))
+  loss, metrics, grads = objective(
+    model, stages.get("scp"), weights, batch, ("compressor", "generator")
+  )
   assert metrics["ce"] == pytest.approx(float(reference["loss"]), abs=1e-5)
   assert metrics["mse"] == pytest.approx(float(reference["mse_loss"]), abs=1e-5)
   assert loss == pytest.approx(float(reference["total"]), abs=1e-5)
@@ -118,7 +137,9 @@ def test_joint(golden):
   model, weights = load(golden, "stage2")
   batch = joint_batch(reference, golden)
   memories = model.compress(weights, batch.documents)
-  np.testing.assert_allclose(np.asarray(memories).reshape(8, 4, 64), reference["doc_embeddings"], **VALUES)
+  np.testing.assert_allclose(
+    np.asarray(memories).reshape(8, 4, 64), reference["doc_embeddings"], **VALUES
+  )
   query = model.encode_query(weights, batch.question)
   np.testing.assert_allclose(np.asarray(query).reshape(2, -1), reference["query_reps"], **VALUES)
   scores = model.score(query, memories)
@@ -128,7 +149,9 @@ def test_joint(golden):
   w = jax.nn.one_hot(indices, 4)
   np.testing.assert_array_equal(w, reference["W"])
   check_logits(model, weights, reference, batch.prompt, selected)
-  loss, metrics, grads = objective(model, stages.get("joint"), weights, batch, ("query_reasoner", "generator"))
+  loss, metrics, grads = objective(
+    model, stages.get("joint"), weights, batch, ("query_reasoner", "generator")
+  )
   assert loss == pytest.approx(float(reference["loss"]), abs=1e-5)
   check_gradients(reference, grads)
 

@@ -1,4 +1,5 @@
-"""Checkpoints, stores, indices and predictions that version 0.1 wrote are read, and its run is resumed."""
+"""Checkpoints, stores, indices and predictions that version 0.1 wrote are read, and its run is
+resumed."""
 
 import dataclasses
 import json
@@ -33,25 +34,35 @@ def kept(tmp_path, monkeypatch):
 def test_a_run_of_before_is_resumed_to_the_same_end(kept):
   """Its configuration has the field `train.temperature`, which is `temperature_schedule` now."""
   config, base = read_config("joint")
-  assert json.loads(pathlib.Path("joint/config.json").read_text())["run"]["train"]["temperature"] == "learned"
+  assert (
+    json.loads(pathlib.Path("joint/config.json").read_text())["run"]["train"]["temperature"]
+    == "learned"
+  )
   assert config.train.temperature_schedule == "learned" and base == "base"
   with np.load("init.npz") as initial:
     weights = unflatten_dict({tuple(name.split("/")): initial[name] for name in initial.files})
   weights["base"] = clara_jax.load("base").weights["base"]
-  result = clara_jax.train(dataclasses.replace(config, base=base), "joint", init_weights=weights, progress=False)
+  result = clara_jax.train(
+    dataclasses.replace(config, base=base), "joint", init_weights=weights, progress=False
+  )
   assert result.metrics["step"] == 4
-  resumed = np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(result.weights["generator"]))])
-  np.testing.assert_allclose(resumed, kept["generator"], atol=1e-6)  # to the bit where JAX is that which wrote it
+  resumed = np.concatenate(
+    [np.ravel(x) for x in jax.tree.leaves(jax.device_get(result.weights["generator"]))]
+  )
+  # to the bit where JAX is that which wrote it
+  np.testing.assert_allclose(resumed, kept["generator"], atol=1e-6)
 
 
 def test_a_store_of_before_is_read_searched_and_extended(kept):
   checkpoint = clara_jax.load("joint")
   store = clara_jax.MemoryStore("store")
   assert store.manifest.encoding == "int8" and len(store) == 12
-  np.testing.assert_array_equal(np.asarray(store.memories(store.rows), np.float32), kept["memories"])
+  np.testing.assert_array_equal(
+    np.asarray(store.memories(store.rows), np.float32), kept["memories"]
+  )
   check_compressor(store, checkpoint.model, checkpoint.weights)
   assert store.verify()["documents"] == 12 and index.state(store) == "current"
-  answer, = clara_jax.Answerer(checkpoint, store, max_new_tokens=2).answer(["Who?"])
+  (answer,) = clara_jax.Answerer(checkpoint, store, max_new_tokens=2).answer(["Who?"])
   assert len(answer.documents) == 2
   more = [schemas.Document(**d) for d in tiny.world().documents(False)][:13]
   report = clara_jax.compress_corpus(checkpoint, more, "store", bucket=64, progress=False)
@@ -60,6 +71,17 @@ def test_a_store_of_before_is_read_searched_and_extended(kept):
 
 def test_predictions_of_before_are_not_made_again(kept):
   checkpoint = clara_jax.load("joint")
-  rows, before = schemas.read_rows(["rows.jsonl"])[:4], pathlib.Path("predictions.jsonl").read_text()
-  evaluator.evaluate(checkpoint, rows, "joint", batch_size=4, max_new_tokens=3, path="predictions.jsonl", progress=False)
+  rows, before = (
+    schemas.read_rows(["rows.jsonl"])[:4],
+    pathlib.Path("predictions.jsonl").read_text(),
+  )
+  evaluator.evaluate(
+    checkpoint,
+    rows,
+    "joint",
+    batch_size=4,
+    max_new_tokens=3,
+    path="predictions.jsonl",
+    progress=False,
+  )
   assert pathlib.Path("predictions.jsonl").read_text() == before

@@ -1,4 +1,5 @@
-"""The store: exactly once, resumable, changed in place, refused where it does not fit; forms; a corpus through the compressor."""
+"""The store: exactly once, resumable, changed in place, refused where it does not fit; forms; a
+corpus through the compressor."""
 
 import dataclasses
 import errno
@@ -28,21 +29,33 @@ MANIFEST = Manifest("x", 2, 16, 40, "float32")
 
 
 def documents(count, first=0):
-  return [Document(d["id"], d["text"], d["title"]) for d in tiny.world().documents(False)[first:first + count]]
+  return [
+    Document(d["id"], d["text"], d["title"])
+    for d in tiny.world().documents(False)[first : first + count]
+  ]
 
 
 def compress(directory, corpus, **options):
-  return compress_corpus(Checkpoint(Clara(tiny.config()), tiny.prompt_tokenizer(), tiny.weights()), corpus, str(directory), progress=False,
-                         **{"bucket": 64, **options})
+  return compress_corpus(
+    Checkpoint(Clara(tiny.config()), tiny.prompt_tokenizer(), tiny.weights()),
+    corpus,
+    str(directory),
+    progress=False,
+    **{"bucket": 64, **options},
+  )
 
 
 def numbered(*numbers):
   """Documents 'd<n>' with memory tokens that say so."""
-  return [Document(f"d{n}", f"text {n}", "") for n in numbers], np.stack([np.full((2, 16), n, np.float32) for n in numbers])
+  return [Document(f"d{n}", f"text {n}", "") for n in numbers], np.stack(
+    [np.full((2, 16), n, np.float32) for n in numbers]
+  )
 
 
 def content(store):
-  return {d.id: (d.text, m.tobytes()) for d, m in zip(store.documents(), store.memories(), strict=True)}
+  return {
+    d.id: (d.text, m.tobytes()) for d, m in zip(store.documents(), store.memories(), strict=True)
+  }
 
 
 def test_interrupted_and_straight_runs_are_equal(tmp_path):
@@ -56,7 +69,9 @@ def test_interrupted_and_straight_runs_are_equal(tmp_path):
     with pytest.raises(KeyboardInterrupt):
       compress(tmp_path / "stopped", stops_after(count), shard_size=3, batch_size=4)
   report = compress(tmp_path / "stopped", corpus, shard_size=3, batch_size=4)
-  assert report.documents == 23 and report.skipped >= 6 and report.skipped % 3 == 0 and report.cut == 0
+  assert (
+    report.documents == 23 and report.skipped >= 6 and report.skipped % 3 == 0 and report.cut == 0
+  )
   compress(tmp_path / "straight", corpus, shard_size=3, batch_size=4)
   stopped, straight = (MemoryStore(str(tmp_path / name)) for name in ("stopped", "straight"))
   assert stopped.documents() == straight.documents() == corpus
@@ -67,9 +82,16 @@ def test_interrupted_and_straight_runs_are_equal(tmp_path):
 def test_several_processes_make_one_store(tmp_path):
   corpus = documents(23)
   compress(tmp_path / "one", corpus, shard_size=3, batch_size=4)
-  assert compress(tmp_path / "many", corpus, shard_size=3, batch_size=4, process=1, processes=3, workers=1).documents == 8
+  assert (
+    compress(
+      tmp_path / "many", corpus, shard_size=3, batch_size=4, process=1, processes=3, workers=1
+    ).documents
+    == 8
+  )
   for process in (2, 0):
-    report = compress(tmp_path / "many", corpus, shard_size=3, batch_size=4, process=process, processes=3)
+    report = compress(
+      tmp_path / "many", corpus, shard_size=3, batch_size=4, process=process, processes=3
+    )
   assert report.documents == 23
   one, many = (MemoryStore(str(tmp_path / name)) for name in ("one", "many"))
   assert content(one) == content(many)
@@ -84,7 +106,9 @@ def test_changed_documents_are_replaced(tmp_path):
   report = compress(tmp_path, changed, replace=True)
   assert (report.documents, report.skipped, report.replaced) == (7, 6, 1)
   store = MemoryStore(str(tmp_path))
-  np.testing.assert_allclose(store.memories([store.row(corpus[3].id)]), store.memories([store.row(corpus[4].id)]), atol=1e-6)
+  np.testing.assert_allclose(
+    store.memories([store.row(corpus[3].id)]), store.memories([store.row(corpus[4].id)]), atol=1e-6
+  )
 
 
 def test_a_half_written_segment_does_not_count(tmp_path):
@@ -93,7 +117,8 @@ def test_a_half_written_segment_does_not_count(tmp_path):
   store.append(*numbered(3))
   (tmp_path / "segments-0" / "000001-000" / "segment.json").unlink()
   store.close()
-  ledger = tmp_path / "ledger-0-000.jsonl"  # as a kill between the files and their record leaves it, or one within a line
+  # as a kill between the files and their record leaves it, or one within a line
+  ledger = tmp_path / "ledger-0-000.jsonl"
   ledger.write_bytes(ledger.read_bytes()[:-30])
   store = MemoryStore(str(tmp_path))
   assert len(store) == 2 and "d3" not in store
@@ -102,7 +127,15 @@ def test_a_half_written_segment_does_not_count(tmp_path):
 
 
 @settings(max_examples=25)
-@given(st.lists(st.tuples(st.sampled_from(["upsert", "delete", "compact", "reopen"]), st.sets(st.integers(0, 9), min_size=1)), max_size=12))
+@given(
+  st.lists(
+    st.tuples(
+      st.sampled_from(["upsert", "delete", "compact", "reopen"]),
+      st.sets(st.integers(0, 9), min_size=1),
+    ),
+    max_size=12,
+  )
+)
 def test_changes_equal_a_dict(tmp_path_factory, changes):
   """Upserts, deletions and compaction in any order leave what a dict would hold."""
   folder = str(tmp_path_factory.mktemp("store"))
@@ -130,7 +163,9 @@ def test_ids_whose_hashes_share_a_half():
   keys = _Keys()
   keys.put(np.array([[5, 1], [5, 2], [5, 3], [7, 1]], np.uint64), np.array([10, 11, 12, 13]))
   keys.put(np.array([[5, 2], [6, 0]], np.uint64), np.array([-1, 14]))
-  assert keys.find(np.array([[5, 3], [5, 2], [5, 1], [5, 9], [7, 1], [6, 0], [8, 8]], np.uint64)).tolist() == [12, -1, 10, -1, 13, 14, -1]
+  assert keys.find(
+    np.array([[5, 3], [5, 2], [5, 1], [5, 9], [7, 1], [6, 0], [8, 8]], np.uint64)
+  ).tolist() == [12, -1, 10, -1, 13, 14, -1]
   assert sorted(keys.rows()) == [10, 12, 13, 14]
 
 
@@ -141,7 +176,9 @@ def test_reads_by_row_id_and_text(tmp_path):
   everything = store.memories()
   np.testing.assert_array_equal(store.memories([6, 0, 3]), everything[[6, 0, 3]])
   np.testing.assert_array_equal(store.lookup()([corpus[4].text]), everything[4:5])
-  assert store.row(corpus[5].id) == 5 and corpus[5].id in store and store.documents([5]) == [corpus[5]]
+  assert (
+    store.row(corpus[5].id) == 5 and corpus[5].id in store and store.documents([5]) == [corpus[5]]
+  )
   assert [len(rows) for rows, _ in store.blocks(3)] == [3, 3, 1]
   with pytest.raises(KeyError):
     store.row("nobody")
@@ -160,7 +197,9 @@ def test_reads_by_row_id_and_text(tmp_path):
 def test_a_store_without_text(tmp_path):
   compress(tmp_path, documents(3), text=False)
   store = MemoryStore(str(tmp_path))
-  assert [d.text for d in store.documents()] == [""] * 3 and store.documents()[0].id == documents(1)[0].id
+  assert [d.text for d in store.documents()] == [""] * 3 and store.documents()[0].id == documents(
+    1
+  )[0].id
   with pytest.raises(StoreError, match="keeps no text; rows need doc_ids"):
     store.lookup()(["x"])
   with pytest.raises(ConfigError, match="keeps no text"):
@@ -170,7 +209,9 @@ def test_a_store_without_text(tmp_path):
 def test_forms(tmp_path):
   """Errors are bounded by each form's own step, and what is written is what `encode` makes."""
   rng = np.random.default_rng(0)
-  memories = rng.normal(size=(600, 2, 16)).astype(np.float32) * np.array([0.01, 30.0], np.float32)[:, None]
+  memories = (
+    rng.normal(size=(600, 2, 16)).astype(np.float32) * np.array([0.01, 30.0], np.float32)[:, None]
+  )
   corpus = [Document(f"d{i}", "t", "") for i in range(600)]
   whole = MemoryStore(str(tmp_path / "float32"), MANIFEST)
   whole.append(corpus, memories)
@@ -180,7 +221,11 @@ def test_forms(tmp_path):
   small = quantize(whole, str(tmp_path / "int8"), "int8")
   step = np.abs(memories).max(-1, keepdims=True) / 127
   assert (np.abs(small.memories() - memories) <= 0.51 * step).all()
-  assert [codecs.make(name, 2, 16).nbytes for name in ("float32", "bfloat16", "int8")] == [128, 64, 36]
+  assert [codecs.make(name, 2, 16).nbytes for name in ("float32", "bfloat16", "int8")] == [
+    128,
+    64,
+    36,
+  ]
   assert MemoryStore(str(tmp_path / "int8")).manifest.encoding == "int8"
 
 
@@ -188,7 +233,9 @@ def test_product_quantisation(tmp_path):
   pytest.importorskip("faiss")
   rng = np.random.default_rng(0)
   centers = rng.normal(size=(4, 8, 8)).astype(np.float32)  # each part of a vector is one of eight
-  memories = np.stack([centers[np.arange(4), rng.integers(0, 8, 4)].reshape(2, 16) for _ in range(400)])
+  memories = np.stack(
+    [centers[np.arange(4), rng.integers(0, 8, 4)].reshape(2, 16) for _ in range(400)]
+  )
   whole = MemoryStore(str(tmp_path / "float32"), MANIFEST)
   whole.append([Document(f"d{i}", "t", "") for i in range(400)], memories)
   small = quantize(whole, str(tmp_path / "pq"), "pq", sub_width=8)
@@ -225,7 +272,8 @@ def test_refusals(tmp_path):
 
 
 def test_writers_see_each_other(tmp_path):
-  """Whoever changes a store is alone with what the change needs, and has read what others wrote before."""
+  """Whoever changes a store is alone with what the change needs, and has read what others wrote
+  before."""
   folder = str(tmp_path / "store")
   early = MemoryStore(folder, MANIFEST)
   early.close()
@@ -240,8 +288,14 @@ def test_writers_see_each_other(tmp_path):
 
   writer = MemoryStore(folder, MANIFEST)
   other = MemoryStore(folder, MANIFEST, writer=1)  # two may add
-  for change in (other.compact, lambda: MemoryStore(folder).compact(), lambda: MemoryStore(folder, writer=2).delete(["d1"])):
-    with pytest.raises(StoreError, match=r"another process is at work on this store \(process \d+ on "):
+  for change in (
+    other.compact,
+    lambda: MemoryStore(folder).compact(),
+    lambda: MemoryStore(folder, writer=2).delete(["d1"]),
+  ):
+    with pytest.raises(
+      StoreError, match=r"another process is at work on this store \(process \d+ on "
+    ):
       change()
   with writer.reading("index", "builds its index"):
     with pytest.raises(StoreError, match="another process builds its index"):
@@ -276,7 +330,9 @@ def of_version_2(folder):
   for file in (folder / "manifest.json", *segments.glob("*/segment.json")):
     values = io.unsealed(file.read_bytes())
     if file.name == "manifest.json":
-      values = {k: v for k, v in values.items() if k not in ("parts", "dtype", "codebook")} | {"version": 2}
+      values = {k: v for k, v in values.items() if k not in ("parts", "dtype", "codebook")} | {
+        "version": 2
+      }
     file.write_text(json.dumps(values))
   (folder / "ledger-0-000.jsonl").unlink()
   return segments
@@ -300,7 +356,8 @@ def test_what_is_gone_is_named_and_given_up(tmp_path):
 
 
 def test_rows_after_a_repair_are_told_from_those_before(tmp_path):
-  """Damage, repair, compress again: neither an open store nor an index goes on with rows that are others now."""
+  """Damage, repair, compress again: neither an open store nor an index goes on with rows that are
+  others now."""
   store = MemoryStore(str(tmp_path), MANIFEST)
   for first in (0, 3, 6):
     store.append(*numbered(*range(first, first + 3)))
@@ -348,7 +405,8 @@ def test_a_store_of_version_2_with_a_damaged_segment_is_repaired(tmp_path):
 
 
 def test_every_flipped_bit_is_named_or_harmless(tmp_path):
-  """One bit anywhere in a store: it is named when the store is opened, read or verified, or all documents are as before."""
+  """One bit anywhere in a store: it is named when the store is opened, read or verified, or all
+  documents are as before."""
   two_segments(tmp_path)
   whole = content(MemoryStore(str(tmp_path)))
   random = np.random.default_rng(0)
@@ -364,7 +422,8 @@ def test_every_flipped_bit_is_named_or_harmless(tmp_path):
         assert content(store) == whole, (file, place)
         if file.name != "manifest.json":
           store.verify()
-          assert file.suffix == ".jsonl" and place == len(before) - 1, (file, place)  # the end of the last line alone
+          # the end of the last line alone
+          assert file.suffix == ".jsonl" and place == len(before) - 1, (file, place)
       except StoreError:
         pass
     file.write_bytes(before)
@@ -375,8 +434,10 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path, monkeypatch):
   store.append(*numbered(1))
   for number, broken in enumerate(("_write_records", "io.write", "io.append"), 3):
     with monkeypatch.context() as patch:
+
       def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
+
       patch.setattr(f"clara_jax.memory.store.{broken}", full)
       with pytest.raises(OSError, match="No space"):
         store.upsert(*numbered(2))
@@ -390,7 +451,10 @@ def test_a_store_of_version_2_is_read_and_goes_on(tmp_path):
   segments = of_version_2(tmp_path)
   assert list(content(MemoryStore(str(tmp_path)))) == ["d2", "d3"]
   MemoryStore(str(tmp_path), MANIFEST).append(*numbered(4))
-  assert list(content(MemoryStore(str(tmp_path)))) == ["d2", "d3", "d4"] and MemoryStore(str(tmp_path)).verify()["documents"] == 3
+  assert (
+    list(content(MemoryStore(str(tmp_path)))) == ["d2", "d3", "d4"]
+    and MemoryStore(str(tmp_path)).verify()["documents"] == 3
+  )
   shutil.rmtree(segments / "000001-000")
   with pytest.raises(StoreError, match="000001-000: is missing"):
     MemoryStore(str(tmp_path))
@@ -427,5 +491,10 @@ def test_documents_that_are_cut_are_counted(tmp_path):
   prompt_tokenizer = tiny.prompt_tokenizer()
   short = tiny.world().document(tiny.world().side(False)[0])
   corpus = [Document("a", short), Document("b", " ".join([short] * 5))]
-  report = compress_corpus(Checkpoint(Clara(tiny.config()), prompt_tokenizer, tiny.weights()), corpus, str(tmp_path / "store"), progress=False)
+  report = compress_corpus(
+    Checkpoint(Clara(tiny.config()), prompt_tokenizer, tiny.weights()),
+    corpus,
+    str(tmp_path / "store"),
+    progress=False,
+  )
   assert (report.documents, report.cut) == (2, 1)

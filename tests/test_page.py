@@ -1,4 +1,5 @@
-"""The page in headless Chromium: ask, read the answer and its documents, be told when the server is gone; also in a narrow window.
+"""The page in headless Chromium: ask, read the answer and its documents, be told when the server is
+gone; also in a narrow window.
 
 With CLARA_SCREENSHOTS=DIR the pages are kept as pictures.
 """
@@ -14,7 +15,9 @@ from tests.test_serving import answerer, question, running  # noqa: F401 (a fixt
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if not CHROMIUM:
-  pytest.skip("Chromium is not installed here (Debian: apt-get install chromium)", allow_module_level=True)
+  pytest.skip(
+    "Chromium is not installed here (Debian: apt-get install chromium)", allow_module_level=True
+  )
 
 SIZES = {"wide": (1100, 900), "narrow": (360, 740)}
 
@@ -38,7 +41,9 @@ def test_ask_and_be_answered(browser, answerer, size):  # noqa: F811
   page = browser.new_page(viewport=dict(zip(("width", "height"), SIZES[size], strict=True)))
   faults = []
   page.on("pageerror", lambda error: faults.append(str(error)))
-  page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+  page.on(
+    "console", lambda message: faults.append(message.text) if message.type == "error" else None
+  )
   with running(answerer, server.Limits(batch=2)) as (client, _):
     page.goto(str(client.base_url))
     page.locator("#about", has_text="20 documents").wait_for()
@@ -50,7 +55,11 @@ def test_ask_and_be_answered(browser, answerer, size):  # noqa: F811
     documents = page.query_selector_all("#documents li")
     assert len(documents) == len(expected.documents)
     for shown, document in zip(documents, expected.documents, strict=True):
-      assert document.text in shown.inner_text() and "score" in shown.inner_text() and "2 memory tokens" in shown.inner_text()
+      assert (
+        document.text in shown.inner_text()
+        and "score" in shown.inner_text()
+        and "2 memory tokens" in shown.inner_text()
+      )
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert page.evaluate("document.activeElement.id") == "question"
     keep(page, size)
@@ -64,5 +73,7 @@ def test_ask_and_be_answered(browser, answerer, size):  # noqa: F811
   page.locator("#error", has_text="cannot be reached").wait_for()
   assert page.is_hidden("#result")
   keep(page, f"{size}-stopped")
-  assert all("ERR_CONNECTION_REFUSED" in fault or "Failed to load" in fault for fault in faults), faults
+  assert all("ERR_CONNECTION_REFUSED" in fault or "Failed to load" in fault for fault in faults), (
+    faults
+  )
   page.close()

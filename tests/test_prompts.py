@@ -25,8 +25,15 @@ def prompt_tokenizer(name: str, **changes) -> PromptTokenizer:
   """Of a published model; changes of `Published`."""
   model = dataclasses.replace(published.MODELS[name], **changes)
   tokenizer = published.tokenizer(model)
-  config = ClaraConfig(ModelConfig(len(tokenizer), 8, 1, 1, 1, 8, 8), doc_max_length=40, compression_rate=40 // M, decoder_max_length=1024)
-  return PromptTokenizer(tokenizer, config, end_ids=[tokenizer.convert_tokens_to_ids(t) for t in model.ends])
+  config = ClaraConfig(
+    ModelConfig(len(tokenizer), 8, 1, 1, 1, 8, 8),
+    doc_max_length=40,
+    compression_rate=40 // M,
+    decoder_max_length=1024,
+  )
+  return PromptTokenizer(
+    tokenizer, config, end_ids=[tokenizer.convert_tokens_to_ids(t) for t in model.ends]
+  )
 
 
 @pytest.mark.parametrize("name", published.MODELS)
@@ -34,9 +41,12 @@ def test_the_prompt_is_the_templates_own_and_begins_the_training_text(name):
   made = prompt_tokenizer(name)
   tokenizer = made.tokenizer
   messages = prompts.answer_messages(made.slots(2), "Where is it?")
-  if "v0.1" in name:  # refuses a system message: in front of the user's, one newline between, as in the released code
+  # refuses a system message: in front of the user's, one newline between, as in the released code
+  if "v0.1" in name:
     messages = [{"role": "user", "content": f"{messages[0]['content']}\n{messages[1]['content']}"}]
-  rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+  rendered = tokenizer.apply_chat_template(
+    messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+  )
   asked = made.answer_prompt("Where is it?", 2)
   assert asked.ids.tolist() == tokenizer.encode(rendered, add_special_tokens=False)
   trained = made.answer_prompt("Where is it?", 2, "Paris")
@@ -52,7 +62,9 @@ def test_the_prompt_is_the_templates_own_and_begins_the_training_text(name):
 def test_nothing_stands_for_a_bos_that_is_not_there():
   made = prompt_tokenizer("Qwen2.5-0.5B-Instruct")
   ids = made.document("Paris is old.")
-  assert made.tokenizer.decode(ids) == "<ENC>Paris is old.<|im_end|><MEM0><MEM1>" and not made.is_cut(ids)
+  assert made.tokenizer.decode(
+    ids
+  ) == "<ENC>Paris is old.<|im_end|><MEM0><MEM1>" and not made.is_cut(ids)
   long = made.document("Paris " * 100)
   assert len(long) == 40 + 2 + M and made.is_cut(long)
 
@@ -65,25 +77,38 @@ def test_a_tokenizer_without_an_end():
   template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
   with pytest.raises(schemas.DataError, match="nothing can end an answer"):
     prompt_tokenizer("Qwen2.5-0.5B-Instruct", eos=None, ends=(), template=template)
-  named = prompt_tokenizer("Qwen2.5-0.5B-Instruct", eos=None, template=template)  # generation_config.json names one
-  assert named.tokenizer.decode(named.answer_prompt("Who?", 1, "Ada").ids[-4:]).endswith("Ada<|im_end|>")
+  # generation_config.json names one
+  named = prompt_tokenizer("Qwen2.5-0.5B-Instruct", eos=None, template=template)
+  assert named.tokenizer.decode(named.answer_prompt("Who?", 1, "Ada").ids[-4:]).endswith(
+    "Ada<|im_end|>"
+  )
 
 
 def test_blanks_that_are_tokens_end_nothing():
   tokenizer = published.tokenizer(published.MODELS["SmolLM2-135M-Instruct"])
   tokenizer.add_tokens(["\n", "  "])
-  tokenizer.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content }}{{ '\\n' }}{{ '<|im_end|>' }}{% endfor %}"
-  config = ClaraConfig(ModelConfig(len(tokenizer), 8, 1, 1, 1, 8, 8), doc_max_length=40, compression_rate=20)
+  tokenizer.chat_template = (
+    "{% for m in messages %}{{ m.role + ':' + m.content }}{{ '\\n' }}{{ '<|im_end|>' }}{% endfor %}"
+  )
+  config = ClaraConfig(
+    ModelConfig(len(tokenizer), 8, 1, 1, 1, 8, 8), doc_max_length=40, compression_rate=20
+  )
   assert PromptTokenizer(tokenizer, config).end_ids == (2,)
 
 
 def test_a_template_that_does_not_know_the_generation_prompt():
-  """The header of the assistant's turn belongs to the prompt, whatever the template does about it."""
-  template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+  """The header of the assistant's turn belongs to the prompt, whatever the template does about
+  it."""
+  template = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + "
+    "'<|im_end|>\\n' }}{% endfor %}"
+  )
   made = prompt_tokenizer("SmolLM2-135M-Instruct", template=template)
   trained = made.answer_prompt("Who?", 1, "Ada")
   assert made.tokenizer.decode(trained.ids[trained.prompt_length :]) == "Ada<|im_end|>"
-  assert made.tokenizer.decode(made.answer_prompt("Who?", 1).ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
+  assert made.tokenizer.decode(made.answer_prompt("Who?", 1).ids).endswith(
+    "<|im_end|>\n<|im_start|>assistant\n"
+  )
 
 
 def test_without_a_template_a_plain_one_is_used_and_said(caplog):
@@ -97,14 +122,23 @@ def test_without_a_template_a_plain_one_is_used_and_said(caplog):
   "template, message",
   [
     ("{{ undefined_function() }}", "its chat template fails"),
-    ("{% for m in messages %}{% if m.role != 'user' %}{{ m.content }}{% endif %}{% endfor %}", "does not show the user's message"),
+    (
+      "{% for m in messages %}{% if m.role != 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+      "does not show the user's message",
+    ),
     (
       "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}",
       "does not show the assistant's message",
     ),
     ("{% for m in messages %}{{ m.content | lower }}{% endfor %}", "does not show"),
-    ("{% for m in messages %}{{ m.content | replace('<MEM1>', '') }}{% endfor %}", "changes the memory slots"),
-    ({"tool_use": "{{ messages }}", "rag": "{{ messages }}"}, "chat templates \\['rag', 'tool_use'\\]"),
+    (
+      "{% for m in messages %}{{ m.content | replace('<MEM1>', '') }}{% endfor %}",
+      "changes the memory slots",
+    ),
+    (
+      {"tool_use": "{{ messages }}", "rag": "{{ messages }}"},
+      "chat templates \\['rag', 'tool_use'\\]",
+    ),
   ],
 )
 def test_templates_that_cannot_be_had_are_refused_by_name(template, message):
@@ -114,14 +148,22 @@ def test_templates_that_cannot_be_had_are_refused_by_name(template, message):
 
 def test_a_list_of_templates_has_a_default():
   chatml = published.MODELS["SmolLM2-135M-Instruct"].template
-  made = prompt_tokenizer("SmolLM2-135M-Instruct", template={"default": chatml, "tool_use": "{{ messages }}"})
-  assert made.answer_prompt("Who?", 1).ids.tolist() == prompt_tokenizer("SmolLM2-135M-Instruct").answer_prompt("Who?", 1).ids.tolist()
+  made = prompt_tokenizer(
+    "SmolLM2-135M-Instruct", template={"default": chatml, "tool_use": "{{ messages }}"}
+  )
+  assert (
+    made.answer_prompt("Who?", 1).ids.tolist()
+    == prompt_tokenizer("SmolLM2-135M-Instruct").answer_prompt("Who?", 1).ids.tolist()
+  )
 
 
 def test_a_date_is_told_once():
   made = prompt_tokenizer("Llama-3.2-1B-Instruct")
   assert re.fullmatch(r"\d{4}-\d\d-\d\d", made.config.prompt_date)
-  again = PromptTokenizer(published.tokenizer(published.MODELS["Llama-3.2-1B-Instruct"]), dataclasses.replace(made.config, prompt_date="2024-07-26"))
+  again = PromptTokenizer(
+    published.tokenizer(published.MODELS["Llama-3.2-1B-Instruct"]),
+    dataclasses.replace(made.config, prompt_date="2024-07-26"),
+  )
   assert "Today Date: 26 Jul 2024\n\n" in again.tokenizer.decode(again.answer_prompt("Who?", 1).ids)
   assert prompt_tokenizer("Llama-3.1-8B-Instruct").config.prompt_date is None
 
@@ -133,9 +175,15 @@ def test_a_training_question_is_cut_at_the_decoders_maximum_only():
   assert len(answering) == made.config.query_max_length + 3 + M < len(training) <= 1024 + 3 + M
 
 
-# ---- text that looks like special tokens -------------------------------------------------------------------------------------
+# ---- text that looks like special tokens ---------------------------------------------------------
 
-NAMES = ("Mistral-7B-Instruct-v0.3", "Llama-2-7b-chat", "Qwen3-0.6B", "Phi-3-mini-4k-instruct", "DeepSeek-R1-Distill-Llama-8B")
+NAMES = (
+  "Mistral-7B-Instruct-v0.3",
+  "Llama-2-7b-chat",
+  "Qwen3-0.6B",
+  "Phi-3-mini-4k-instruct",
+  "DeepSeek-R1-Distill-Llama-8B",
+)
 LAYOUTS = {}
 _PIECES = st.sampled_from(
   [
@@ -184,7 +232,11 @@ def forged(name: str) -> PromptTokenizer:
 
 def control(made: PromptTokenizer, ids) -> list[int]:
   """The special tokens among ids."""
-  special = {i for i, t in made.tokenizer.backend_tokenizer.get_added_tokens_decoder().items() if t.content.strip()}
+  special = {
+    i
+    for i, t in made.tokenizer.backend_tokenizer.get_added_tokens_decoder().items()
+    if t.content.strip()
+  }
   return [int(i) for i in ids if i in special]
 
 
@@ -194,8 +246,12 @@ def control(made: PromptTokenizer, ids) -> list[int]:
 def test_no_text_forges_a_special_token(name, text, answer):
   made = forged(name)
   plain, ids = made.answer_prompt("Who?", 2, "Ada"), made.answer_prompt(text, 2, answer)
-  assert control(made, ids.ids[: ids.prompt_length]) == control(made, plain.ids[: plain.prompt_length])
-  assert control(made, ids.ids[ids.prompt_length :]) == control(made, plain.ids[plain.prompt_length :])
+  assert control(made, ids.ids[: ids.prompt_length]) == control(
+    made, plain.ids[: plain.prompt_length]
+  )
+  assert control(made, ids.ids[ids.prompt_length :]) == control(
+    made, plain.ids[plain.prompt_length :]
+  )
   # The answer is what comes out; a template may have its own word about blanks at its ends.
   assert made.text(ids.ids[ids.prompt_length :]) == made.text(made.ids(answer))
   assert control(made, made.document(text)[:-M]) in (
@@ -203,10 +259,15 @@ def test_no_text_forges_a_special_token(name, text, answer):
     control(made, made.document("Ada " * 99)[:-M]),
   )
   assert control(made, made.ids(text)) == []
-  assert control(made, made.text_prompt(text, answer).ids) == control(made, made.text_prompt("Who?", "Ada").ids)
+  assert control(made, made.text_prompt(text, answer).ids) == control(
+    made, made.text_prompt("Who?", "Ada").ids
+  )
   row = schemas.Row((text, "Who?"), (answer, "Ada"), (text,), is_question_list=True)
   assert len(control(made, made.row_prompt(row, 1).ids)) == len(
-    control(made, made.row_prompt(dataclasses.replace(row, questions=("a", "b"), answers=("c", "d")), 1).ids)
+    control(
+      made,
+      made.row_prompt(dataclasses.replace(row, questions=("a", "b"), answers=("c", "d")), 1).ids,
+    )
   )
 
 
@@ -225,14 +286,21 @@ def test_other_text_is_tokenised_as_the_tokenizer_does(name, text):
 @given(text=FORGERIES)
 def test_a_forgery_changes_no_other_row_of_its_batch(text):
   made = forged("Mistral-7B-Instruct-v0.3")
-  encoder = RowEncoder(made, "given", DataConfig(batch_size=2, bucket=1024, document_bucket=128, label_bucket=1024), 2)
+  encoder = RowEncoder(
+    made, "given", DataConfig(batch_size=2, bucket=1024, document_bucket=128, label_bucket=1024), 2
+  )
   import random
 
-  rows = [schemas.Row((q,), ("Ada",), ("Ada was here.", text), (), "qa", str(i)) for i, q in enumerate((text, "Who?"))]
+  rows = [
+    schemas.Row((q,), ("Ada",), ("Ada was here.", text), (), "qa", str(i))
+    for i, q in enumerate((text, "Who?"))
+  ]
   both = encoder.collate([encoder.encode(r, random.Random(0)) for r in rows])
   alone = encoder.collate([encoder.encode(rows[1], random.Random(0))])
   np.testing.assert_array_equal(both.prompt.tokens.ids[1], alone.prompt.tokens.ids[0])
-  is_memory = (both.prompt.tokens.ids >= made.config.model.vocab_size) & (both.prompt.tokens.ids < made.config.model.vocab_size + M)
+  is_memory = (both.prompt.tokens.ids >= made.config.model.vocab_size) & (
+    both.prompt.tokens.ids < made.config.model.vocab_size + M
+  )
   assert is_memory.sum(1).tolist() == [2 * M, 2 * M]
 
 
@@ -240,7 +308,12 @@ def test_a_tokenizer_file_that_truncates_or_pads_does_neither_here(tmp_path):
   tokenizer = published.tokenizer(published.MODELS["SmolLM2-135M-Instruct"])
   tokenizer.save_pretrained(tmp_path)
   spec = json.loads((tmp_path / "tokenizer.json").read_text())
-  spec["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+  spec["truncation"] = {
+    "direction": "Right",
+    "max_length": 4,
+    "strategy": "LongestFirst",
+    "stride": 0,
+  }
   spec["padding"] = {
     "strategy": {"Fixed": 64},
     "direction": "Right",
@@ -251,18 +324,27 @@ def test_a_tokenizer_file_that_truncates_or_pads_does_neither_here(tmp_path):
   }
   (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
   made = PromptTokenizer(str(tmp_path), prompt_tokenizer("SmolLM2-135M-Instruct").config)
-  assert made.ids("Paris is old and large.") == tokenizer.encode("Paris is old and large.", add_special_tokens=False)
+  assert made.ids("Paris is old and large.") == tokenizer.encode(
+    "Paris is old and large.", add_special_tokens=False
+  )
 
 
-@pytest.mark.parametrize("template", [
+@pytest.mark.parametrize(
+  "template",
+  [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "{% set ns = namespace(n=0) %}{% for a in range(99999) %}{% for b in range(99999) %}{% set ns.n = ns.n + 1 %}{% endfor %}{% endfor %}"])
+    "{% set ns = namespace(n=0) %}{% for a in range(99999) %}{% for b in range(99999) %}{% set "
+    "ns.n = ns.n + 1 %}{% endfor %}{% endfor %}",
+  ],
+)
 def test_a_template_without_end_is_stopped(template, monkeypatch):
   monkeypatch.setattr(templates, "SECONDS", 0.5)
   tokenizer = tiny.prompt_tokenizer().tokenizer
   monkeypatch.setattr(tokenizer, "chat_template", template)
   threads = threading.active_count()
-  with pytest.raises(DataError, match="takes longer than 0.5 s; give another with --chat-template FILE"):
+  with pytest.raises(
+    DataError, match="takes longer than 0.5 s; give another with --chat-template FILE"
+  ):
     templates.ChatTemplate(tokenizer)
   for _ in range(50):
     if threading.active_count() == threads:

@@ -1,4 +1,5 @@
-"""What others publish: bases of every family, adapters of every kind, files as they lie there; compared with transformers and PEFT."""
+"""What others publish: bases of every family, adapters of every kind, files as they lie there;
+compared with transformers and PEFT."""
 
 import contextlib
 import io
@@ -56,12 +57,13 @@ def refused(*arguments) -> str:
   return errors.getvalue().strip().splitlines()[-1]
 
 
-# ---- bases -------------------------------------------------------------------------------------------------------------------
+# ---- bases ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", published.MODELS)
 def test_logits_and_the_way_back(name, bases, tmp_path):
-  """Logits equal transformers'; Hugging Face -> clara -> Hugging Face gives the same tensors and files."""
+  """Logits equal transformers'; Hugging Face -> clara -> Hugging Face gives the same tensors and
+  files."""
   difference, scale = study.logit_difference(bases(name))
   assert difference < 1e-4 * max(1, scale)
   assert study.round_trip(bases(name), str(tmp_path)) == []
@@ -69,15 +71,32 @@ def test_logits_and_the_way_back(name, bases, tmp_path):
 
 @pytest.mark.real
 def test_one_base_through_every_command(bases, tmp_path):
-  """No BOS, a padded embedding, a thinking block: only --config.base is given (benchmarks/published.py does it with all)."""
+  """No BOS, a padded embedding, a thinking block: only --config.base is given
+  (benchmarks/published.py does it with all)."""
   assert study.learned(bases("Qwen3-0.6B"), str(tmp_path)) == {"evaluate": 1.0, "ask": 1.0}
   for role in ("upstream", "peft"):
     study.run("convert", f"{tmp_path}/joint", f"{tmp_path}/{role}", "--to", role, "--verify")
     report = study.run(
-      "convert", f"{tmp_path}/{role}", f"{tmp_path}/{role}-again", "--to", "clara", "--base", bases("Qwen3-0.6B"), "--verify"
+      "convert",
+      f"{tmp_path}/{role}",
+      f"{tmp_path}/{role}-again",
+      "--to",
+      "clara",
+      "--base",
+      bases("Qwen3-0.6B"),
+      "--verify",
     )
     assert report["verify"]["exact"]
-  merged = study.run("convert", f"{tmp_path}/joint", f"{tmp_path}/merged", "--to", "hf", "--role", "generator", "--verify")
+  merged = study.run(
+    "convert",
+    f"{tmp_path}/joint",
+    f"{tmp_path}/merged",
+    "--to",
+    "hf",
+    "--role",
+    "generator",
+    "--verify",
+  )
   assert merged["verify"]["exact"] and merged["verify"]["max_abs_logit_difference"] < 1e-3
   values = json.loads((tmp_path / "merged" / "config.json").read_text())
   assert values["model_type"] == "qwen3" and values["rope_theta"] == 1e6
@@ -85,14 +104,26 @@ def test_one_base_through_every_command(bases, tmp_path):
 
 
 def test_the_base_is_the_shape(bases):
-  config = config_file.load_config(f"{CONFIG}:scp", [f"--config.base={bases('Mistral-7B-Instruct-v0.1')}"])
-  assert config.clara.model.rope_theta == 1e4 and config.clara.model.sliding_window == 24 and config.clara.model.remat == "full"
+  config = config_file.load_config(
+    f"{CONFIG}:scp", [f"--config.base={bases('Mistral-7B-Instruct-v0.1')}"]
+  )
+  assert (
+    config.clara.model.rope_theta == 1e4
+    and config.clara.model.sliding_window == 24
+    and config.clara.model.remat == "full"
+  )
   assert config.clara.model.dtype == "bfloat16"
   padded = config_file.load_config(f"{CONFIG}:scp", [f"--config.base={bases('Qwen3-0.6B')}"])
   rows = json.loads(open(f"{bases('Qwen3-0.6B')}/config.json").read())["vocab_size"]
   assert padded.clara.model.vocab_size == rows - 37
   # The number in config.json is no contradiction, others are.
-  assert config_file.load_config(f"{CONFIG}:scp", [f"--config.base={bases('Qwen3-0.6B')}", f"--config.clara.model.vocab_size={rows}"]) == padded
+  assert (
+    config_file.load_config(
+      f"{CONFIG}:scp",
+      [f"--config.base={bases('Qwen3-0.6B')}", f"--config.clara.model.vocab_size={rows}"],
+    )
+    == padded
+  )
 
 
 @pytest.mark.parametrize(
@@ -108,12 +139,20 @@ def test_the_base_is_the_shape(bases):
 )
 def test_a_contradiction_names_both_values(bases, field, value, message):
   with pytest.raises(ConfigError, match=message):
-    config_file.load_config(f"{CONFIG}:scp", [f"--config.base={bases('Mistral-7B-Instruct-v0.1')}", f"--config.clara.model.{field}={value}"])
+    config_file.load_config(
+      f"{CONFIG}:scp",
+      [
+        f"--config.base={bases('Mistral-7B-Instruct-v0.1')}",
+        f"--config.clara.model.{field}={value}",
+      ],
+    )
 
 
 def test_mistral_7b_is_not_another_mistral(bases):
   with pytest.raises(ConfigError, match="clara.model.* but .*zephyr-7b-beta has"):
-    config_file.load_config("configs/mistral_7b.py:scp", [f"--config.base={bases('zephyr-7b-beta')}"])
+    config_file.load_config(
+      "configs/mistral_7b.py:scp", [f"--config.base={bases('zephyr-7b-beta')}"]
+    )
   with pytest.raises(ConfigError, match="config.base: name the directory"):
     config_file.load_config(f"{CONFIG}:scp")
 
@@ -135,8 +174,18 @@ def test_neutral_fields_and_unknown_ones(base):
   families.model_config(str(base))
   (base / "config.json").write_text(json.dumps({**values, "residual_multiplier": 0.5}))
   line = refused("convert", base, base.parent / "out", "--to", "clara")
-  assert "residual_multiplier=0.5 is not known" in line and "--allow-config residual_multiplier" in line
-  study.run("convert", str(base), str(base.parent / "out"), "--to", "clara", "--allow-config", "residual_multiplier")
+  assert (
+    "residual_multiplier=0.5 is not known" in line and "--allow-config residual_multiplier" in line
+  )
+  study.run(
+    "convert",
+    str(base),
+    str(base.parent / "out"),
+    "--to",
+    "clara",
+    "--allow-config",
+    "residual_multiplier",
+  )
   (base / "config.json").write_text(json.dumps({**values, "attention_bias": True}))
   assert "attention_bias=True is not supported" in refused(
     "convert", base, base.parent / "x", "--to", "clara", "--allow-config", "attention_bias"
@@ -152,8 +201,14 @@ def test_rope_fields_win_as_in_transformers(base):
     "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
   }
   (base / "config.json").write_text(json.dumps(both))
-  read, theirs = families.model_config(str(base)), transformers.AutoConfig.from_pretrained(base).rope_parameters
-  assert theirs["rope_type"] == read.rope_scaling.kind == "yarn" and read.rope_theta == theirs["rope_theta"]
+  read, theirs = (
+    families.model_config(str(base)),
+    transformers.AutoConfig.from_pretrained(base).rope_parameters,
+  )
+  assert (
+    theirs["rope_type"] == read.rope_scaling.kind == "yarn"
+    and read.rope_theta == theirs["rope_theta"]
+  )
   difference, scale = study.logit_difference(str(base))
   assert difference < 1e-4 * scale
 
@@ -162,9 +217,27 @@ def test_rope_fields_win_as_in_transformers(base):
   "scaling",
   [
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-    {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 24.0, "beta_slow": 2.0, "truncate": False},
-    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "attention_factor": 0.8},
-    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "mscale": 1.2, "mscale_all_dim": 0.7},
+    {
+      "rope_type": "yarn",
+      "factor": 8.0,
+      "original_max_position_embeddings": 16,
+      "beta_fast": 24.0,
+      "beta_slow": 2.0,
+      "truncate": False,
+    },
+    {
+      "rope_type": "yarn",
+      "factor": 2.0,
+      "original_max_position_embeddings": 32,
+      "attention_factor": 0.8,
+    },
+    {
+      "rope_type": "yarn",
+      "factor": 2.0,
+      "original_max_position_embeddings": 32,
+      "mscale": 1.2,
+      "mscale_all_dim": 0.7,
+    },
     {"type": "linear", "factor": 3.0},
   ],
 )
@@ -181,7 +254,9 @@ def test_windows_of_some_layers_hold_in_answers_and_in_what_explains_them(bases)
 
   checkpoint = formats.load(bases("Ministral-8B-Instruct-2410"), dtype="float32")
   assert checkpoint.model.config.model.full_attention_layers == (0,)
-  reference = transformers.AutoModelForCausalLM.from_pretrained(bases("Ministral-8B-Instruct-2410"), dtype=torch.float32).eval()
+  reference = transformers.AutoModelForCausalLM.from_pretrained(
+    bases("Ministral-8B-Instruct-2410"), dtype=torch.float32
+  ).eval()
   ids = np.random.default_rng(0).integers(9, 300, (1, 70))
   wanted = reference.generate(
     torch.tensor(ids),
@@ -191,7 +266,9 @@ def test_windows_of_some_layers_hold_in_answers_and_in_what_explains_them(bases)
     eos_token_id=None,
     pad_token_id=0,
   )[0, 70:].tolist()
-  found = make_generate(checkpoint.model, 20, (-1,), 0, None)(checkpoint.weights, Tokens(jnp.asarray(ids), jnp.array([70])), None)
+  found = make_generate(checkpoint.model, 20, (-1,), 0, None)(
+    checkpoint.weights, Tokens(jnp.asarray(ids), jnp.array([70])), None
+  )
   assert found[0].tolist() == wanted
 
 
@@ -199,27 +276,53 @@ def test_a_base_that_is_trained_on_stays_what_it_is(bases, tmp_path):
   """`pretrain` from a Hugging Face model: family and generation config are there on the way out."""
   row = {"docs": ["Ada."], "question": ["Who?"], "answers": ["Ada."]}
   (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
-  sizes = {**study.SIZES, "data.rows": f'("{tmp_path}/rows.jsonl",)', "train.steps": 1, "clara.decoder_max_length": 128, "data.bucket": 128}
+  sizes = {
+    **study.SIZES,
+    "data.rows": f'("{tmp_path}/rows.jsonl",)',
+    "train.steps": 1,
+    "clara.decoder_max_length": 128,
+    "data.bucket": 128,
+  }
   base = f"--config.base={bases('Llama-3.1-8B-Instruct')}"
-  study.run("train", "--config", f"{CONFIG}:pretrain", "--workdir", str(tmp_path / "run"), base, "--dtype", "float32",
-            *(f"--config.{k}={v}" for k, v in sizes.items()))
+  study.run(
+    "train",
+    "--config",
+    f"{CONFIG}:pretrain",
+    "--workdir",
+    str(tmp_path / "run"),
+    base,
+    "--dtype",
+    "float32",
+    *(f"--config.{k}={v}" for k, v in sizes.items()),
+  )
   study.run("convert", str(tmp_path / "run"), str(tmp_path / "hf"), "--to", "hf")
   values = json.loads((tmp_path / "hf" / "config.json").read_text())
-  assert values["model_type"] == "llama" and values["rope_scaling"]["rope_type"] == "llama3" and values["torch_dtype"] == "float32"
+  assert (
+    values["model_type"] == "llama"
+    and values["rope_scaling"]["rope_type"] == "llama3"
+    and values["torch_dtype"] == "float32"
+  )
   assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["top_p"] == 0.9
 
 
-@pytest.mark.parametrize("file, content, message", [
-  ("config.json", {"rope_theta": [1]}, "rope_theta=.*expected a number"), ("config.json", {"rope_theta": 0}, "rope_theta=0.*above 0"),
-  ("config.json", {"rope_scaling": {"rope_type": ["a"]}}, "config.json"),
-  ("config.json", {"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0"),
-  ("config.json", {"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),
-  ("config.json", b"\xff\xfe\x00", "config.json: not UTF-8 text"),
-  ("config.json", [], "config.json: expected an object"), ("tokenizer.json", [], "tokenizer.json: expected an object"),
-  ("tokenizer_config.json", None, "tokenizer_config.json: expected an object"), ("tokenizer.json", b"", "tokenizer.json: not JSON"),
-])
+@pytest.mark.parametrize(
+  "file, content, message",
+  [
+    ("config.json", {"rope_theta": [1]}, "rope_theta=.*expected a number"),
+    ("config.json", {"rope_theta": 0}, "rope_theta=0.*above 0"),
+    ("config.json", {"rope_scaling": {"rope_type": ["a"]}}, "config.json"),
+    ("config.json", {"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0"),
+    ("config.json", {"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),
+    ("config.json", b"\xff\xfe\x00", "config.json: not UTF-8 text"),
+    ("config.json", [], "config.json: expected an object"),
+    ("tokenizer.json", [], "tokenizer.json: expected an object"),
+    ("tokenizer_config.json", None, "tokenizer_config.json: expected an object"),
+    ("tokenizer.json", b"", "tokenizer.json: not JSON"),
+  ],
+)
 def test_broken_files_are_one_line_with_their_name(base, file, content, message):
   import re
+
   if isinstance(content, bytes):
     (base / file).write_bytes(content)
   elif isinstance(content, dict):
@@ -234,10 +337,14 @@ def test_float16_is_kept_or_cast(bases, tmp_path, dtype, capsys):
   from safetensors import safe_open
 
   more = ["--dtype", dtype] if dtype else []
-  study.run("convert", bases("Llama-2-7b-chat"), str(tmp_path / "hf"), "--to", "hf", "--verify", *more)
+  study.run(
+    "convert", bases("Llama-2-7b-chat"), str(tmp_path / "hf"), "--to", "hf", "--verify", *more
+  )
   with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
     assert str(file.get_tensor("model.norm.weight").dtype) == f"torch.{dtype or 'float16'}"
-  assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == (dtype or "float16")
+  assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == (
+    dtype or "float16"
+  )
   formats.load(bases("Llama-2-7b-chat"), dtype=dtype)
   assert ("are rounded to bfloat16" in capsys.readouterr().err) == (dtype != "float32")
 
@@ -288,7 +395,11 @@ def test_a_tokenizer_with_a_token_that_has_no_row(base, tmp_path, file):
     (base / file).write_text(json.dumps({**values, "pad_token": "[PAD]"}))
   words = len(transformers.AutoTokenizer.from_pretrained(base))
   checkpoint = formats.load(str(base), dtype="float32")
-  assert checkpoint.model.config.model.vocab_size == words == checkpoint.prompt_tokenizer.tokenizer.pad_token_id + 1
+  assert (
+    checkpoint.model.config.model.vocab_size
+    == words
+    == checkpoint.prompt_tokenizer.tokenizer.pad_token_id + 1
+  )
   assert not np.asarray(checkpoint.weights["base"]["embedding"])[words - 1].any()
 
 
@@ -302,21 +413,41 @@ def test_hub_ids(base, tmp_path, monkeypatch):
   (snapshot.parents[1] / "refs" / "main").write_text("abc")
   study.run("convert", "me/mine", str(tmp_path / "out"), "--to", "clara")
   assert config_file.load_config(f"{CONFIG}:scp", ["--config.base=me/mine"]).base == str(snapshot)
-  assert "fetch it with: hf download me/other" in refused("convert", "me/other", tmp_path / "x", "--to", "clara")
-  assert "no such checkpoint" in refused("convert", "nowhere at all", tmp_path / "x", "--to", "clara")
+  assert "fetch it with: hf download me/other" in refused(
+    "convert", "me/other", tmp_path / "x", "--to", "clara"
+  )
+  assert "no such checkpoint" in refused(
+    "convert", "nowhere at all", tmp_path / "x", "--to", "clara"
+  )
 
 
 @pytest.mark.parametrize(
-  "name", ["run#1", "what?", "100%", "run%20a", "base[v1]", "a b", "café", "semi;colon", "star*", "q'uote", "am&p", "~tilde"]
+  "name",
+  [
+    "run#1",
+    "what?",
+    "100%",
+    "run%20a",
+    "base[v1]",
+    "a b",
+    "café",
+    "semi;colon",
+    "star*",
+    "q'uote",
+    "am&p",
+    "~tilde",
+  ],
 )
 def test_any_path(bases, tmp_path, name):
   report = convert(bases("SmolLM2-135M-Instruct"), str(tmp_path / "x" / name), "clara", verify=True)
   assert report.verify["exact"] and os.listdir(tmp_path / "x") == [name]
-  assert convert(str(tmp_path / "x" / name), str(tmp_path / "y" / name), "hf", verify=True).verify["exact"]
+  assert convert(str(tmp_path / "x" / name), str(tmp_path / "y" / name), "hf", verify=True).verify[
+    "exact"
+  ]
   formats.load(str(tmp_path / "y" / name))
 
 
-# ---- adapters ----------------------------------------------------------------------------------------------------------------
+# ---- adapters ------------------------------------------------------------------------------------
 
 IDS = np.random.default_rng(0).integers(5, 300, (2, 12))
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -328,7 +459,10 @@ def adapter(directory, base, change=None, **fields):
   torch.manual_seed(1)
   model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
   made = peft.get_peft_model(
-    model, peft.LoraConfig(**{"r": 4, "lora_alpha": 7, "target_modules": PROJECTIONS, "task_type": "CAUSAL_LM", **fields})
+    model,
+    peft.LoraConfig(
+      **{"r": 4, "lora_alpha": 7, "target_modules": PROJECTIONS, "task_type": "CAUSAL_LM", **fields}
+    ),
   )
   with torch.no_grad():
     for name, value in made.named_parameters():
@@ -372,10 +506,26 @@ def test_what_peft_computes_is_computed(bases, tmp_path, fields):
   if fields and not {"alpha_pattern", "layers_to_transform", "modules_to_save"} & set(fields):
     return
   # And back: another adapter perhaps, the same function.
-  convert(str(tmp_path / "adapter"), str(tmp_path / "ours"), "clara", base=base, dtype="float32", verify=True)
-  report = convert(str(tmp_path / "ours"), str(tmp_path / "again"), "peft", role="generator", verify=True)
+  convert(
+    str(tmp_path / "adapter"),
+    str(tmp_path / "ours"),
+    "clara",
+    base=base,
+    dtype="float32",
+    verify=True,
+  )
+  report = convert(
+    str(tmp_path / "ours"), str(tmp_path / "again"), "peft", role="generator", verify=True
+  )
   assert report.verify["max_abs_logit_difference"] < 1e-4 and "peft" in report.verify["reloaded_by"]
-  merged = convert(str(tmp_path / "ours"), str(tmp_path / "merged"), "hf", role="generator", dtype="float32", verify=True)
+  merged = convert(
+    str(tmp_path / "ours"),
+    str(tmp_path / "merged"),
+    "hf",
+    role="generator",
+    dtype="float32",
+    verify=True,
+  )
   assert merged.verify["max_abs_logit_difference_unmerged"] < 1e-3
 
 
@@ -391,7 +541,10 @@ def test_what_peft_computes_is_computed(bases, tmp_path, fields):
     ({"trainable_token_indices": [3]}, "trainable_token_indices"),
     ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     ({"modules_to_save": ["norm"]}, "modules_to_save names 'norm'"),
-    ({"use_something_new": 3}, "use_something_new=3 is not known.*--allow-config use_something_new"),
+    (
+      {"use_something_new": 3},
+      "use_something_new=3 is not known.*--allow-config use_something_new",
+    ),
     ({"r": "8"}, "r='8': expected a number"),
     ({"target_modules": ["q_proj"]}, "has LoRA weights, but adapter_config.json does not name it"),
     ({"r": 8}, "gives it rank 8"),
@@ -412,8 +565,12 @@ def test_what_cannot_be_computed_is_refused_by_its_field(bases, tmp_path, fields
 def test_an_adapter_of_a_base_that_is_not_here(bases, tmp_path):
   adapter(tmp_path / "adapter", bases("TinyLlama-1.1B-Chat-v1.0"))
   file = tmp_path / "adapter" / "adapter_config.json"
-  file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "me/nothing"}))
-  with pytest.raises(CheckpointError, match="its base 'me/nothing' is not a directory here; name one with --base"):
+  file.write_text(
+    json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "me/nothing"})
+  )
+  with pytest.raises(
+    CheckpointError, match="its base 'me/nothing' is not a directory here; name one with --base"
+  ):
     formats.open_checkpoint(str(tmp_path / "adapter"))
 
 
@@ -425,24 +582,39 @@ def test_upstream_files_that_were_saved_with_gradients(golden, tmp_path):
     tree = torch.load(tmp_path / "ckpt_stage2" / name, weights_only=True)
 
     def grown(value):
-      return {k: grown(v) for k, v in value.items()} if isinstance(value, dict) else value.float().requires_grad_()
+      return (
+        {k: grown(v) for k, v in value.items()}
+        if isinstance(value, dict)
+        else value.float().requires_grad_()
+      )
 
     torch.save(grown(tree), tmp_path / "ckpt_stage2" / name)
   convert(str(tmp_path / "ckpt_stage2"), str(tmp_path / "ours"), "clara", verify=True)
 
 
 def test_trained_memory_tokens_are_not_rounded_on_their_way_out(golden, tmp_path):
-  """A bfloat16 base; the memory tokens that were trained in float32 come back to the bit, the rest stays what it is."""
+  """A bfloat16 base; the memory tokens that were trained in float32 come back to the bit, the rest
+  stays what it is."""
   from safetensors.numpy import load_file, save_file
 
-  convert(str(golden / "ckpt_stage2"), str(tmp_path / "peft"), "peft", base=str(golden / "tiny_mistral"))
+  convert(
+    str(golden / "ckpt_stage2"), str(tmp_path / "peft"), "peft", base=str(golden / "tiny_mistral")
+  )
   for role in ("compressor", "query_reasoner", "generator"):
     file = tmp_path / "peft" / role / "clara_special_tokens.safetensors"
     tensors = load_file(file)
     tensors["memory_embedding"] = tensors["memory_embedding"].astype(np.float32) * 1.001
     save_file(tensors, file)
-  convert(str(tmp_path / "peft"), str(tmp_path / "ours"), "clara", base=str(golden / "tiny_mistral"), dtype="bfloat16")
+  convert(
+    str(tmp_path / "peft"),
+    str(tmp_path / "ours"),
+    "clara",
+    base=str(golden / "tiny_mistral"),
+    dtype="bfloat16",
+  )
   report = convert(str(tmp_path / "ours"), str(tmp_path / "up"), "upstream", verify=True)
   assert report.verify["exact"]
   again = formats.open_checkpoint(str(tmp_path / "up"), str(golden / "tiny_mistral"))
-  np.testing.assert_array_equal(np.asarray(again.groups["memory_embedding"]), tensors["memory_embedding"])
+  np.testing.assert_array_equal(
+    np.asarray(again.groups["memory_embedding"]), tensors["memory_embedding"]
+  )

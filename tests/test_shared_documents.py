@@ -22,26 +22,40 @@ SHARE = 4
 def rows(stage: str, count: int = 64) -> list[Row]:
   """Four or fewer questions one after another with the same documents."""
   made = tiny.rows(stage)[:count]
-  return [dataclasses.replace(row, documents=made[i // 3 * 3].documents, identifier=str(i)) for i, row in enumerate(made)]
+  return [
+    dataclasses.replace(row, documents=made[i // 3 * 3].documents, identifier=str(i))
+    for i, row in enumerate(made)
+  ]
 
 
 def run_config(stage: str, share: int = SHARE, **fields):
   run = tiny.run_config(stage)
-  data = dataclasses.replace(run.data, batch_size=16, share_documents=share, **fields.pop("data", {}))
-  return dataclasses.replace(run, clara=CONFIG, data=data, train=dataclasses.replace(run.train, **fields))
+  data = dataclasses.replace(
+    run.data, batch_size=16, share_documents=share, **fields.pop("data", {})
+  )
+  return dataclasses.replace(
+    run, clara=CONFIG, data=data, train=dataclasses.replace(run.train, **fields)
+  )
 
 
 def first_batch(run, positions=None, agree=lambda x: x):
   kind = "given" if run.train.stage in ("scp", "instruct") else "candidates"
-  encoder = RowEncoder(tiny.prompt_tokenizer(lora=CONFIG.lora), kind, run.data, 2, None, run.train.accumulate)
+  encoder = RowEncoder(
+    tiny.prompt_tokenizer(lora=CONFIG.lora), kind, run.data, 2, None, run.train.accumulate
+  )
   source = records.divide(rows(run.train.stage), run.data.shards, SHARE)
   return next(TrainingBatches([source], encoder, 0, positions, agree))
 
 
 def unshared(batch):
   """The same rows, every row with documents of its own."""
-  ids, lengths = batch.documents.ids[batch.document_slots], batch.documents.lengths[batch.document_slots]
-  return batch.replace(documents=batch.documents.replace(ids=ids, lengths=lengths), document_slots=None)
+  ids, lengths = (
+    batch.documents.ids[batch.document_slots],
+    batch.documents.lengths[batch.document_slots],
+  )
+  return batch.replace(
+    documents=batch.documents.replace(ids=ids, lengths=lengths), document_slots=None
+  )
 
 
 @pytest.mark.parametrize("stage", ["scp", "instruct", "joint"])
@@ -57,11 +71,18 @@ def test_one_step_is_that_of_rows_with_documents_of_their_own(stage):
       state = program.initial_state({g: weights.pop(g) for g in program.trained})
       placed = put_batch(batch, program.batch_sharding, 16, given.positions)
       state, metrics = program.step(state, weights, placed)
-      states.append((jax.tree.map(np.asarray, state.trainable), float(metrics["loss"].value), float(metrics["gradient_norm"].value)))
+      states.append(
+        (
+          jax.tree.map(np.asarray, state.trainable),
+          float(metrics["loss"].value),
+          float(metrics["gradient_norm"].value),
+        )
+      )
   (shared, *numbers), (alone, *wanted) = states
   np.testing.assert_allclose(numbers, wanted, rtol=1e-5)
   for a, b in zip(*map(jax.tree.leaves, (shared, alone)), strict=True):
-    np.testing.assert_allclose(a, b, atol=2e-4)  # Adam's first step is of the size of its rate, whatever the gradient
+    # Adam's first step is of the size of its rate, whatever the gradient
+    np.testing.assert_allclose(a, b, atol=2e-4)
 
 
 def test_micro_batches_give_the_same_loss():
@@ -73,7 +94,9 @@ def test_micro_batches_give_the_same_loss():
     with program.context():
       weights = program.place_weights(before)
       state = program.initial_state({g: weights.pop(g) for g in program.trained})
-      _, metrics = program.step(state, weights, put_batch(given.batch, program.batch_sharding, 16, given.positions))
+      _, metrics = program.step(
+        state, weights, put_batch(given.batch, program.batch_sharding, 16, given.positions)
+      )
       found.append((given.ids, float(metrics["loss"].value), float(metrics["gradient_norm"].value)))
   assert found[0][0] == found[1][0]
   np.testing.assert_allclose(found[0][1:], found[1][1:], rtol=1e-5)
@@ -82,9 +105,14 @@ def test_micro_batches_give_the_same_loss():
 def test_rows_stay_together_and_parts_make_the_whole():
   run = run_config("scp", data={"shards": 2})
   whole = first_batch(run)
-  assert all(int(a) // SHARE == int(b) // SHARE for a, b in zip(whole.ids[::SHARE], whole.ids[SHARE - 1::SHARE], strict=True))
+  assert all(
+    int(a) // SHARE == int(b) // SHARE
+    for a, b in zip(whole.ids[::SHARE], whole.ids[SHARE - 1 :: SHARE], strict=True)
+  )
+
   def agree(x):  # as if another process had a row with two documents, and more different ones
     return np.maximum(x, [0, 0, 2, 0, 0, 0] if x.shape[1] > 1 else 6)
+
   halves = [first_batch(run, np.arange(8) + 8 * i, agree) for i in range(2)]
   u = [h.batch.documents.lengths.size for h in halves]
   assert u[0] == u[1]
@@ -92,7 +120,10 @@ def test_rows_stay_together_and_parts_make_the_whole():
     own = half.batch.document_slots - i * u[0]
     assert (half.batch.documents.lengths[own[:, 1]] == 0).all()
     own = own[:, :1]
-    ids, wanted = half.batch.documents.ids[own], whole.batch.documents.ids[whole.batch.document_slots[8 * i:8 * i + 8]]
+    ids, wanted = (
+      half.batch.documents.ids[own],
+      whole.batch.documents.ids[whole.batch.document_slots[8 * i : 8 * i + 8]],
+    )
     width = min(ids.shape[-1], wanted.shape[-1])
     np.testing.assert_array_equal(ids[..., :width], wanted[..., :width])
 
@@ -101,8 +132,12 @@ def test_documents_of_a_process_lie_where_its_rows_do():
   # Parts 1 and 3 of four of eight rows; six documents a part.
   rows_here = np.concatenate([np.arange(8, 16), np.arange(24, 32)])
   np.testing.assert_array_equal(positions_of(16, rows_here), rows_here)
-  np.testing.assert_array_equal(positions_of(12, rows_here), np.concatenate([np.arange(6, 12), np.arange(18, 24)]))
-  np.testing.assert_array_equal(positions_of(80, rows_here), np.concatenate([np.arange(40, 80), np.arange(120, 160)]))
+  np.testing.assert_array_equal(
+    positions_of(12, rows_here), np.concatenate([np.arange(6, 12), np.arange(18, 24)])
+  )
+  np.testing.assert_array_equal(
+    positions_of(80, rows_here), np.concatenate([np.arange(40, 80), np.arange(120, 160)])
+  )
 
 
 def test_what_does_not_divide_is_refused():
@@ -112,4 +147,10 @@ def test_what_does_not_divide_is_refused():
     first_batch(run_config("scp", share=3))
   run = run_config("scp")
   with pytest.raises(DataError, match="rows of clara records are in no order"):
-    trainer.Trainer(run, tiny.prompt_tokenizer(lora=CONFIG.lora), tiny.weights(), sources=[[tuple(rows("scp"))]], progress=False).run()
+    trainer.Trainer(
+      run,
+      tiny.prompt_tokenizer(lora=CONFIG.lora),
+      tiny.weights(),
+      sources=[[tuple(rows("scp"))]],
+      progress=False,
+    ).run()

@@ -1,4 +1,5 @@
-"""The house: imports run downward only, torch and ScaNN stay in their rooms; the mesh refuses what it cannot place."""
+"""The house: imports run downward only, torch and ScaNN stay in their rooms; the mesh refuses what
+it cannot place."""
 
 import ast
 import pathlib
@@ -19,9 +20,24 @@ from tests import tiny
 
 ROOT = pathlib.Path(clara_jax.__file__).parent
 FLOORS = [
-    {"errors", "axes", "io"}, {"config", "batch"}, {"extensions", "reports"}, {"data"}, {"ops"}, {"nn"},
-    {"model", "sharding", "distributed", "compilation"}, {"memory", "analysis"}, {"retrieval"}, {"inference"}, {"checkpoints"},
-    {"training"}, {"evaluation"}, {"synthesis"}, {"serving"}, {"experiments"}, {"cli"}, {"__main__", "__init__"},
+  {"errors", "axes", "io"},
+  {"config", "batch"},
+  {"extensions", "reports"},
+  {"data"},
+  {"ops"},
+  {"nn"},
+  {"model", "sharding", "distributed", "compilation"},
+  {"memory", "analysis"},
+  {"retrieval"},
+  {"inference"},
+  {"checkpoints"},
+  {"training"},
+  {"evaluation"},
+  {"synthesis"},
+  {"serving"},
+  {"experiments"},
+  {"cli"},
+  {"__main__", "__init__"},
 ]
 # On one floor, rooms may import each other only where it is said here.
 SAME_FLOOR: set[tuple[str, str]] = set()
@@ -56,7 +72,9 @@ def test_imports_run_downward():
       assert all(not m.startswith("jax") for m, _ in imports(path)), path
 
 
-@pytest.mark.parametrize("library, room", [("torch", "checkpoints"), ("scann", "retrieval/scann.py")])
+@pytest.mark.parametrize(
+  "library, room", [("torch", "checkpoints"), ("scann", "retrieval/scann.py")]
+)
 def test_heavy_libraries_stay_in_their_rooms(library, room):
   for path in ROOT.rglob("*.py"):
     if any(m.split(".")[0] == library for m, _ in imports(path)):
@@ -64,8 +82,11 @@ def test_heavy_libraries_stay_in_their_rooms(library, room):
 
 
 def test_the_core_needs_neither_torch_nor_tensorflow():
-  code = ("import sys; sys.modules.update(dict.fromkeys(('torch', 'tensorflow', 'scann', 'matplotlib'))); "
-          "import clara_jax.cli.main, clara_jax.experiments.quickstart, clara_jax.training.run")
+  code = (
+    "import sys; sys.modules.update(dict.fromkeys(('torch', 'tensorflow', 'scann', "
+    "'matplotlib'))); "
+    "import clara_jax.cli.main, clara_jax.experiments.quickstart, clara_jax.training.run"
+  )
   subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
@@ -74,14 +95,20 @@ def test_every_parameter_has_a_place():
   boxed = jax.eval_shape(lambda: model.init_boxed(jax.random.key(0)))
   shardings = tree_shardings(boxed, make_mesh())
   assert set(shardings) == {"base", "memory_embedding", "compressor", "query_reasoner", "generator"}
-  assert shardings["base"]["layers"]["mlp"]["up"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
-  assert shardings["generator"]["layers"]["mlp"]["up"]["a"].spec == PartitionSpec(None, ("tensor", "fsdp"), None)
+  assert shardings["base"]["layers"]["mlp"]["up"]["kernel"].spec == PartitionSpec(
+    None, "fsdp", "tensor"
+  )
+  assert shardings["generator"]["layers"]["mlp"]["up"]["a"].spec == PartitionSpec(
+    None, ("tensor", "fsdp"), None
+  )
 
 
 def test_unknown_and_colliding_axes():
   with pytest.raises(ConfigError, match="base/x: unknown logical axis 'wdith'"):
     spec(("wdith",), "base/x")
-  with pytest.raises(ConfigError, match="base/x: axes 'mlp' and 'heads' are both on mesh axis 'tensor'"):
+  with pytest.raises(
+    ConfigError, match="base/x: axes 'mlp' and 'heads' are both on mesh axis 'tensor'"
+  ):
     spec((axes.MLP, axes.HEADS), "base/x")
   with pytest.raises(ConfigError, match="mesh.model: unknown field"):
     from_config_dict(MeshConfig, {"model": 2}, "mesh")

@@ -1,4 +1,5 @@
-"""The straight-through top-k against the plain formula and the reference implementation's numbers."""
+"""The straight-through top-k against the plain formula and the reference implementation's
+numbers."""
 
 import chex
 import jax
@@ -18,7 +19,9 @@ def plain(scores, memories, k, temperature, masking):
   order = jax.lax.top_k(scores, k)[1]
   for j in range(k):
     mask = jnp.log(jnp.where(taken > 0, EPSILON, 1.0))
-    logits = scores / temperature + mask if masking == "algorithm1" else (scores + mask) / temperature
+    logits = (
+      scores / temperature + mask if masking == "algorithm1" else (scores + mask) / temperature
+    )
     soft = jax.nn.softmax(logits)
     hard = jax.nn.one_hot(order[j], n)
     rows.append(hard + soft - jax.lax.stop_gradient(soft))
@@ -27,7 +30,10 @@ def plain(scores, memories, k, temperature, masking):
 
 
 @pytest.mark.parametrize("masking", ["algorithm1", "equation33"])
-@pytest.mark.parametrize("n, k, temperature", [(1, 1, 1.0), (5, 1, 0.02), (5, 5, 0.5), (20, 5, 0.02), (7, 3, 0.1), (64, 13, 0.3)])
+@pytest.mark.parametrize(
+  "n, k, temperature",
+  [(1, 1, 1.0), (5, 1, 0.02), (5, 5, 0.5), (20, 5, 0.02), (7, 3, 0.1), (64, 13, 0.3)],
+)
 @pytest.mark.parametrize("ties", [False, True])
 def test_equals_the_plain_formula(masking, n, k, temperature, ties):
   keys = jax.random.split(jax.random.key(n * k), 3)
@@ -40,6 +46,7 @@ def test_equals_the_plain_formula(masking, n, k, temperature, ties):
     def inner(s, m):
       selected, indices = select(s, m, k, temperature, masking)
       return (selected * cotangent).sum(), (selected, indices)
+
     return jax.value_and_grad(inner, (0, 1), has_aux=True)(scores, memories)
 
   (_, (selected, indices)), grads = jax.jit(lambda: loss(straight_through_top_k))()
@@ -48,14 +55,20 @@ def test_equals_the_plain_formula(masking, n, k, temperature, ties):
   np.testing.assert_array_equal(selected, memories[indices])  # exactly, not nearly
   np.testing.assert_allclose(selected, plain_selected, rtol=0, atol=1e-6)
   for got, want in zip(grads, plain_grads, strict=True):
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * max(1.0, float(jnp.abs(want).max())))
+    np.testing.assert_allclose(
+      got, want, rtol=1e-5, atol=1e-5 * max(1.0, float(jnp.abs(want).max()))
+    )
 
 
 def test_bfloat16_scores():
   scores = jnp.array([0.1, 0.5, 0.3, 0.9], jnp.bfloat16)
   memories = jax.random.normal(jax.random.key(0), (4, 3), jnp.bfloat16)
-  grad = jax.grad(lambda s: straight_through_top_k(s, memories, 2, 0.5)[0].astype(jnp.float32).sum())(scores)
-  want = jax.grad(lambda s: plain(s, memories, 2, 0.5, "algorithm1")[0].sum())(scores.astype(jnp.float32))
+  grad = jax.grad(
+    lambda s: straight_through_top_k(s, memories, 2, 0.5)[0].astype(jnp.float32).sum()
+  )(scores)
+  want = jax.grad(lambda s: plain(s, memories, 2, 0.5, "algorithm1")[0].sum())(
+    scores.astype(jnp.float32)
+  )
   assert grad.dtype == jnp.bfloat16
   np.testing.assert_allclose(grad.astype(jnp.float32), want, rtol=0.02, atol=0.02)
 
@@ -73,15 +86,20 @@ def test_reference(golden, name):
   grads, (w, indices) = jax.grad(loss, has_aux=True)(jnp.asarray(z["scores"]))
   np.testing.assert_array_equal(w, z["W"])
   np.testing.assert_array_equal(indices, z["idx"])
-  np.testing.assert_allclose(grads, z["grad_scores"], rtol=0, atol=1e-5 * np.abs(z["grad_scores"]).max())
+  np.testing.assert_allclose(
+    grads, z["grad_scores"], rtol=0, atol=1e-5 * np.abs(z["grad_scores"]).max()
+  )
 
 
-@pytest.mark.parametrize("arguments, message", [
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
     ((3, 4, 0.02, "algorithm1"), "k=4 among N=3"),
     ((3, 0, 0.02, "algorithm1"), "k=0"),
     ((3, 1, 0.0, "algorithm1"), "temperature"),
     ((3, 1, 0.02, "other"), "masking"),
-])
+  ],
+)
 def test_bad_arguments(arguments, message):
   n, *rest = arguments
   with pytest.raises(ValueError, match=message):
@@ -94,12 +112,18 @@ def test_memory_is_linear_in_n():
   def loss(scores, memories):
     return straight_through_top_k(scores, memories, k, 0.02)[0].sum()
 
-  compiled = jax.jit(jax.grad(loss)).lower(
-      jax.ShapeDtypeStruct((n,), jnp.float32), jax.ShapeDtypeStruct((n, width), jnp.float32)).compile()
+  compiled = (
+    jax.jit(jax.grad(loss))
+    .lower(jax.ShapeDtypeStruct((n,), jnp.float32), jax.ShapeDtypeStruct((n, width), jnp.float32))
+    .compile()
+  )
   temporaries = compiled.memory_analysis().temp_size_in_bytes
-  # W alone would be k·n floats = 9.6 MB; some vectors of n, and the memories once more, are allowed.
+  # W alone would be k·n floats = 9.6 MB; some vectors of n, and the memories once more, are
+  # allowed.
   assert temporaries < (width + 3) * n * 4
-  grads = compiled(jax.random.normal(jax.random.key(0), (n,)), jax.random.normal(jax.random.key(1), (n, width)))
+  grads = compiled(
+    jax.random.normal(jax.random.key(0), (n,)), jax.random.normal(jax.random.key(1), (n, width))
+  )
   assert bool(jnp.isfinite(grads).all())
 
 
@@ -117,14 +141,23 @@ def test_jit_vmap_and_sharded_batch():
   memories = jax.random.normal(jax.random.key(1), (batch, 6, 3))
   grad = jax.jit(jax.grad(lambda s, m: jnp.square(_batched(s, m)).sum()))
   sharded = grad(jax.device_put(scores, sharding), jax.device_put(memories, sharding))
-  single = [jax.grad(lambda s, m: jnp.square(straight_through_top_k(s, m, 2, 0.1)[0]).sum())(s, m)
-            for s, m in zip(scores, memories, strict=True)]
+  single = [
+    jax.grad(lambda s, m: jnp.square(straight_through_top_k(s, m, 2, 0.1)[0]).sum())(s, m)
+    for s, m in zip(scores, memories, strict=True)
+  ]
   np.testing.assert_allclose(sharded, jnp.stack(single), rtol=1e-5, atol=1e-5)
 
 
 def test_push_is_the_negative_gradient():
-  scores, memories = jax.random.normal(jax.random.key(0), (5,)), jax.random.normal(jax.random.key(1), (5, 3))
+  scores, memories = (
+    jax.random.normal(jax.random.key(0), (5,)),
+    jax.random.normal(jax.random.key(1), (5, 3)),
+  )
   cotangent = jax.random.normal(jax.random.key(2), (2, 3))
-  grad = jax.grad(lambda s: (straight_through_top_k(s, memories, 2, 0.5)[0] * cotangent).sum())(scores)
+  grad = jax.grad(lambda s: (straight_through_top_k(s, memories, 2, 0.5)[0] * cotangent).sum())(
+    scores
+  )
   indices = jax.lax.top_k(scores, 2)[1]
-  np.testing.assert_allclose(push(scores, memories, indices, cotangent, 0.5, "algorithm1"), -grad, rtol=1e-6)
+  np.testing.assert_allclose(
+    push(scores, memories, indices, cotangent, 0.5, "algorithm1"), -grad, rtol=1e-6
+  )

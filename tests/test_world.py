@@ -17,11 +17,15 @@ def world():
 def test_deterministic_and_independent_of_size():
   small, again = World(WorldConfig(people=50)), World(WorldConfig(people=50))
   assert list(small.question_rows(4)) == list(again.question_rows(4))
-  assert list(small.question_rows(4)) != list(World(WorldConfig(people=50, seed=1)).question_rows(4))
+  assert list(small.question_rows(4)) != list(
+    World(WorldConfig(people=50, seed=1)).question_rows(4)
+  )
   large = World(WorldConfig(people=60))
   for name, entity in small.by_name.items():
     if name in large.by_name and entity.kind != "work":  # works have people as authors
-      assert large.by_name[name] == entity and large.document(large.pages[name][0]) == small.document(small.pages[name][0])
+      assert large.by_name[name] == entity and large.document(
+        large.pages[name][0]
+      ) == small.document(small.pages[name][0])
 
 
 def test_documents_tell_their_facts(world):
@@ -40,7 +44,12 @@ def test_rows_are_valid_and_answers_stand_in_the_gold_documents(world):
     assert len(row.documents) == len(set(value["doc_ids"])) == 8
     gold = " ".join(row.documents[i] for i in row.gold)
     assert all(part in gold for part in row.answers[0].split(" and "))
-  for maker in (world.scp_rows(versions=1), world.lookup_rows(versions=1), world.question_list_rows(3), world.note_rows()):
+  for maker in (
+    world.scp_rows(versions=1),
+    world.lookup_rows(versions=1),
+    world.question_list_rows(3),
+    world.note_rows(),
+  ):
     for number, value in enumerate(itertools.islice(maker, 50)):
       parse_row(value, f"world:{number}")
 
@@ -63,7 +72,9 @@ def test_hardness_is_the_share_of_distractors_that_share_something(hard, least, 
     relation = page.relations[0]
     names, value = set(page.entity.name.split()), page.entity.facts[relation]
     for other in world.distractors(page, relation, 10, world._rng("test", page.id), hard):
-      shared += bool(names & set(other.entity.name.split()) or other.entity.facts[relation] == value)
+      shared += bool(
+        names & set(other.entity.name.split()) or other.entity.facts[relation] == value
+      )
       total += 1
   assert least <= shared / total <= most
 
@@ -73,22 +84,34 @@ def test_levels():
   profiles = World(WorldConfig(level=2, people=50, relations=4, kinds=("person",)))
   assert all(len(e.facts) == 4 for e in profiles.by_name.values())
   linked = World(WorldConfig(level=3, people=200))
-  assert any(len(r["pos_index"]) == 2 for r in linked.question_rows(6, complex_share=1.0, limit=100))
+  assert any(
+    len(r["pos_index"]) == 2 for r in linked.question_rows(6, complex_share=1.0, limit=100)
+  )
 
 
 def test_every_word_has_a_token(world):
   tokenizer = world.tokenizer()
   unknown = tokenizer.unk_token_id
-  texts = [d["text"] for d in world.documents(False)] + [r["question"] for r in world.question_rows(3, complex_share=0.7)]
-  assert not any(unknown in tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+  texts = [d["text"] for d in world.documents(False)] + [
+    r["question"] for r in world.question_rows(3, complex_share=0.7)
+  ]
+  assert not any(
+    unknown in tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
+  )
   question = next(world.question_rows(1))["question"]
   assert tokenizer.decode(tokenizer(question, add_special_tokens=False)["input_ids"]) == question
 
 
-@pytest.mark.parametrize("fields, message", [
-    ({"people": 7000}, "only 6400 people"), ({"level": 4}, "world.level=4"), ({"kinds": ("animal",)}, "animal"),
-    ({"relations": 7}, f"1 … {len(RELATIONS['person'])}"), ({"wordings": 0}, "world.wordings=0"),
-])
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"people": 7000}, "only 6400 people"),
+    ({"level": 4}, "world.level=4"),
+    ({"kinds": ("animal",)}, "animal"),
+    ({"relations": 7}, f"1 … {len(RELATIONS['person'])}"),
+    ({"wordings": 0}, "world.wordings=0"),
+  ],
+)
 def test_impossible_worlds(fields, message):
   with pytest.raises(ConfigError, match=message):
     WorldConfig(**fields)

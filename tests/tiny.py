@@ -7,17 +7,41 @@ import itertools
 import jax
 import numpy as np
 
-from clara_jax.config import ClaraConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from clara_jax.config import (
+  ClaraConfig,
+  DataConfig,
+  LoraConfig,
+  ModelConfig,
+  RunConfig,
+  TrainConfig,
+)
 from clara_jax.data import schemas
 from clara_jax.data.prompt_tokenizer import PromptTokenizer
 from clara_jax.experiments.world import World, WorldConfig
 from clara_jax.model import Clara
 
-WORLD = WorldConfig(level=2, kinds=("person",), people=60, first_names=10, last_names=10, places=6, companies=6, relations=2,
-                    wordings=2)
+WORLD = WorldConfig(
+  level=2,
+  kinds=("person",),
+  people=60,
+  first_names=10,
+  last_names=10,
+  places=6,
+  companies=6,
+  relations=2,
+  wordings=2,
+)
 
-# Buckets so wide that all batches of a run have one shape: compiling is what takes the time in tests.
-DATA = {"batch_size": 8, "eval_batch_size": 8, "candidates": 6, "bucket": 128, "document_bucket": 64, "label_bucket": 64}
+# Buckets so wide that all batches of a run have one shape: compiling is what takes the time in
+# tests.
+DATA = {
+  "batch_size": 8,
+  "eval_batch_size": 8,
+  "candidates": 6,
+  "bucket": 128,
+  "document_bucket": 64,
+  "label_bucket": 64,
+}
 
 
 @functools.cache
@@ -28,10 +52,27 @@ def world() -> World:
 @functools.cache
 def config() -> ClaraConfig:
   model = ModelConfig(
-      vocab_size=len(world().tokenizer()), width=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24,
-      tie_embeddings=True, dtype="float32", param_dtype="float32", initializer_range=0.1)
-  return ClaraConfig(model, LoraConfig(rank=2, alpha=4.0, dropout=0.1), doc_max_length=40, compression_rate=20,
-                     query_max_length=24, decoder_max_length=256, top_k=2)
+    vocab_size=len(world().tokenizer()),
+    width=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    mlp_dim=24,
+    tie_embeddings=True,
+    dtype="float32",
+    param_dtype="float32",
+    initializer_range=0.1,
+  )
+  return ClaraConfig(
+    model,
+    LoraConfig(rank=2, alpha=4.0, dropout=0.1),
+    doc_max_length=40,
+    compression_rate=20,
+    query_max_length=24,
+    decoder_max_length=256,
+    top_k=2,
+  )
 
 
 def prompt_tokenizer(**fields) -> PromptTokenizer:
@@ -40,13 +81,15 @@ def prompt_tokenizer(**fields) -> PromptTokenizer:
 
 def raw_rows(stage: str) -> list[dict]:
   """Rows as a JSONL file has them."""
-  return list({
+  return list(
+    {
       "pretrain": lambda: world().lookup_rows(versions=1),
       "scp": lambda: itertools.islice(world().scp_rows(versions=1), 64),
       "instruct": lambda: world().question_rows(2),
       "joint": lambda: world().question_rows(6),
       "contrastive": lambda: world().question_rows(6),
-  }[stage]())
+    }[stage]()
+  )
 
 
 def rows(stage: str) -> list[schemas.Row]:
@@ -54,7 +97,14 @@ def rows(stage: str) -> list[schemas.Row]:
 
 
 def run_config(stage: str, **train) -> RunConfig:
-  settings = {"stage": stage, "steps": 4, "learning_rate": 1e-2, "log_every": 2, "checkpoint_every": 100, **train}
+  settings = {
+    "stage": stage,
+    "steps": 4,
+    "learning_rate": 1e-2,
+    "log_every": 2,
+    "checkpoint_every": 100,
+    **train,
+  }
   return RunConfig(config(), DataConfig(**DATA), TrainConfig(**settings))
 
 
@@ -67,15 +117,26 @@ def weights(seed: int = 0) -> dict:
 def _weights(seed: int) -> dict:
   made = jax.jit(Clara(config()).init)(jax.random.key(seed))
   for i, role in enumerate(("compressor", "query_reasoner", "generator")):
-    made[role] = jax.tree.map(lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), made[role])
+    made[role] = jax.tree.map(
+      lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), made[role]
+    )
   return made
 
 
 @functools.cache
 def pod_config() -> ClaraConfig:
   """As `config`, with sizes that divide over eight devices."""
-  model = dataclasses.replace(config().model, width=32, num_heads=8, num_kv_heads=4, head_dim=8, mlp_dim=64, vocab_multiple=8,
-                              logits_chunk=16, remat="full")
+  model = dataclasses.replace(
+    config().model,
+    width=32,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    mlp_dim=64,
+    vocab_multiple=8,
+    logits_chunk=16,
+    remat="full",
+  )
   return dataclasses.replace(config(), model=model)
 
 
@@ -83,5 +144,7 @@ def pod_weights() -> dict:
   """Fresh weights of `pod_config` in which the adapters matter."""
   made = jax.jit(Clara(pod_config()).init)(jax.random.key(0))
   for i, role in enumerate(("compressor", "query_reasoner", "generator")):
-    made[role] = jax.tree.map(lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), made[role])
+    made[role] = jax.tree.map(
+      lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), made[role]
+    )
   return jax.tree.map(np.asarray, made)

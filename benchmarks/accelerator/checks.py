@@ -1,4 +1,5 @@
-"""Is it right on this device? The reference implementation's numbers, the top-k's gradient, every attention backend, a kill and a resume.
+"""Is it right on this device? The reference implementation's numbers, the top-k's gradient, every
+attention backend, a kill and a resume.
 
 Each check returns what was found beside what is allowed; `passed` says whether it holds.
 """
@@ -18,9 +19,11 @@ from typing import Any
 
 import numpy as np
 
-# Largest differences. Golden: of losses; of gradients, by the largest number of each tensor; float32 at highest precision, and bfloat16.
+# Largest differences. Golden: of losses; of gradients, by the largest number of each tensor;
+# float32 at highest precision, and bfloat16.
 ALLOWED = {"float32": {"loss": 1e-4, "gradient": 1e-3}, "bfloat16": {"loss": 0.01, "gradient": 0.2}}
-# The least share of tokens before the first other one; in bfloat16 ties of a random model fall otherwise.
+# The least share of tokens before the first other one; in bfloat16 ties of a random model fall
+# otherwise.
 NEEDED_CONTINUATIONS = {"float32": 1.0, "bfloat16": 0.5}
 ALLOWED_TOP_K, ALLOWED_RESUME = 1e-4, 0.0
 ALLOWED_ATTENTION = {"float32": 1e-4, "bfloat16": 0.03}
@@ -32,7 +35,10 @@ def items(golden: pathlib.Path, smoke: bool) -> Iterator[tuple[str, Callable[[],
   for dtype in ("float32", "bfloat16"):
     for name, stage in (("stage1", "scp"), ("stage1_2", "scp"), ("stage2", "joint")):
       if not smoke or (dtype, name) == ("float32", "stage1"):
-        yield f"golden {name} {dtype}", lambda dtype=dtype, name=name, stage=stage: golden_losses(golden, name, stage, dtype)
+        yield (
+          f"golden {name} {dtype}",
+          lambda dtype=dtype, name=name, stage=stage: golden_losses(golden, name, stage, dtype),
+        )
   yield "golden continuations float32", lambda: continuations(golden, "float32")
   if not smoke:
     yield "golden continuations bfloat16", lambda: continuations(golden, "bfloat16")
@@ -40,7 +46,10 @@ def items(golden: pathlib.Path, smoke: bool) -> Iterator[tuple[str, Callable[[],
   for dtype in ("float32", "bfloat16"):
     for backend in ("xla", "cudnn", "grouped"):
       if (backend, dtype) != ("cudnn", "float32"):  # cuDNN's kernel takes half precision
-        yield f"attention {backend} {dtype}", lambda backend=backend, dtype=dtype: attention(backend, dtype, smoke)
+        yield (
+          f"attention {backend} {dtype}",
+          lambda backend=backend, dtype=dtype: attention(backend, dtype, smoke),
+        )
   yield "kill and resume", kill_and_resume
 
 
@@ -48,6 +57,7 @@ def items(golden: pathlib.Path, smoke: bool) -> Iterator[tuple[str, Callable[[],
 def precision(dtype: str) -> Iterator[None]:
   """float32 products in float32, not in TF32."""
   import jax
+
   with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
     yield
 
@@ -55,8 +65,11 @@ def precision(dtype: str) -> Iterator[None]:
 def _load(golden, name, dtype):
   from clara_jax.model import Clara
   from tests import test_golden
+
   model, weights = test_golden.load(golden, name)
-  config = dataclasses.replace(model.config, model=dataclasses.replace(model.config.model, dtype=dtype))
+  config = dataclasses.replace(
+    model.config, model=dataclasses.replace(model.config.model, dtype=dtype)
+  )
   return Clara(config), weights
 
 
@@ -66,15 +79,22 @@ def golden_losses(golden: pathlib.Path, name: str, stage: str, dtype: str) -> di
   from clara_jax.checkpoints.keymap import lora_place
   from clara_jax.training import stages
   from tests import test_golden
+
   reference = np.load(golden / f"{name}.npz")
   model, weights = _load(golden, name, dtype)
   with precision(dtype):
     if stage == "joint":
-      batch, trained, wanted = test_golden.joint_batch(reference, golden), ("query_reasoner", "generator"), float(reference["loss"])
+      batch, trained, wanted = (
+        test_golden.joint_batch(reference, golden),
+        ("query_reasoner", "generator"),
+        float(reference["loss"]),
+      )
     else:
       documents = test_golden.right_pad(reference["enc_input_ids"], reference["enc_attention_mask"])
       prompt = test_golden.prompt_of(reference)
-      batch = Batch(prompt, test_golden.leading(documents, len(prompt.labels), 2 if name == "stage1_2" else 1))
+      batch = Batch(
+        prompt, test_golden.leading(documents, len(prompt.labels), 2 if name == "stage1_2" else 1)
+      )
       trained, wanted = ("compressor", "generator"), float(reference["total"])
     loss, _, grads = test_golden.objective(model, stages.get(stage), weights, batch, trained)
   worst = 0.0
@@ -85,15 +105,27 @@ def golden_losses(golden: pathlib.Path, name: str, stage: str, dtype: str) -> di
     for part in place.path:
       leaf = leaf[part]
     expected = reference[key]
-    worst = max(worst, float(np.abs(np.asarray(leaf[place.layer], np.float32).T - expected).max() / np.abs(expected).max()))
+    worst = max(
+      worst,
+      float(
+        np.abs(np.asarray(leaf[place.layer], np.float32).T - expected).max()
+        / np.abs(expected).max()
+      ),
+    )
   found = {"loss": abs(loss - wanted), "gradient": worst}
-  return {"found": found, "allowed": ALLOWED[dtype], "passed": all(found[k] <= ALLOWED[dtype][k] for k in found)}
+  return {
+    "found": found,
+    "allowed": ALLOWED[dtype],
+    "passed": all(found[k] <= ALLOWED[dtype][k] for k in found),
+  }
 
 
 def continuations(golden: pathlib.Path, dtype: str) -> dict[str, Any]:
-  """Greedy continuations of 12 tokens: share of tokens that are the reference implementation's before the first that is not."""
+  """Greedy continuations of 12 tokens: share of tokens that are the reference implementation's
+  before the first that is not."""
   from clara_jax.data.prompt_tokenizer import PromptTokenizer
   from tests import test_generate
+
   model, weights = _load(golden, "stage1_2", dtype)
   prompt_tokenizer = PromptTokenizer(str(golden / "tiny_mistral"), model.config)
   inputs = json.loads((golden / "inputs.json").read_text())
@@ -103,7 +135,10 @@ def continuations(golden: pathlib.Path, dtype: str) -> dict[str, Any]:
     memories = test_generate.compress(model, weights, prompt_tokenizer, texts, 2, 2)
     prompts = [prompt_tokenizer.answer_prompt(q, 2).ids for q in inputs["STAGE2_QUESTIONS"]]
     made = test_generate.continuations(model, weights, prompt_tokenizer, prompts, memories)
-  same = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(y)) for x, y in zip(made, wanted, strict=True)]
+  same = [
+    next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(y))
+    for x, y in zip(made, wanted, strict=True)
+  ]
   share, needed = sum(same) / sum(map(len, wanted)), NEEDED_CONTINUATIONS[dtype]
   return {"found": share, "allowed": needed, "passed": share >= needed}
 
@@ -115,49 +150,87 @@ def top_k_gradient() -> dict[str, Any]:
 
   from clara_jax.ops.topk import straight_through_top_k
   from tests.test_topk import plain
+
   keys = jax.random.split(jax.random.key(0), 3)
   scores, memories = jax.random.uniform(keys[0], (20,)), jax.random.normal(keys[1], (20, 8, 512))
   cotangent = jax.random.normal(keys[2], (5, 8, 512))
   worst = 0.0
   with precision("float32"):
     for masking in ("algorithm1", "equation33"):
-      grads = [jax.jit(jax.grad(lambda s, m, f=f, masking=masking: jnp.sum(f(s, m, 5, 0.02, masking)[0] * cotangent), (0, 1)))(
-          scores, memories) for f in (straight_through_top_k, plain)]
-      worst = max(worst, *(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(*grads, strict=True)))
+      grads = [
+        jax.jit(
+          jax.grad(
+            lambda s, m, f=f, masking=masking: jnp.sum(f(s, m, 5, 0.02, masking)[0] * cotangent),
+            (0, 1),
+          )
+        )(scores, memories)
+        for f in (straight_through_top_k, plain)
+      ]
+      worst = max(
+        worst,
+        *(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(*grads, strict=True)),
+      )
   return {"found": worst, "allowed": ALLOWED_TOP_K, "passed": worst <= ALLOWED_TOP_K}
 
 
 def attention(backend: str, dtype: str, smoke: bool) -> dict[str, Any]:
-  """Output and gradients of `ops.attention.attend` beside the plain formula in float32, with and without a window."""
+  """Output and gradients of `ops.attention.attend` beside the plain formula in float32, with and
+  without a window."""
   import jax
   import jax.numpy as jnp
 
   from clara_jax.ops.attention import attend
+
   batch, length, heads, groups, width = (1, 48, 4, 2, 8) if smoke else (4, 320, 32, 8, 128)
   keys = jax.random.split(jax.random.key(0), 4)
-  q, k, v, g = (jax.random.normal(key, (batch, length, n, width)).astype(dtype)
-                for key, n in zip(keys, (heads, groups, groups, heads), strict=True))
+  q, k, v, g = (
+    jax.random.normal(key, (batch, length, n, width)).astype(dtype)
+    for key, n in zip(keys, (heads, groups, groups, heads), strict=True)
+  )
 
   def plain(q, k, v, window):
-    q, k, v = (x.astype(jnp.float32) for x in (q, jnp.repeat(k, heads // groups, 2), jnp.repeat(v, heads // groups, 2)))
+    q, k, v = (
+      x.astype(jnp.float32)
+      for x in (q, jnp.repeat(k, heads // groups, 2), jnp.repeat(v, heads // groups, 2))
+    )
     at = jnp.arange(length)
     seen = at <= at[:, None]
     if window:
       seen &= at > at[:, None] - window
     scores = jnp.where(seen, jnp.einsum("bthd,bshd->bhts", q, k) * width**-0.5, -1e30)
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, -1), v)
+
   worst = 0.0
   with precision(dtype):
     for window in (None, length // 3):
+
       def ours(q, k, v, window=window):
         return attend(q, k, v, window=window, backend=backend).astype(jnp.float32)
+
       both = []
       for f in (ours, lambda q, k, v, window=window: plain(q, k, v, window)):
         with jax.default_matmul_precision("highest") if f is not ours else contextlib.nullcontext():
-          both.append(jax.jit(lambda q, k, v, f=f: (f(q, k, v), jax.grad(lambda *x: (f(*x) * g).sum(), (0, 1, 2))(q, k, v)))(q, k, v))
+          both.append(
+            jax.jit(
+              lambda q, k, v, f=f: (
+                f(q, k, v),
+                jax.grad(lambda *x: (f(*x) * g).sum(), (0, 1, 2))(q, k, v),
+              )
+            )(q, k, v)
+          )
       for a, b in zip(*map(jax.tree.leaves, both), strict=True):
-        worst = max(worst, float(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).max() / jnp.abs(b.astype(jnp.float32)).max()))
-  return {"found": worst, "allowed": ALLOWED_ATTENTION[dtype], "passed": worst <= ALLOWED_ATTENTION[dtype]}
+        worst = max(
+          worst,
+          float(
+            jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).max()
+            / jnp.abs(b.astype(jnp.float32)).max()
+          ),
+        )
+  return {
+    "found": worst,
+    "allowed": ALLOWED_ATTENTION[dtype],
+    "passed": worst <= ALLOWED_ATTENTION[dtype],
+  }
 
 
 RUN = """
@@ -170,30 +243,64 @@ class Tell(Hook):
     print(trainer.step, flush=True)
 config = tiny.run_config("joint", steps={steps}, checkpoint_every=1)
 Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("joint"), workdir=sys.argv[1], progress=False, hooks=[Tell()]).run()
-"""
+"""  # noqa: E501
 
 
 def kill_and_resume() -> dict[str, Any]:
-  """A joint run that is killed and goes on ends with the weights of one that was not: largest difference."""
+  """A joint run that is killed and goes on ends with the weights of one that was not: largest
+  difference."""
   import jax
 
   from clara_jax.training import trainer
   from tests import tiny
+
   root = pathlib.Path(__file__).resolve().parents[2]
   with tempfile.TemporaryDirectory() as folder:
-    process = subprocess.Popen([sys.executable, "-c", RUN.format(steps=STEPS), folder], stdout=subprocess.PIPE, text=True, cwd=root,
-                               env={**os.environ, "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}",
-                                    "XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+    process = subprocess.Popen(
+      [sys.executable, "-c", RUN.format(steps=STEPS), folder],
+      stdout=subprocess.PIPE,
+      text=True,
+      cwd=root,
+      env={
+        **os.environ,
+        "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+      },
+    )
     for line in process.stdout:
       if line.strip() == str(STEPS // 2):
         process.send_signal(signal.SIGKILL)
     ended = process.wait()
     config = tiny.run_config("joint", steps=STEPS, checkpoint_every=1)
-    resumed = trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("joint"), workdir=folder, progress=False).run().weights
-  whole = trainer.Trainer(config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("joint"), progress=False).run().weights
-  worst = max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for role in ("query_reasoner", "generator")
-              for a, b in zip(jax.tree.leaves(resumed[role]), jax.tree.leaves(whole[role]), strict=True))
-  return {"found": worst, "allowed": ALLOWED_RESUME, "passed": worst <= ALLOWED_RESUME and ended == -signal.SIGKILL}
+    resumed = (
+      trainer.Trainer(
+        config,
+        tiny.prompt_tokenizer(),
+        tiny.weights(),
+        tiny.rows("joint"),
+        workdir=folder,
+        progress=False,
+      )
+      .run()
+      .weights
+    )
+  whole = (
+    trainer.Trainer(
+      config, tiny.prompt_tokenizer(), tiny.weights(), tiny.rows("joint"), progress=False
+    )
+    .run()
+    .weights
+  )
+  worst = max(
+    float(np.abs(np.asarray(a) - np.asarray(b)).max())
+    for role in ("query_reasoner", "generator")
+    for a, b in zip(jax.tree.leaves(resumed[role]), jax.tree.leaves(whole[role]), strict=True)
+  )
+  return {
+    "found": worst,
+    "allowed": ALLOWED_RESUME,
+    "passed": worst <= ALLOWED_RESUME and ended == -signal.SIGKILL,
+  }
 
 
 def run(out: Any, golden: pathlib.Path, seconds: float, smoke: bool) -> None:

@@ -1,9 +1,11 @@
-"""What has to travel to a machine without a network, in two parts of less than 60 MiB (benchmarks/accelerator/README.md).
+"""What has to travel to a machine without a network, in two parts of less than 60 MiB
+(benchmarks/accelerator/README.md).
 
     python benchmarks/accelerator/pack.py --data DIR --golden DIR --model F.gguf --out .pack
 
-PART1: wheels of what the machine lacks, the data, the golden numbers, the first half of the model; PART2: the rest of the model. The
-project itself travels as the working tree. Prints the parts' sizes.
+PART1: wheels of what the machine lacks, the data, the golden numbers, the first half of the model;
+PART2: the rest of the model. The project itself travels as the working tree. Prints the parts'
+sizes.
 """
 
 import argparse
@@ -17,15 +19,34 @@ import sys
 import tarfile
 
 LIMIT = 60 * 2**20
-# What a machine with JAX for CUDA, Flax, Optax, Orbax, transformers, PyTorch and PEFT lacks; each is asked for with --no-deps.
-WHEELS = ("grain", "portpicker", "array_record", "ml_collections", "gguf", "bm25s", "importlib_resources", "zipp", "more-itertools")
+# What a machine with JAX for CUDA, Flax, Optax, Orbax, transformers, PyTorch and PEFT lacks; each
+# is asked for with --no-deps.
+WHEELS = (
+  "grain",
+  "portpicker",
+  "array_record",
+  "ml_collections",
+  "gguf",
+  "bm25s",
+  "importlib_resources",
+  "zipp",
+  "more-itertools",
+)
 PASSAGES = 12_000  # of Wikipedia's: as many as are told again
 
 
 def main() -> None:
   """Exit status 1 where a part is too large."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--data", type=pathlib.Path, required=True, metavar="DIR", help="with squad/, nq/, multihop/, wiki/")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--data",
+    type=pathlib.Path,
+    required=True,
+    metavar="DIR",
+    help="with squad/, nq/, multihop/, wiki/",
+  )
   parser.add_argument("--golden", type=pathlib.Path, required=True, metavar="DIR")
   parser.add_argument("--model", type=pathlib.Path, required=True, metavar="F.gguf")
   parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR")
@@ -46,9 +67,17 @@ def main() -> None:
     shutil.rmtree(wheels)
   model = options.model.read_bytes()
   first = max(0, min(len(model), (len(model) + _size(parts[0])) // 2 - _size(parts[0])))
-  for number, (part, content) in enumerate(zip(parts, (model[:first], model[first:]), strict=True), 1):
+  for number, (part, content) in enumerate(
+    zip(parts, (model[:first], model[first:]), strict=True), 1
+  ):
     (part / f"model.gguf.{number}-of-2").write_bytes(content)
-  sizes = {part.name: {"bytes": _size(part), "files": {f.name: f.stat().st_size for f in sorted(part.iterdir())}} for part in parts}
+  sizes = {
+    part.name: {
+      "bytes": _size(part),
+      "files": {f.name: f.stat().st_size for f in sorted(part.iterdir())},
+    }
+    for part in parts
+  }
   print(json.dumps({"limit": LIMIT, **sizes}, indent=2))
   too_large = [name for name, size in sizes.items() if size["bytes"] >= LIMIT]
   if too_large:
@@ -58,12 +87,33 @@ def main() -> None:
 
 def download(directory: pathlib.Path, python: str) -> None:
   """Wheels for Linux on x86-64 and that Python."""
-  platforms = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 27, 28, 31, 34, 35)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
+  platforms = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 27, 28, 31, 34, 35)] + [
+    "manylinux2014_x86_64",
+    "manylinux1_x86_64",
+  ]
   for name in WHEELS:
-    command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:",
-               "--python-version", python, "--implementation", "cp", *(f"--platform={p}" for p in platforms), "-d", str(directory), name]
+    command = [
+      sys.executable,
+      "-m",
+      "pip",
+      "download",
+      "-q",
+      "--disable-pip-version-check",
+      "--no-deps",
+      "--only-binary=:all:",
+      "--python-version",
+      python,
+      "--implementation",
+      "cp",
+      *(f"--platform={p}" for p in platforms),
+      "-d",
+      str(directory),
+      name,
+    ]
     if subprocess.run(command, stderr=subprocess.PIPE, text=True).returncode:
-      print(f"pack: no wheel of {name} for Python {python}; the machine has to have it", file=sys.stderr)
+      print(
+        f"pack: no wheel of {name} for Python {python}; the machine has to have it", file=sys.stderr
+      )
 
 
 def _data(source: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
@@ -76,7 +126,8 @@ def _data(source: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
       lines = random.Random(0).sample(lines, min(PASSAGES, len(lines)))
     target = to / f"{name}.jsonl.gz"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(target, "wb", compresslevel=0) as file:  # prepare.py reads .gz; the archive compresses better
+    # prepare.py reads .gz; the archive compresses better
+    with gzip.open(target, "wb", compresslevel=0) as file:
       file.writelines(lines)
   return to
 

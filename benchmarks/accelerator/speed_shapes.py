@@ -1,7 +1,8 @@
-"""Speed at the shapes of Mistral-7B: ratio 32, documents of 256 tokens, K = 5 of N = 20, random bfloat16 weights; JAX and PyTorch.
+"""Speed at the shapes of Mistral-7B: ratio 32, documents of 256 tokens, K = 5 of N = 20, random
+bfloat16 weights; JAX and PyTorch.
 
-Both sides do the same work on the same shapes: all texts full length, LoRA of rank 16 without dropout. Medians of three after two that
-warm up.
+Both sides do the same work on the same shapes: all texts full length, LoRA of rank 16 without
+dropout. Medians of three after two that warm up.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 QUESTION, ANSWER, NEW_TOKENS = 64, 32, 32
-SLOTS_AROUND = 128  # tokens of a prompt beside memory slots: the instruction, the question, the answer
+# tokens of a prompt beside memory slots: the instruction, the question, the answer
+SLOTS_AROUND = 128
 VECTORS, DIMENSION, SEARCHED = 1_000_000, 512, 64
 
 
@@ -75,21 +77,43 @@ def timed(call: Callable[[], Any], repeats: int, wait: Callable[[Any], Any]) -> 
     start = time.perf_counter()
     wait(call())
     times.append(time.perf_counter() - start)
-  return {"seconds": statistics.median(times), "spread": max(times) / min(times), "first_seconds": first}
+  return {
+    "seconds": statistics.median(times),
+    "spread": max(times) / min(times),
+    "first_seconds": first,
+  }
 
 
-# ---- JAX -----------------------------------------------------------------------------------------------------------------------
+# ---- JAX -----------------------------------------------------------------------------------------
 
 
 def clara_config(sizes: Sizes, **model: Any):
   """The configuration of both sides."""
   from clara_jax.config import ClaraConfig, LoraConfig, ModelConfig
-  made = ModelConfig(vocab_size=sizes.vocabulary, width=sizes.width, num_layers=sizes.layers, num_heads=sizes.heads,
-                     num_kv_heads=sizes.kv_heads, head_dim=sizes.head_dim, mlp_dim=sizes.mlp, rope_theta=1e6, dtype=sizes.dtype,
-                     param_dtype=sizes.dtype, **{"remat": "full", **model})
+
+  made = ModelConfig(
+    vocab_size=sizes.vocabulary,
+    width=sizes.width,
+    num_layers=sizes.layers,
+    num_heads=sizes.heads,
+    num_kv_heads=sizes.kv_heads,
+    head_dim=sizes.head_dim,
+    mlp_dim=sizes.mlp,
+    rope_theta=1e6,
+    dtype=sizes.dtype,
+    param_dtype=sizes.dtype,
+    **{"remat": "full", **model},
+  )
   prompt = sizes.top_k * (sizes.memory_tokens + 1) + SLOTS_AROUND
-  return ClaraConfig(made, LoraConfig(rank=16, alpha=32.0, dropout=0.0), doc_max_length=sizes.document, compression_rate=sizes.ratio,
-                     query_max_length=QUESTION, decoder_max_length=prompt, top_k=sizes.top_k)
+  return ClaraConfig(
+    made,
+    LoraConfig(rank=16, alpha=32.0, dropout=0.0),
+    doc_max_length=sizes.document,
+    compression_rate=sizes.ratio,
+    query_max_length=QUESTION,
+    decoder_max_length=prompt,
+    top_k=sizes.top_k,
+  )
 
 
 @functools.cache
@@ -98,10 +122,13 @@ def weights_of(sizes: Sizes) -> dict:
   import jax
 
   from clara_jax.model import Clara
+
   return jax.block_until_ready(jax.jit(Clara(clara_config(sizes)).init)(jax.random.key(0)))
 
 
-def on_both_sides(sizes: Sizes, compress: Callable, step: Callable, answer: Callable) -> Iterator[tuple[str, Callable[[], dict]]]:
+def on_both_sides(
+  sizes: Sizes, compress: Callable, step: Callable, answer: Callable
+) -> Iterator[tuple[str, Callable[[], dict]]]:
   """(name, item) of what a side's functions run, what matters most first."""
   yield "compress", lambda: compress(sizes, sizes.compress)
   yield "scp", lambda: step(sizes, "scp", sizes.scp)
@@ -132,6 +159,7 @@ def _peak():
   import jax
 
   from clara_jax.analysis import cost
+
   return cost.chip_of(jax.devices()[0])
 
 
@@ -149,6 +177,7 @@ def _with_flops(found: dict, flops: float, samples: int, read: float | None = No
 def _texts(sizes: Sizes, *lead: int, length: int | None = None):
   """Encoder inputs of full length."""
   from clara_jax.batch import Tokens
+
   m, words = sizes.memory_tokens, (length or sizes.document) + 3
   ids = np.random.default_rng(0).integers(3, sizes.vocabulary, (*lead, words + m), np.int32)
   ids[..., words:] = sizes.vocabulary + np.arange(m)
@@ -158,14 +187,22 @@ def _texts(sizes: Sizes, *lead: int, length: int | None = None):
 def _prompts(sizes: Sizes, batch: int, documents: int, answer: int):
   """Prompts with their slots first, and label positions at the end."""
   from clara_jax.batch import Prompt, Tokens
+
   m = sizes.memory_tokens
   slots = np.tile(np.append(sizes.vocabulary + np.arange(m), sizes.vocabulary + m + 2), documents)
   length = -(-(len(slots) + SLOTS_AROUND) // 64) * 64
   ids = np.random.default_rng(1).integers(3, sizes.vocabulary, (batch, length), np.int32)
-  ids[:, 16:16 + len(slots)] = slots
+  ids[:, 16 : 16 + len(slots)] = slots
   tokens = Tokens(ids, np.full(batch, length, np.int32))
-  positions = np.broadcast_to(np.arange(length - answer - 1, length - 1, dtype=np.int32), (batch, answer))
-  return Prompt(tokens, positions, np.take_along_axis(ids, positions + 1, 1), np.ones((batch, answer), np.float32))
+  positions = np.broadcast_to(
+    np.arange(length - answer - 1, length - 1, dtype=np.int32), (batch, answer)
+  )
+  return Prompt(
+    tokens,
+    positions,
+    np.take_along_axis(ids, positions + 1, 1),
+    np.ones((batch, answer), np.float32),
+  )
 
 
 def jax_compress(sizes: Sizes, count: int, **model: Any) -> dict:
@@ -174,10 +211,12 @@ def jax_compress(sizes: Sizes, count: int, **model: Any) -> dict:
 
   from clara_jax.analysis import flops
   from clara_jax.model import Clara
+
   compress = jax.jit(Clara(clara_config(sizes, **model)).compress)
   weights, texts = weights_of(sizes), jax.device_put(_texts(sizes, count))
   found = timed(lambda: compress(weights, texts), sizes.repeats, jax.block_until_ready)
-  plain = jax.jit(Clara(clara_config(sizes, attention="grouped")).compress)  # a kernel's products are not counted
+  # a kernel's products are not counted
+  plain = jax.jit(Clara(clara_config(sizes, attention="grouped")).compress)
   return _with_flops(found, flops.count(plain, weights, texts), count)
 
 
@@ -187,6 +226,7 @@ def jax_query(sizes: Sizes, count: int) -> dict:
 
   from clara_jax.analysis import flops
   from clara_jax.model import Clara
+
   encode = jax.jit(Clara(clara_config(sizes)).encode_query)
   weights, texts = weights_of(sizes), jax.device_put(_texts(sizes, count, length=QUESTION))
   found = timed(lambda: encode(weights, texts), sizes.repeats, jax.block_until_ready)
@@ -201,25 +241,44 @@ def jax_step(sizes: Sizes, stage: str, rows: int, from_store: bool = False, **mo
   from clara_jax.batch import Batch
   from clara_jax.config import DataConfig, RunConfig, TrainConfig
   from clara_jax.training.program import Program
+
   config = clara_config(sizes, **model)
-  data = DataConfig(batch_size=rows, candidates=sizes.candidates, store="given" if from_store else None)
-  program = Program(RunConfig(config, data, TrainConfig(stage=stage, schedule="constant", warmup_fraction=0.0)), 1000)
+  data = DataConfig(
+    batch_size=rows, candidates=sizes.candidates, store="given" if from_store else None
+  )
+  program = Program(
+    RunConfig(config, data, TrainConfig(stage=stage, schedule="constant", warmup_fraction=0.0)),
+    1000,
+  )
   joint = stage == "joint"
   documents = None if from_store else _texts(sizes, rows, sizes.candidates if joint else 1)
-  memories = np.random.default_rng(2).normal(size=(rows, sizes.candidates, sizes.memory_tokens, sizes.width)) if from_store else None
-  batch = Batch(_prompts(sizes, rows, sizes.top_k if joint else 1, ANSWER), documents, memories if memories is None else memories.astype(
-      np.float32).astype(jax.numpy.dtype(sizes.dtype)), _texts(sizes, rows, length=QUESTION) if joint else None,
-                valid=np.ones(rows, np.float32))
+  memories = (
+    np.random.default_rng(2).normal(size=(rows, sizes.candidates, sizes.memory_tokens, sizes.width))
+    if from_store
+    else None
+  )
+  batch = Batch(
+    _prompts(sizes, rows, sizes.top_k if joint else 1, ANSWER),
+    documents,
+    memories
+    if memories is None
+    else memories.astype(np.float32).astype(jax.numpy.dtype(sizes.dtype)),
+    _texts(sizes, rows, length=QUESTION) if joint else None,
+    valid=np.ones(rows, np.float32),
+  )
   with program.context():
     # The base is frozen: no copy of it. What trains is donated and copied.
     weights = dict(weights_of(sizes))
-    state = program.initial_state({g: jax.tree.map(jax.numpy.copy, weights.pop(g)) for g in program.trained})
+    state = program.initial_state(
+      {g: jax.tree.map(jax.numpy.copy, weights.pop(g)) for g in program.trained}
+    )
     placed = jax.device_put(batch, program.batch_sharding)
 
     def step():
       nonlocal state
       state, metrics = program.step(state, weights, placed)
       return metrics
+
     found = timed(step, sizes.repeats, jax.block_until_ready)
     return _with_flops(found, cost.model_flops(program, batch), rows)
 
@@ -231,12 +290,16 @@ def jax_answer(sizes: Sizes, batch: int, merged: bool) -> dict:
   from clara_jax.inference.generate import Greedy
   from clara_jax.model import Clara
   from clara_jax.nn import linear
+
   config = clara_config(sizes)
   model, weights = Clara(config), weights_of(sizes)
   if merged:
-    base = jax.jit(functools.partial(linear.merge, scale=config.lora.scale))(weights["base"], weights["generator"])
+    base = jax.jit(functools.partial(linear.merge, scale=config.lora.scale))(
+      weights["base"], weights["generator"]
+    )
     weights = {"base": base, "memory_embedding": weights["memory_embedding"]}
-  greedy = Greedy(model, NEW_TOKENS, (-1,), 0, None if merged else "generator")  # no token ends an answer
+  # no token ends an answer
+  greedy = Greedy(model, NEW_TOKENS, (-1,), 0, None if merged else "generator")
   tokens = jax.device_put(_prompts(sizes, batch, sizes.top_k, ANSWER).tokens)
   memories = jax.numpy.zeros((batch, sizes.top_k, sizes.memory_tokens, sizes.width), sizes.dtype)
   whole, prefill = jax.jit(greedy.__call__), jax.jit(greedy.prefill)
@@ -244,11 +307,20 @@ def jax_answer(sizes: Sizes, batch: int, merged: bool) -> dict:
   found = timed(lambda: whole(weights, tokens, memories), sizes.repeats, jax.block_until_ready)
   decoding = found["seconds"] - first["seconds"]
   # Each token reads all weights but the embedding's table.
-  read = sum(x.size * x.dtype.itemsize for g in ("base", "generator") if g in weights for x in jax.tree.leaves(weights[g]))
+  read = sum(
+    x.size * x.dtype.itemsize
+    for g in ("base", "generator")
+    if g in weights
+    for x in jax.tree.leaves(weights[g])
+  )
   read -= weights["base"]["embedding"].size * weights["base"]["embedding"].dtype.itemsize
   chip = _peak()
-  found |= {"samples": batch, "time_to_first_token": first["seconds"], "tokens_per_second": batch * (NEW_TOKENS - 1) / decoding,
-            "per_second": batch / found["seconds"]}
+  found |= {
+    "samples": batch,
+    "time_to_first_token": first["seconds"],
+    "tokens_per_second": batch * (NEW_TOKENS - 1) / decoding,
+    "per_second": batch / found["seconds"],
+  }
   if chip:
     found["bandwidth_share"] = read * (NEW_TOKENS - 1) / decoding / chip.memory_bandwidth
   return found
@@ -261,6 +333,7 @@ def jax_full_text(sizes: Sizes, batch: int) -> dict:
   from clara_jax.batch import Tokens
   from clara_jax.inference.generate import Greedy
   from clara_jax.model import Clara
+
   weights, length = weights_of(sizes), sizes.top_k * sizes.document + SLOTS_AROUND
   ids = np.random.default_rng(0).integers(3, sizes.vocabulary, (batch, length), np.int32)
   tokens = jax.device_put(Tokens(ids, np.full(batch, length, np.int32)))
@@ -274,17 +347,24 @@ def jax_search(sizes: Sizes) -> dict:
   import jax
 
   from clara_jax.ops.nearest import nearest, slots_needed
+
   slots = slots_needed(sizes.vectors, 1)
   vectors = jax.random.normal(jax.random.key(0), (slots, DIMENSION))
-  queries, scale = jax.random.normal(jax.random.key(1), (SEARCHED, DIMENSION)), (jax.numpy.arange(slots) < sizes.vectors).astype("float32")
+  queries, scale = (
+    jax.random.normal(jax.random.key(1), (SEARCHED, DIMENSION)),
+    (jax.numpy.arange(slots) < sizes.vectors).astype("float32"),
+  )
   search = jax.jit(lambda v, s, q: nearest(v, s, q, 10))
   found = timed(lambda: search(vectors, scale, queries), sizes.repeats, jax.block_until_ready)
   chip, read = _peak(), vectors.size * 4
-  found |= {"samples": SEARCHED, "per_second": SEARCHED / found["seconds"]}  # float32: no share of the bfloat16 peak
-  return found | ({"bandwidth_share": read / found["seconds"] / chip.memory_bandwidth} if chip else {})
+  # float32: no share of the bfloat16 peak
+  found |= {"samples": SEARCHED, "per_second": SEARCHED / found["seconds"]}
+  return found | (
+    {"bandwidth_share": read / found["seconds"] / chip.memory_bandwidth} if chip else {}
+  )
 
 
-# ---- PyTorch -------------------------------------------------------------------------------------------------------------------
+# ---- PyTorch -------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -293,10 +373,19 @@ def reference_of(sizes: Sizes):
   import torch
   import transformers
   from torch_reference import Reference
+
   config = transformers.MistralConfig(
-      vocab_size=sizes.vocabulary + sizes.memory_tokens + 3, hidden_size=sizes.width, intermediate_size=sizes.mlp,
-      num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads, head_dim=sizes.head_dim,
-      rope_parameters={"rope_type": "default", "rope_theta": 1e6}, sliding_window=None, attn_implementation="sdpa")
+    vocab_size=sizes.vocabulary + sizes.memory_tokens + 3,
+    hidden_size=sizes.width,
+    intermediate_size=sizes.mlp,
+    num_hidden_layers=sizes.layers,
+    num_attention_heads=sizes.heads,
+    num_key_value_heads=sizes.kv_heads,
+    head_dim=sizes.head_dim,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    sliding_window=None,
+    attn_implementation="sdpa",
+  )
   device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, sizes.dtype)
   torch.manual_seed(0)
   with torch.device(device):
@@ -304,7 +393,14 @@ def reference_of(sizes: Sizes):
     torch.set_default_dtype(dtype)
     model = transformers.MistralForCausalLM(config)
     torch.set_default_dtype(before)
-  made = Reference(model, None, 16, 32, list(range(sizes.vocabulary, sizes.vocabulary + sizes.memory_tokens)), dropout=0.0)
+  made = Reference(
+    model,
+    None,
+    16,
+    32,
+    list(range(sizes.vocabulary, sizes.vocabulary + sizes.memory_tokens)),
+    dropout=0.0,
+  )
   made.model.to(device)
   return torch, made, device
 
@@ -319,6 +415,7 @@ def torch_items(sizes: Sizes) -> Iterator[tuple[str, Callable[[], dict]]]:
 
 def _wait(device: str) -> Callable[[Any], Any]:
   import torch
+
   return (lambda _: torch.cuda.synchronize()) if device == "cuda" else (lambda _: None)
 
 
@@ -339,8 +436,9 @@ def torch_compress(sizes: Sizes, count: int) -> dict:
 def torch_step(sizes: Sizes, stage: str, rows: int, from_store: bool = False) -> dict:
   """Training steps, with gradient checkpointing as our side recomputes.
 
-  PEFT recomputes a layer with the adapter that is active at the time of the backward pass, the generator's, whichever it was: the work is
-  the same, the gradients of the other role are not right.
+  PEFT recomputes a layer with the adapter that is active at the time of the backward pass, the
+  generator's, whichever it was: the work is the same, the gradients of the other role are not
+  right.
   """
   torch, model, device = reference_of(sizes)
   joint = stage == "joint"
@@ -353,17 +451,33 @@ def torch_step(sizes: Sizes, stage: str, rows: int, from_store: bool = False) ->
     texts = _texts(sizes, rows * (sizes.candidates if joint else 1))
     batch["documents"], batch["document_mask"] = _tensor(torch, texts.ids, device)
   if joint:
-    batch["question"], batch["question_mask"] = _tensor(torch, _texts(sizes, rows, length=QUESTION).ids, device)
+    batch["question"], batch["question_mask"] = _tensor(
+      torch, _texts(sizes, rows, length=QUESTION).ids, device
+    )
   memories = None
   if from_store:
-    memories = torch.randn(rows, sizes.candidates, sizes.memory_tokens, sizes.width, device=device, dtype=getattr(torch, sizes.dtype))
-  optimizer, parameters = model.training(*(("query_reasoner", "generator") if joint else ("compressor", "generator")))
+    memories = torch.randn(
+      rows,
+      sizes.candidates,
+      sizes.memory_tokens,
+      sizes.width,
+      device=device,
+      dtype=getattr(torch, sizes.dtype),
+    )
+  optimizer, parameters = model.training(
+    *(("query_reasoner", "generator") if joint else ("compressor", "generator"))
+  )
   model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
   model.model.train()
 
   def step():
-    loss = model.joint_loss(batch, sizes.top_k, memories=memories) if joint else model.given_documents_loss(batch)
+    loss = (
+      model.joint_loss(batch, sizes.top_k, memories=memories)
+      if joint
+      else model.given_documents_loss(batch)
+    )
     return model.step(optimizer, parameters, loss)
+
   try:
     found = timed(step, sizes.repeats, _wait(device))
   finally:
@@ -379,14 +493,28 @@ def torch_answer(sizes: Sizes, batch: int, merged: bool) -> dict:
   torch, model, device = reference_of(sizes)
   model.training("generator")
   ids, mask = _tensor(torch, _prompts(sizes, batch, sizes.top_k, ANSWER).tokens.ids, device)
-  memories = torch.zeros(batch, sizes.top_k, sizes.memory_tokens, sizes.width, device=device, dtype=getattr(torch, sizes.dtype))
+  memories = torch.zeros(
+    batch,
+    sizes.top_k,
+    sizes.memory_tokens,
+    sizes.width,
+    device=device,
+    dtype=getattr(torch, sizes.dtype),
+  )
   import contextlib
+
   with model.model.disable_adapter() if merged else contextlib.nullcontext():
     first = timed(lambda: model.answer(ids, mask, memories, 1), sizes.repeats, _wait(device))
-    found = timed(lambda: model.answer(ids, mask, memories, NEW_TOKENS), sizes.repeats, _wait(device))
+    found = timed(
+      lambda: model.answer(ids, mask, memories, NEW_TOKENS), sizes.repeats, _wait(device)
+    )
   decoding = found["seconds"] - first["seconds"]
-  return found | {"samples": batch, "time_to_first_token": first["seconds"], "tokens_per_second": batch * (NEW_TOKENS - 1) / decoding,
-                  "per_second": batch / found["seconds"]}
+  return found | {
+    "samples": batch,
+    "time_to_first_token": first["seconds"],
+    "tokens_per_second": batch * (NEW_TOKENS - 1) / decoding,
+    "per_second": batch / found["seconds"],
+  }
 
 
 def torch_search(sizes: Sizes) -> dict:

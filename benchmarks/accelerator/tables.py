@@ -17,8 +17,11 @@ def main() -> None:
   if len(sys.argv) != 2:
     sys.exit("usage: tables.py DIR")
   directory = pathlib.Path(sys.argv[1])
-  found = {name: json.loads(file.read_text()) for name in ("checks", "speed-jax", "speed-torch", "train", "language")
-           if (file := directory / f"{name}.json").exists()}
+  found = {
+    name: json.loads(file.read_text())
+    for name in ("checks", "speed-jax", "speed-torch", "train", "language")
+    if (file := directory / f"{name}.json").exists()
+  }
   if not found:
     sys.exit(f"{directory}: no results of run.py")
   print("\n".join(tables(found)))
@@ -29,13 +32,18 @@ def tables(found: dict[str, dict]) -> Iterator[str]:
   for name in ("checks", "speed-jax", "speed-torch", "train"):
     if name in found:
       about = found[name]
-      yield (f"{name}: {about['device']}, {about['date']}, `{about['command']}`, "
-             f"{', '.join(f'{k} {about[k]}' for k in ('jax', 'torch', 'transformers') if k in about)}"
-             f"{' (smoke: no figure means anything)' if about.get('smoke') else ''}")
+      yield (
+        f"{name}: {about['device']}, {about['date']}, `{about['command']}`, "
+        f"{', '.join(f'{k} {about[k]}' for k in ('jax', 'torch', 'transformers') if k in about)}"
+        f"{' (smoke: no figure means anything)' if about.get('smoke') else ''}"
+      )
   if "checks" in found:
     yield from ("", "| check | found | allowed | |", "|---|---|---|---|")
     for name, item in found["checks"]["items"].items():
-      yield f"| {name} | {_numbers(item.get('found', _why(item)))} | {_numbers(item.get('allowed', ''))} | {_outcome(item)} |"
+      yield (
+        f"| {name} | {_numbers(item.get('found', _why(item)))} | "
+        f"{_numbers(item.get('allowed', ''))} | {_outcome(item)} |"
+      )
   if "speed-jax" in found:
     yield from speed(found["speed-jax"], found.get("speed-torch", {"items": {}}))
   if "language" in found:
@@ -44,8 +52,13 @@ def tables(found: dict[str, dict]) -> Iterator[str]:
 
 def speed(ours: dict, other: dict) -> Iterator[str]:
   """Both sides, with ratios."""
-  yield from ("", "| | JAX, a second | tokens a second | first token, ms | MFU | memory bandwidth | PyTorch, a second | times PyTorch | "
-              "compiling, s |", "|---|---|---|---|---|---|---|---|---|")
+  yield from (
+    "",
+    "| | JAX, a second | tokens a second | first token, ms | MFU | memory bandwidth | PyTorch, a "
+    "second | times PyTorch | "
+    "compiling, s |",
+    "|---|---|---|---|---|---|---|---|---|",
+  )
   for name, item in ours["items"].items():
     if "seconds" not in item:
       yield f"| {name} | {_why(item)} | | | | | | | |"
@@ -54,33 +67,60 @@ def speed(ours: dict, other: dict) -> Iterator[str]:
     key = "tokens_per_second" if "tokens_per_second" in item else "per_second"
     ratio = f"{item[key] / torch[key]:.2f}" if torch.get(key) else ""
     first = f"{1e3 * item['time_to_first_token']:.1f}" if "time_to_first_token" in item else ""
-    yield (f"| {name} | {_number(item['per_second'])} | {_number(item.get('tokens_per_second'))} | {first} | {_share(item.get('mfu'))} | "
-           f"{_share(item.get('bandwidth_share'))} | {_number(torch.get('per_second')) if torch else ''}"
-           f"{_why(torch) if torch and 'seconds' not in torch else ''} | {ratio} | {item['first_seconds'] - item['seconds']:.0f} |")
+    yield (
+      f"| {name} | {_number(item['per_second'])} | {_number(item.get('tokens_per_second'))} | "
+      f"{first} | {_share(item.get('mfu'))} | "
+      f"{_share(item.get('bandwidth_share'))} | {_number(torch.get('per_second')) if torch else ''}"
+      f"{_why(torch) if torch and 'seconds' not in torch else ''} | {ratio} | "
+      f"{item['first_seconds'] - item['seconds']:.0f} |"
+    )
   yield from ("", "| the paper's table, a batch of 4 | the paper, ms | here, ms |", "|---|---|---|")
   for name, ms in ours["paper_ms"].items():
     item = ours["items"].get(f"paper: {name}", {})
-    yield f"| {name} | {ms} | {1e3 * item['seconds']:.1f} |" if "seconds" in item else f"| {name} | {ms} | {_why(item)} |"
+    yield (
+      f"| {name} | {ms} | {1e3 * item['seconds']:.1f} |"
+      if "seconds" in item
+      else f"| {name} | {ms} | {_why(item)} |"
+    )
 
 
 def language(found: dict) -> Iterator[str]:
   """Trainings and tests of the recipe."""
-  yield from ("", "| training | steps | batch | s | rows a second | MFU | first loss | last loss |", "|---|---|---|---|---|---|---|---|")
+  yield from (
+    "",
+    "| training | steps | batch | s | rows a second | MFU | first loss | last loss |",
+    "|---|---|---|---|---|---|---|---|",
+  )
   for name, item in found["trainings"].items():
     if "failed" in item:
       yield f"| {name} | {item['failed']} | | | | | | |"
       continue
     losses = [x["loss"] for x in item["losses"]]
-    yield (f"| {name} | {item['steps']} | {item['batch_size']} | {item['seconds']:.0f} | {_number(item['samples_per_second'])} | "
-           f"{_share(item['mfu'])} | {losses[0]:.3f} | {losses[-1]:.3f} |")
-  yield from ("", "| test | EM | F1 | cover EM | recall@1 | recall@5 |", "|---|---|---|---|---|---|")
+    yield (
+      f"| {name} | {item['steps']} | {item['batch_size']} | {item['seconds']:.0f} | "
+      f"{_number(item['samples_per_second'])} | "
+      f"{_share(item['mfu'])} | {losses[0]:.3f} | {losses[-1]:.3f} |"
+    )
+  yield from (
+    "",
+    "| test | EM | F1 | cover EM | recall@1 | recall@5 |",
+    "|---|---|---|---|---|---|",
+  )
   for name, item in found["tests"].items():
     cells = [_interval(item.get(k)) for k in ("em", "f1", "cover_em", "recall_at_1", "recall_at_5")]
-    yield f"| {name} | {' | '.join(cells)} |" if "em" in item else f"| {name} | {_why(item)} | | | | |"
+    yield (
+      f"| {name} | {' | '.join(cells)} |" if "em" in item else f"| {name} | {_why(item)} | | | | |"
+    )
 
 
 def _why(item: dict) -> str:
-  return f"failed: {item['failed'][:120]}" if "failed" in item else f"skipped: {item['skipped']}" if "skipped" in item else "not run"
+  return (
+    f"failed: {item['failed'][:120]}"
+    if "failed" in item
+    else f"skipped: {item['skipped']}"
+    if "skipped" in item
+    else "not run"
+  )
 
 
 def _outcome(item: dict) -> str:
@@ -88,8 +128,11 @@ def _outcome(item: dict) -> str:
 
 
 def _numbers(value: Any) -> str:
-  return ", ".join(f"{k} {v:.2g}" for k, v in value.items()) if isinstance(value, dict) else (
-      f"{value:.2g}" if isinstance(value, float) else str(value))
+  return (
+    ", ".join(f"{k} {v:.2g}" for k, v in value.items())
+    if isinstance(value, dict)
+    else (f"{value:.2g}" if isinstance(value, float) else str(value))
+  )
 
 
 def _number(value: float | None) -> str:

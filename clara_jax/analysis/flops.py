@@ -1,4 +1,5 @@
-"""Floating-point operations of a computation, counted on its jaxpr: matrix products only, loops as often as they run."""
+"""Floating-point operations of a computation, counted on its jaxpr: matrix products only, loops as
+often as they run."""
 
 import math
 from collections.abc import Callable
@@ -33,7 +34,9 @@ def _count(jaxpr: Any) -> float:
     times = 1
     if equation.primitive.name == "scan":
       times = equation.params["length"]
-    elif equation.primitive.name == "pallas_call":  # blocks that its mask leaves out count, as where XLA computes them
+    elif (
+      equation.primitive.name == "pallas_call"
+    ):  # blocks that its mask leaves out count, as where XLA computes them
       times = math.prod(equation.params["grid_mapping"].grid)
     elif equation.primitive.name == "shard_map":  # its shapes are those of one device
       times = equation.params["mesh"].size
@@ -45,7 +48,9 @@ def _count(jaxpr: Any) -> float:
 def _dot(equation: Any) -> float:
   (contracted, _), _ = equation.params["dimension_numbers"]
   left = equation.invars[0].aval.shape
-  return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+  return (
+    2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+  )
 
 
 def _inner(equation: Any) -> list[Any]:

@@ -1,7 +1,9 @@
-"""What a compiled TPU program does, read from its text: collectives and memory traffic, loops as often as they run.
+"""What a compiled TPU program does, read from its text: collectives and memory traffic, loops as
+often as they run.
 
-`Compiled.cost_analysis()` counts the body of a loop once; layers are a loop, and XLA makes loops of its own (windowed products of
-collectives). Here each instruction counts as often as its computation is run.
+`Compiled.cost_analysis()` counts the body of a loop once; layers are a loop, and XLA makes loops of
+its own (windowed products of collectives). Here each instruction counts as often as its computation
+is run.
 """
 
 import collections
@@ -10,14 +12,44 @@ import math
 import re
 from collections.abc import Iterator
 
-_ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32,
-              "u32": 32, "s64": 64, "u64": 64}
+_ITEM_BITS = {
+  "pred": 8,
+  "bf16": 16,
+  "f16": 16,
+  "f32": 32,
+  "f64": 64,
+  "s4": 4,
+  "u4": 4,
+  "s8": 8,
+  "u8": 8,
+  "s16": 16,
+  "u16": 16,
+  "s32": 32,
+  "u32": 32,
+  "s64": 64,
+  "u64": 64,
+}
 _ARRAY = re.compile(r"\b(" + "|".join(_ITEM_BITS) + r")\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Instructions that move nothing: names for values, or the two ends of something that counts elsewhere.
-_FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call", "after-all", "partition-id",
-         "replica-id", "iota", "copy-done", "opt-barrier"}
+# Instructions that move nothing: names for values, or the two ends of something that counts
+# elsewhere.
+_FREE = {
+  "parameter",
+  "get-tuple-element",
+  "tuple",
+  "bitcast",
+  "constant",
+  "while",
+  "conditional",
+  "call",
+  "after-all",
+  "partition-id",
+  "replica-id",
+  "iota",
+  "copy-done",
+  "opt-barrier",
+}
 
 
 @dataclasses.dataclass
@@ -27,7 +59,8 @@ class HloReport:
   Attributes:
     collectives: how often each kind is run.
     interconnect_bytes: what the chip receives from others.
-    memory_bytes: what is read from and written to the chip's main memory (on-chip vector memory is not counted).
+    memory_bytes: what is read from and written to the chip's main memory (on-chip vector memory is
+      not counted).
   """
 
   collectives: dict[str, int]
@@ -53,7 +86,13 @@ def analyze(text: str) -> HloReport:
   counts: collections.Counter = collections.Counter()
   received = memory = 0.0
   overlapped: dict[tuple[str, str], tuple[int, float]] = {}
-  fused = {c for body in computations.values() for i in body.values() if i.opcode == "fusion" for c in _called(i, "calls")}
+  fused = {
+    c
+    for body in computations.values()
+    for i in body.values()
+    if i.opcode == "fusion"
+    for c in _called(i, "calls")
+  }
   for name, body in computations.items():
     times = runs.get(name, 0)
     if not times or name in fused:
@@ -63,7 +102,8 @@ def analyze(text: str) -> HloReport:
         kind, moved = found.opcode.removesuffix("-start"), _received(found)
         channel = re.search(r"channel_id=(\d+)", found.attributes)
         if found is not instruction and channel:
-          # It overlaps with products and is cut into several fusions, some in the products' loops: it is run as often as the rarest.
+          # It overlaps with products and is cut into several fusions, some in the products' loops:
+          # it is run as often as the rarest.
           key = (kind, channel[1])
           overlapped[key] = min(overlapped.get(key, (times, moved)), (times, moved))
           continue
@@ -102,8 +142,16 @@ def _instruction(line: str) -> _Instruction:
   shape, rest = right[:end], right[end:].lstrip()
   start = rest.index("(")
   stop = _matching(rest, start)
-  argument = rest[start + 1:stop]
-  return _Instruction(_NAME.search(left)[1], shape, rest[:start], argument, _NAME.findall(argument), rest[stop + 1:], "ROOT" in left)
+  argument = rest[start + 1 : stop]
+  return _Instruction(
+    _NAME.search(left)[1],
+    shape,
+    rest[:start],
+    argument,
+    _NAME.findall(argument),
+    rest[stop + 1 :],
+    "ROOT" in left,
+  )
 
 
 def _matching(text: str, start: int) -> int:
@@ -134,7 +182,14 @@ def _runs(computations: dict[str, dict[str, _Instruction]], entry: str) -> dict[
         (condition,), (body,) = _called(instruction, "condition"), _called(instruction, "body")
         visit(body, times * _trips(condition, computations))
       elif instruction.opcode != "fusion":
-        for other in _called(instruction, "calls", "called_computations", "branch_computations", "true_computation", "false_computation"):
+        for other in _called(
+          instruction,
+          "calls",
+          "called_computations",
+          "branch_computations",
+          "true_computation",
+          "false_computation",
+        ):
           visit(other, times)
 
   visit(entry, 1)
@@ -153,7 +208,9 @@ def _trips(condition: str, computations: dict[str, dict[str, _Instruction]]) -> 
   return max(bounds)
 
 
-def _collectives(instruction: _Instruction, computations: dict[str, dict[str, _Instruction]]) -> Iterator[_Instruction]:
+def _collectives(
+  instruction: _Instruction, computations: dict[str, dict[str, _Instruction]]
+) -> Iterator[_Instruction]:
   if instruction.opcode.removesuffix("-start") in _COLLECTIVES:
     yield instruction
   elif instruction.opcode == "fusion":
@@ -169,8 +226,13 @@ def _received(instruction: _Instruction) -> float:
     arrays = arrays[1:2] or arrays
   size, n = sum(arrays), _group_size(instruction.attributes)
   kind = instruction.opcode.removesuffix("-start")
-  return {"all-gather": size * (n - 1) / n, "all-reduce": 2 * size * (n - 1) / n, "reduce-scatter": size * (n - 1),
-          "all-to-all": size * (n - 1) / n, "collective-permute": size}[kind]
+  return {
+    "all-gather": size * (n - 1) / n,
+    "all-reduce": 2 * size * (n - 1) / n,
+    "reduce-scatter": size * (n - 1),
+    "all-to-all": size * (n - 1) / n,
+    "collective-permute": size,
+  }[kind]
 
 
 def _group_size(attributes: str) -> int:
@@ -194,9 +256,18 @@ def _memory_bytes(shape: str) -> float:
   return sum(_bytes(a) for a in _ARRAY.finditer(shape) if "S(" not in (a[3] or ""))
 
 
-def _traffic(instruction: _Instruction, body: dict[str, _Instruction], computations: dict[str, dict[str, _Instruction]]) -> float:
-  """Bytes of main memory that an instruction reads and writes; a slice counts, not what it is taken from."""
-  if instruction.opcode in _FREE or instruction.opcode.endswith("-done") or instruction.opcode.startswith("async-"):
+def _traffic(
+  instruction: _Instruction,
+  body: dict[str, _Instruction],
+  computations: dict[str, dict[str, _Instruction]],
+) -> float:
+  """Bytes of main memory that an instruction reads and writes; a slice counts, not what it is taken
+  from."""
+  if (
+    instruction.opcode in _FREE
+    or instruction.opcode.endswith("-done")
+    or instruction.opcode.startswith("async-")
+  ):
     return 0.0
   if instruction.opcode in ("dynamic-slice", "slice", "gather"):
     return 2 * _memory_bytes(instruction.shape)
@@ -207,7 +278,9 @@ def _traffic(instruction: _Instruction, body: dict[str, _Instruction], computati
     written = instruction.shape if not instruction.opcode.endswith("-start") else ""
     return _memory_bytes(written) + sum(map(_memory_bytes, operands))
   inner = computations[_called(instruction, "calls")[0]]
-  parameters = sorted((i for i in inner.values() if i.opcode == "parameter"), key=lambda i: int(i.argument))
+  parameters = sorted(
+    (i for i in inner.values() if i.opcode == "parameter"), key=lambda i: int(i.argument)
+  )
   root = next(i for i in inner.values() if i.is_root)
   updated = _source(root.operands[0], inner) if root.opcode == "dynamic-update-slice" else None
   total = _memory_bytes(inner[root.operands[1]].shape if updated else instruction.shape)

@@ -1,4 +1,5 @@
-"""Any checkpoint that a user names -- ours, upstream's, a PEFT adapter, a Hugging Face model -- as a model with its weights."""
+"""Any checkpoint that a user names -- ours, upstream's, a PEFT adapter, a Hugging Face model -- as
+a model with its weights."""
 
 import dataclasses
 import logging
@@ -40,7 +41,8 @@ class LazyCheckpoint:
     base: the base's path; None where the checkpoint holds it.
     base_sha256: what the checkpoint says of its base's content, if it does.
     tokenizer: a directory, or None.
-    hf_files: a directory with the config.json, and perhaps the generation_config.json, that the base came with, or None.
+    hf_files: a directory with the config.json, and perhaps the generation_config.json, that the
+      base came with, or None.
     chat_template: takes the place of the tokenizer's.
   """
 
@@ -69,7 +71,12 @@ class LazyCheckpoint:
     """Its tokenizer with the token layouts."""
     if self.tokenizer is None:
       raise CheckpointError(f"{self.directory}: brings no tokenizer")
-    return PromptTokenizer(self.tokenizer, self.config, end_ids=families.end_ids(self.hf_files), chat_template=self.chat_template)
+    return PromptTokenizer(
+      self.tokenizer,
+      self.config,
+      end_ids=families.end_ids(self.hf_files),
+      chat_template=self.chat_template,
+    )
 
   def check_base(self) -> str | None:
     """The hash of the base's content, after comparing it with the record.
@@ -83,13 +90,21 @@ class LazyCheckpoint:
       return self.base_sha256
     found = huggingface.base_hash(self.plain_base)
     if self.base_sha256 and found != self.base_sha256:
-      raise CheckpointError(f"{self.directory}: was made for a base with sha256 {self.base_sha256[:16]}…, but "
-                            f"{self.base or self.directory} has {found[:16]}…: a wrong base")
+      raise CheckpointError(
+        f"{self.directory}: was made for a base with sha256 {self.base_sha256[:16]}…, but "
+        f"{self.base or self.directory} has {found[:16]}…: a wrong base"
+      )
     return found
 
 
-def open_checkpoint(directory: str, base: str | None = None, dtype: str | None = None, *, chat_template: str | None = None,
-                    allow: Sequence[str] = ()) -> LazyCheckpoint:
+def open_checkpoint(
+  directory: str,
+  base: str | None = None,
+  dtype: str | None = None,
+  *,
+  chat_template: str | None = None,
+  allow: Sequence[str] = (),
+) -> LazyCheckpoint:
   """Opens a checkpoint of any kind; reads configurations and headers only.
 
   Args:
@@ -105,32 +120,67 @@ def open_checkpoint(directory: str, base: str | None = None, dtype: str | None =
   directory, base = local_directory(directory, "checkpoint"), base and local_directory(base)
   folder = epath.Path(directory)
   if not folder.is_dir():
-    gguf = ": a GGUF file is converted first: clara convert FILE.gguf DIR --to clara" if str(directory).endswith(".gguf") else ""
-    raise CheckpointError(f"{directory}: {'not a directory' if folder.exists() else 'no such checkpoint'}{gguf}")
+    gguf = (
+      ": a GGUF file is converted first: clara convert FILE.gguf DIR --to clara"
+      if str(directory).endswith(".gguf")
+      else ""
+    )
+    raise CheckpointError(
+      f"{directory}: {'not a directory' if folder.exists() else 'no such checkpoint'}{gguf}"
+    )
   if is_checkpoint(directory):
     opened = _open_clara(directory, base, dtype, allow)
   elif upstream.is_upstream(directory):
     config, base, groups = upstream.read(directory, base, dtype, allow)
     tokenizer = directory if has_tokenizer(directory) else tokenizer_directory(base)
     plain = open_base(Clara(config), base, directory, allow, whole=True)[0]
-    groups[SPECIAL] = {name: _in_type_of(plain[name], value, config, name) for name, value in groups[SPECIAL].items()}
-    opened = LazyCheckpoint(directory, "upstream", config, upstream.stage_of(directory), groups, plain, base, None, tokenizer,
-                    native.hf_files(base))
+    groups[SPECIAL] = {
+      name: _in_type_of(plain[name], value, config, name) for name, value in groups[SPECIAL].items()
+    }
+    opened = LazyCheckpoint(
+      directory,
+      "upstream",
+      config,
+      upstream.stage_of(directory),
+      groups,
+      plain,
+      base,
+      None,
+      tokenizer,
+      native.hf_files(base),
+    )
   elif peft.is_adapter(directory) or any(peft.is_adapter(str(folder / role)) for role in ROLES):
     opened = _open_peft(directory, base, dtype, allow)
   elif (folder / families.CONFIG_FILE).exists():
-    model = Clara(ClaraConfig(families.model_config(directory, allow=allow, **families.with_dtype(dtype))))
+    model = Clara(
+      ClaraConfig(families.model_config(directory, allow=allow, **families.with_dtype(dtype)))
+    )
     tokenizer = directory if has_tokenizer(directory) else None
-    opened = LazyCheckpoint(directory, "hf", model.config, "base", {}, huggingface.read_base(model, directory), None, None, tokenizer, directory)
+    opened = LazyCheckpoint(
+      directory,
+      "hf",
+      model.config,
+      "base",
+      {},
+      huggingface.read_base(model, directory),
+      None,
+      None,
+      tokenizer,
+      directory,
+    )
   else:
-    raise CheckpointError(f"{directory}: neither a clara_jax checkpoint (config.json with format='clara_jax'), nor an upstream one "
-                          f"({upstream.ADAPTER_FILE}), nor a PEFT adapter, nor a Hugging Face model")
+    raise CheckpointError(
+      f"{directory}: neither a clara_jax checkpoint (config.json with format='clara_jax'), nor an "
+      f"upstream one "
+      f"({upstream.ADAPTER_FILE}), nor a PEFT adapter, nor a Hugging Face model"
+    )
   opened.chat_template = chat_template
   return opened
 
 
 def _in_type_of(base: Any, value: np.ndarray, config: ClaraConfig, name: str) -> np.ndarray:
-  """A whole vocabulary in the base's type where that loses nothing that is read: memory tokens have rows of their own elsewhere."""
+  """A whole vocabulary in the base's type where that loses nothing that is read: memory tokens have
+  rows of their own elsewhere."""
   cast = value.astype(base.dtype)
   first, last = config.model.vocab_size, config.model.vocab_size + config.num_memory_tokens
   same = cast.astype(np.float32) == value.astype(np.float32)
@@ -138,12 +188,16 @@ def _in_type_of(base: Any, value: np.ndarray, config: ClaraConfig, name: str) ->
   return cast if same.all() else value
 
 
-def _open_clara(directory: str, base: str | None, dtype: str | None, allow: Sequence[str]) -> LazyCheckpoint:
+def _open_clara(
+  directory: str, base: str | None, dtype: str | None, allow: Sequence[str]
+) -> LazyCheckpoint:
   run, recorded = read_config(directory)
   record = read_record(directory)
   # How a training run lays its base out is no part of what it made.
   unpadded = {"vocab_multiple": 1, "logits_chunk": 0, "base_quantization": "none"}
-  config = with_dtype(dataclasses.replace(run.clara, model=dataclasses.replace(run.clara.model, **unpadded)), dtype)
+  config = with_dtype(
+    dataclasses.replace(run.clara, model=dataclasses.replace(run.clara.model, **unpadded)), dtype
+  )
   model = Clara(config)
   groups = native.open_weights(directory)
   own = groups.pop("base", None)
@@ -156,14 +210,30 @@ def _open_clara(directory: str, base: str | None, dtype: str | None, allow: Sequ
   if special and SPECIAL not in groups:
     groups[SPECIAL] = special
   tokenizer = os.path.join(directory, "tokenizer")
-  return LazyCheckpoint(directory, "clara", config, record["stage"], groups, plain, base, record.get("base_sha256"),
-                tokenizer if epath.Path(tokenizer).exists() else None, native.hf_files(base or directory))
+  return LazyCheckpoint(
+    directory,
+    "clara",
+    config,
+    record["stage"],
+    groups,
+    plain,
+    base,
+    record.get("base_sha256"),
+    tokenizer if epath.Path(tokenizer).exists() else None,
+    native.hf_files(base or directory),
+  )
 
 
-def _open_peft(directory: str, base: str | None, dtype: str | None, allow: Sequence[str]) -> LazyCheckpoint:
+def _open_peft(
+  directory: str, base: str | None, dtype: str | None, allow: Sequence[str]
+) -> LazyCheckpoint:
   folder = epath.Path(directory)
   single = peft.is_adapter(directory)
-  found = {None: directory} if single else {r: str(folder / r) for r in ROLES if peft.is_adapter(str(folder / r))}
+  found = (
+    {None: directory}
+    if single
+    else {r: str(folder / r) for r in ROLES if peft.is_adapter(str(folder / r))}
+  )
   groups: dict[str, Any] = {}
   config, first = None, None
   for role, where in found.items():
@@ -176,14 +246,26 @@ def _open_peft(directory: str, base: str | None, dtype: str | None, allow: Seque
       base = _adapter_base(where, adapter.base)
     if config is None:
       first = adapter
-      model = native.base_config(base, dtype, allow, None if is_checkpoint(base) else adapter.tokenizer)
+      model = native.base_config(
+        base, dtype, allow, None if is_checkpoint(base) else adapter.tokenizer
+      )
       if clara:  # the vocabulary is that of the tokenizer with which it was trained
         model = dataclasses.replace(model, vocab_size=clara.model.vocab_size)
-      config = dataclasses.replace(clara, model=model, lora=adapter.lora) if clara else ClaraConfig(model, adapter.lora)
+      config = (
+        dataclasses.replace(clara, model=model, lora=adapter.lora)
+        if clara
+        else ClaraConfig(model, adapter.lora)
+      )
     if adapter.lora != config.lora:
-      raise ConfigError(f"{where}/{peft.CONFIG_FILE}: {adapter.lora}, but another role has {config.lora}")
-    if set(adapter.whole) != set(first.whole) or any((adapter.whole[n] != first.whole[n]).any() for n in first.whole):
-      raise ConfigError(f"{where}: its embedding or head is not that of {first.directory}: roles share them")
+      raise ConfigError(
+        f"{where}/{peft.CONFIG_FILE}: {adapter.lora}, but another role has {config.lora}"
+      )
+    if set(adapter.whole) != set(first.whole) or any(
+      (adapter.whole[n] != first.whole[n]).any() for n in first.whole
+    ):
+      raise ConfigError(
+        f"{where}: its embedding or head is not that of {first.directory}: roles share them"
+      )
     groups[role] = adapter.leaves(Clara(config), role)
     for name, value in (special or {}).items():
       if name == "memory_embedding":
@@ -193,47 +275,69 @@ def _open_peft(directory: str, base: str | None, dtype: str | None, allow: Seque
   plain, fresh = open_base(Clara(config), base, directory, allow)
   if SPECIAL not in groups:
     groups[SPECIAL] = fresh or huggingface.special_tokens(config)
-    groups["memory_embedding"] = groups[SPECIAL]["embedding"][-config.num_memory_tokens - 3:-3]
+    groups["memory_embedding"] = groups[SPECIAL]["embedding"][-config.num_memory_tokens - 3 : -3]
   if first.whole:
     groups[SPECIAL] = _whole_vocabulary(first, groups[SPECIAL], config)
   tokenizer = first.tokenizer or tokenizer_directory(base)
-  return LazyCheckpoint(directory, "peft", config, "joint", groups, plain, base, None, tokenizer, native.hf_files(base))
+  return LazyCheckpoint(
+    directory, "peft", config, "joint", groups, plain, base, None, tokenizer, native.hf_files(base)
+  )
 
 
 def _adapter_base(where: str, named: str | None) -> str:
-  """The base that an adapter names: a directory as it stands or from the adapter's, or a model of the hub."""
+  """The base that an adapter names: a directory as it stands or from the adapter's, or a model of
+  the hub."""
   near = os.path.normpath(os.path.join(where, named or ""))
   if named and not os.path.exists(named) and os.path.exists(near):
     return near
   try:
     return local_directory(named or "")
   except CheckpointError as error:
-    raise CheckpointError(f"{where}: its base {named!r} is not a directory here; name one with --base ({error})") from None
+    raise CheckpointError(
+      f"{where}: its base {named!r} is not a directory here; name one with --base ({error})"
+    ) from None
 
 
-def _whole_vocabulary(adapter: peft.Adapter, special: Mapping[str, Any], config: ClaraConfig) -> dict[str, np.ndarray]:
-  """The embedding and the head that an adapter brings, with the rows of CLaRa's tokens behind the tokenizer's words."""
+def _whole_vocabulary(
+  adapter: peft.Adapter, special: Mapping[str, Any], config: ClaraConfig
+) -> dict[str, np.ndarray]:
+  """The embedding and the head that an adapter brings, with the rows of CLaRa's tokens behind the
+  tokenizer's words."""
   words, tied = config.model.vocab_size, config.model.tie_embeddings
   whole = adapter.whole
   where = f"{adapter.directory}/{peft.ADAPTER_FILE}"
   if tied and (set(whole) != {EMBEDDING, HEAD} or (whole[EMBEDDING] != whole[HEAD]).any()):
-    raise KeyMapError(f"{where}: has {sorted(whole)}, but the base's head is its embedding: only both, and equal, can be read")
+    raise KeyMapError(
+      f"{where}: has {sorted(whole)}, but the base's head is its embedding: only both, and equal, "
+      f"can be read"
+    )
   made = dict(special)
   for name, ours, axis in ((EMBEDDING, "embedding", 0), (HEAD, "head", 1)):
     if name not in whole or (tied and ours == "head"):
       continue
     value = whole[name]
     if value.ndim != 2 or value.shape[0] < words or value.shape[1] != config.model.width:
-      raise KeyMapError(f"{where}: {name} has the shape {value.shape}, expected {(words, config.model.width)} by tokenizer and base")
+      raise KeyMapError(
+        f"{where}: {name} has the shape {value.shape}, expected {(words, config.model.width)} by "
+        f"tokenizer and base"
+      )
     rows = lazy.read(special[ours])
-    mine = rows[-config.num_memory_tokens - 3:] if axis == 0 else rows[:, -config.num_memory_tokens - 3:]
-    made[ours] = np.concatenate([value[:words] if axis == 0 else value[:words].T, mine.astype(value.dtype)], axis)
+    mine = (
+      rows[-config.num_memory_tokens - 3 :]
+      if axis == 0
+      else rows[:, -config.num_memory_tokens - 3 :]
+    )
+    made[ours] = np.concatenate(
+      [value[:words] if axis == 0 else value[:words].T, mine.astype(value.dtype)], axis
+    )
   return made
 
 
-def open_base(model: Clara, base: str | None, where: str, allow: Sequence[str] = (), whole: bool = False
-              ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-  """A base from a Hugging Face directory or a checkpoint of ours that holds one: (leaves without special tokens, these if it has them).
+def open_base(
+  model: Clara, base: str | None, where: str, allow: Sequence[str] = (), whole: bool = False
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+  """A base from a Hugging Face directory or a checkpoint of ours that holds one: (leaves without
+  special tokens, these if it has them).
 
   Args:
     model: what is to be made of it.
@@ -251,7 +355,10 @@ def open_base(model: Clara, base: str | None, where: str, allow: Sequence[str] =
   if is_checkpoint(base):
     weights = native.open_weights(base)
     if "base" not in weights:
-      raise CheckpointError(f"{base}: this checkpoint is no base; name the directory of a pretrain run or a Hugging Face model")
+      raise CheckpointError(
+        f"{base}: this checkpoint is no base; name the directory of a pretrain run or a Hugging "
+        f"Face model"
+      )
     return split_base(weights["base"], read_config(base)[0].clara, read_record(base)["stage"])
   if not (epath.Path(base) / families.CONFIG_FILE).exists():
     raise CheckpointError(f"{where}: its base {base} is not there; name one with --base")
@@ -260,7 +367,10 @@ def open_base(model: Clara, base: str | None, where: str, allow: Sequence[str] =
   if not whole and rows < model.config.model.vocab_size:
     words = families.model_config(base, allow=allow).vocab_size
     if words < model.config.model.vocab_size:
-      raise ConfigError(f"{base}: has {words} words, but the checkpoint was made for {model.config.model.vocab_size}")
+      raise ConfigError(
+        f"{base}: has {words} words, but the checkpoint was made for "
+        f"{model.config.model.vocab_size}"
+      )
   return leaves, None
 
 
@@ -276,9 +386,16 @@ def merged_base(opened: LazyCheckpoint, role: str | None) -> dict[str, Any]:
   return {**base, "embedding": lazy.Rows(embedding, first, tail, 0)}
 
 
-def load(directory: str, base: str | None = None, dtype: str | None = None, *, chat_template: str | None = None,
-         allow: Sequence[str] = ()) -> Checkpoint:
-  """Reads a checkpoint of ours, of the released code or of PEFT, or a plain Hugging Face model, onto the first device.
+def load(
+  directory: str,
+  base: str | None = None,
+  dtype: str | None = None,
+  *,
+  chat_template: str | None = None,
+  allow: Sequence[str] = (),
+) -> Checkpoint:
+  """Reads a checkpoint of ours, of the released code or of PEFT, or a plain Hugging Face model,
+  onto the first device.
 
   Args:
     directory, base, dtype, chat_template, allow: see `open_checkpoint`.
@@ -292,16 +409,26 @@ def load(directory: str, base: str | None = None, dtype: str | None = None, *, c
   prompt_tokenizer = opened.prompt_tokenizer()
   found = opened.check_base()
   weights = on_device(opened)
-  if "memory_embedding" not in weights:  # a plain model has none; whoever reads text alone needs none
-    weights["memory_embedding"] = jnp.zeros((opened.config.num_memory_tokens, opened.config.model.width))
-  return Checkpoint(Clara(prompt_tokenizer.config), prompt_tokenizer, weights, directory, opened.base, found)
+  # a plain model has none; whoever reads text alone needs none
+  if "memory_embedding" not in weights:
+    weights["memory_embedding"] = jnp.zeros(
+      (opened.config.num_memory_tokens, opened.config.model.width)
+    )
+  return Checkpoint(
+    Clara(prompt_tokenizer.config), prompt_tokenizer, weights, directory, opened.base, found
+  )
 
 
 def note_rounding(base: Mapping[str, Any], config: ClaraConfig, name: str) -> None:
   """Says that a base's weights are rounded to the compute dtype."""
-  stored, wanted = huggingface.main_type(leaf for _, leaf in lazy.leaves(base)), config.model.param_dtype
+  stored, wanted = (
+    huggingface.main_type(leaf for _, leaf in lazy.leaves(base)),
+    config.model.param_dtype,
+  )
   if wanted == "bfloat16" and stored in ("float16", "float64"):
-    log.warning(f"{name}: its weights are {stored} and are rounded to bfloat16; --dtype float32 keeps them")
+    log.warning(
+      f"{name}: its weights are {stored} and are rounded to bfloat16; --dtype float32 keeps them"
+    )
 
 
 def on_device(opened: LazyCheckpoint) -> dict[str, Any]:
@@ -332,8 +459,11 @@ def tokenizer_directory(directory: str) -> str | None:
   return own if has_tokenizer(own) else None
 
 
-def split_base(base: dict[str, Any], config: ClaraConfig, stage: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-  """(a base of ours without special tokens, these). One that was trained here has them, a converted one (stage 'base') has none."""
+def split_base(
+  base: dict[str, Any], config: ClaraConfig, stage: str
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+  """(a base of ours without special tokens, these). One that was trained here has them, a converted
+  one (stage 'base') has none."""
   if stage == "base":
     return base, None
   first, last = config.model.vocab_size, config.vocab_size
@@ -342,8 +472,12 @@ def split_base(base: dict[str, Any], config: ClaraConfig, stage: str) -> tuple[d
     if name in base:
       leaf = base[name]
       full = slice(None)
-      special[name] = np.asarray(leaf[(slice(first, last), full) if axis == 0 else (full, slice(first, last))])
-      plain[name] = lazy.Rows(leaf, first, special[name][:0] if axis == 0 else special[name][:, :0], axis)
+      special[name] = np.asarray(
+        leaf[(slice(first, last), full) if axis == 0 else (full, slice(first, last))]
+      )
+      plain[name] = lazy.Rows(
+        leaf, first, special[name][:0] if axis == 0 else special[name][:, :0], axis
+      )
   return plain, special
 
 
@@ -351,4 +485,6 @@ def with_dtype(config: ClaraConfig, dtype: str | None) -> ClaraConfig:
   """The configuration with that compute and storage dtype, if there is one."""
   if dtype is None:
     return config
-  return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype))
+  return dataclasses.replace(
+    config, model=dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype)
+  )

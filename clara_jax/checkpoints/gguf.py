@@ -1,8 +1,11 @@
-"""GGUF files (llama.cpp): weights, configuration, tokenizer and chat template of Llama, Mistral, Qwen2, Qwen3 and Phi-3 models.
+"""GGUF files (llama.cpp): weights, configuration, tokenizer and chat template of Llama, Mistral,
+Qwen2, Qwen3 and Phi-3 models.
 
-The library `gguf` reads the file and dequantizes, one tensor at a time. What llama.cpp's converter did is undone: it renames tensors, turns
-the rows of Llama's q and k (its rotary layout is interleaved), and writes Llama 3's RoPE scaling as a tensor of divisors. A GGUF has no
-tokenizer.json; the tokenizer is rebuilt from its tokens, merges or scores, and the name of its pre-tokenizer.
+The library `gguf` reads the file and dequantizes, one tensor at a time. What llama.cpp's converter
+did is undone: it renames tensors, turns the rows of Llama's q and k (its rotary layout is
+interleaved), and writes Llama 3's RoPE scaling as a tensor of divisors. A GGUF has no
+tokenizer.json; the tokenizer is rebuilt from its tokens, merges or scores, and the name of its
+pre-tokenizer.
 """
 
 import contextlib
@@ -28,29 +31,50 @@ from clara_jax.model import Clara
 from clara_jax.ops.rope import llama3_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")
-_OUTSIDE = {"token_embd.weight": EMBEDDING, "output.weight": HEAD, "output_norm.weight": "model.norm.weight"}
+_OUTSIDE = {
+  "token_embd.weight": EMBEDDING,
+  "output.weight": HEAD,
+  "output_norm.weight": "model.norm.weight",
+}
 _LAYER = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+  "attn_norm": "input_layernorm",
+  "ffn_norm": "post_attention_layernorm",
+  "attn_q": "self_attn.q_proj",
+  "attn_k": "self_attn.k_proj",
+  "attn_v": "self_attn.v_proj",
+  "attn_qkv": "self_attn.qkv_proj",
+  "attn_output": "self_attn.o_proj",
+  "attn_q_norm": "self_attn.q_norm",
+  "attn_k_norm": "self_attn.k_norm",
+  "ffn_gate": "mlp.gate_proj",
+  "ffn_up": "mlp.up_proj",
+  "ffn_down": "mlp.down_proj",
+}
 _ROPE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 # What published models scale by: original context, factor; low and high are 1 and 4 in all of them.
 _LLAMA3 = tuple(RopeScaling("llama3", factor, 8192) for factor in (8.0, 32.0, 16.0, 4.0))
 
 _WORDS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CASED = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+{end}"
-          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*{end}|")
+_CASED = (
+  r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+{end}"
+  r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*{end}|"
+)
 _SLASHES = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3_SPLIT = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _WORDS
 _QWEN_SPLIT = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + _WORDS
-# By the names that llama.cpp gives to pre-tokenizers; None is GPT-2's, which the byte-level step has itself.
+# By the names that llama.cpp gives to pre-tokenizers; None is GPT-2's, which the byte-level step
+# has itself.
 _SPLITS: dict[str, str | None] = {
-    **dict.fromkeys(("gpt-2", "smollm"), None), **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "dbrx", "smaug-bpe"), _LLAMA3_SPLIT),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN_SPLIT), "tekken": _CASED.replace("{end}", "") + r"\p{N}" + _SLASHES,
-    "gpt-4o": _CASED.replace("{end}", f"{_CONTRACTION}?") + r"\p{N}{1,3}" + _SLASHES}
-_WHOLE_PIECES = ("llama3", "llama-v3", "llama-bpe", "dbrx", "smaug-bpe", "tekken", "gpt-4o")  # a piece that is a token is not merged anew
+  **dict.fromkeys(("gpt-2", "smollm"), None),
+  **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "dbrx", "smaug-bpe"), _LLAMA3_SPLIT),
+  **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN_SPLIT),
+  "tekken": _CASED.replace("{end}", "") + r"\p{N}" + _SLASHES,
+  "gpt-4o": _CASED.replace("{end}", f"{_CONTRACTION}?") + r"\p{N}{1,3}" + _SLASHES,
+}
+# a piece that is a token is not merged anew
+_WHOLE_PIECES = ("llama3", "llama-v3", "llama-bpe", "dbrx", "smaug-bpe", "tekken", "gpt-4o")
 _CONTROL, _USER_DEFINED = 3, 4
 
 
@@ -67,22 +91,31 @@ def opened(path: str) -> Iterator[LazyCheckpoint]:
   """A GGUF file as a plain model; its tokenizer and its config.json lie in a temporary directory.
 
   Raises:
-    ConfigError: the library is not installed; an architecture, a field or a tokenizer that is not supported; by name.
+    ConfigError: the library is not installed; an architecture, a field or a tokenizer that is not
+      supported; by name.
     KeyMapError: not a whole GGUF file, or a tensor that is missing or unknown.
   """
   try:
     import gguf
   except ImportError:
-    raise ConfigError(f"{path}: GGUF files need the library gguf: pip install -e '.[gguf]'") from None
+    raise ConfigError(
+      f"{path}: GGUF files need the library gguf: pip install -e '.[gguf]'"
+    ) from None
   try:
     _check_header(path)
     reader = gguf.GGUFReader(path)
     values = {name: field.contents() for name, field in reader.fields.items()}
     found = {tensor.name: tensor for tensor in reader.tensors}
   except Exception as error:  # the library raises whatever numpy and struct do
-    raise KeyMapError(f"{path}: not a whole GGUF file: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
+    raise KeyMapError(
+      f"{path}: not a whole GGUF file: {' '.join(str(error).split())[:200] or type(error).__name__}"
+    ) from None
   types = {t.tensor_type.name for t in found.values() if len(t.shape) == 2}
-  matrices = {"F16": "float16", "BF16": "bfloat16"}.get(next(iter(types)), "float32") if len(types) == 1 else "float32"
+  matrices = (
+    {"F16": "float16", "BF16": "bfloat16"}.get(next(iter(types)), "float32")
+    if len(types) == 1
+    else "float32"
+  )
   try:
     config = _config(path, values, found) | {"torch_dtype": matrices}
   except KeyError as error:
@@ -91,17 +124,40 @@ def opened(path: str) -> Iterator[LazyCheckpoint]:
   for name, tensor in found.items():
     if name not in _ROPE:
       ours = _name(name, config["model_type"], path)
-      heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(ours.rsplit(".", 2)[-2])
+      heads = {
+        "q_proj": config["num_attention_heads"],
+        "k_proj": config["num_key_value_heads"],
+      }.get(ours.rsplit(".", 2)[-2])
       leaf = _Tensor(path, tensor, heads if config["model_type"] == "llama" else None)
       tensors[ours] = Cast(leaf, matrices) if len(leaf.shape) == 2 else leaf
   with tempfile.TemporaryDirectory(prefix="clara-gguf-") as folder:
-    for name, content in ((families.CONFIG_FILE, config), (families.GENERATION_FILE, {
-        k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None})):
+    for name, content in (
+      (families.CONFIG_FILE, config),
+      (
+        families.GENERATION_FILE,
+        {
+          k: config[k]
+          for k in ("bos_token_id", "eos_token_id", "pad_token_id")
+          if config[k] is not None
+        },
+      ),
+    ):
       with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
     tokenizer(path, values).save_pretrained(folder)
     model = Clara(ClaraConfig(families.model_config(folder)))
-    yield LazyCheckpoint(path, "gguf", model.config, "base", {}, huggingface.base_leaves(model, tensors, path), None, None, folder, folder)
+    yield LazyCheckpoint(
+      path,
+      "gguf",
+      model.config,
+      "base",
+      {},
+      huggingface.base_leaves(model, tensors, path),
+      None,
+      None,
+      folder,
+      folder,
+    )
 
 
 # Bytes of a value by its type; 8 is a string, 9 an array.
@@ -109,13 +165,15 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def _check_header(path: str) -> None:
-  """Walks the header within the file's size: the library believes every count, and a wrong one takes all memory.
+  """Walks the header within the file's size: the library believes every count, and a wrong one
+  takes all memory.
 
   Raises:
     ValueError: a count or a length leads out of the file, or a type is unknown.
   """
   size = os.path.getsize(path)
   with open(path, "rb") as file:
+
     def number(form: str) -> int:
       return struct.unpack(form, file.read(struct.calcsize(form)))[0]
 
@@ -162,11 +220,16 @@ class _Tensor:
 
   def __getitem__(self, index):
     import gguf
+
     try:
-      value = np.asarray(gguf.quants.dequantize(self._tensor.data, self._tensor.tensor_type), np.float32).reshape(self.shape)
+      value = np.asarray(
+        gguf.quants.dequantize(self._tensor.data, self._tensor.tensor_type), np.float32
+      ).reshape(self.shape)
     except Exception as error:
       kind = self._tensor.tensor_type.name
-      raise KeyMapError(f"{self._path}: {self._tensor.name} of the type {kind} cannot be dequantized: {error}") from None
+      raise KeyMapError(
+        f"{self._path}: {self._tensor.name} of the type {kind} cannot be dequantized: {error}"
+      ) from None
     if not np.isfinite(value).all():
       raise KeyMapError(f"{self._path}: {self._tensor.name} holds NaN or infinity")
     if self._heads:  # pairs lie side by side there, in two halves here
@@ -189,59 +252,114 @@ def _config(path: str, values: Mapping[str, Any], tensors: Mapping[str, Any]) ->
   """The config.json of a GGUF file's model."""
   family = values["general.architecture"]
   if family not in ARCHITECTURES:
-    raise ConfigError(f"{path}: general.architecture={family!r} is not supported; expected one of {list(ARCHITECTURES)}")
+    raise ConfigError(
+      f"{path}: general.architecture={family!r} is not supported; expected one of "
+      f"{list(ARCHITECTURES)}"
+    )
   if values.get(f"{family}.expert_count"):
-    raise ConfigError(f"{path}: {family}.expert_count={values[f'{family}.expert_count']!r} is not supported; expected no experts")
+    raise ConfigError(
+      f"{path}: {family}.expert_count={values[f'{family}.expert_count']!r} is not supported; "
+      f"expected no experts"
+    )
 
   def field(name: str, *default: Any) -> Any:
     value = values.get(f"{family}.{name}", *default) if default else values[f"{family}.{name}"]
-    return float(str(np.float32(value))) if isinstance(value, float) else value  # stored as float32: 1e-05, not 9.9999997e-06
+    # stored as float32: 1e-05, not 9.9999997e-06
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
   heads, width = field("attention.head_count"), field("embedding_length")
   kv_heads, feed_forward = field("attention.head_count_kv", heads), field("feed_forward_length")
   if isinstance(heads, list) or isinstance(kv_heads, list) or isinstance(feed_forward, list):
-    raise ConfigError(f"{path}: heads or feed_forward_length that differ between layers are not supported")
+    raise ConfigError(
+      f"{path}: heads or feed_forward_length that differ between layers are not supported"
+    )
   head_dim = field("attention.key_length", width // heads)
   if field("attention.value_length", head_dim) != head_dim:
-    raise ConfigError(f"{path}: {family}.attention.value_length={field('attention.value_length')!r} is not supported; expected {head_dim}")
+    raise ConfigError(
+      f"{path}: {family}.attention.value_length={field('attention.value_length')!r} is not "
+      f"supported; expected {head_dim}"
+    )
   theta, positions = field("rope.freq_base", 10_000.0), field("context_length")
   config = {
-      "architectures": [families.ARCHITECTURES[family]], "model_type": family, "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-      "hidden_size": width, "num_hidden_layers": field("block_count"), "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-      "head_dim": head_dim, "intermediate_size": feed_forward, "hidden_act": "silu",
-      "rms_norm_eps": field("attention.layer_norm_rms_epsilon"), "rope_theta": theta,
-      "max_position_embeddings": positions, "tie_word_embeddings": "output.weight" not in tensors,
-      "rope_scaling": _scaling(path, family, field, tensors, theta, head_dim)}
+    "architectures": [families.ARCHITECTURES[family]],
+    "model_type": family,
+    "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+    "hidden_size": width,
+    "num_hidden_layers": field("block_count"),
+    "num_attention_heads": heads,
+    "num_key_value_heads": kv_heads,
+    "head_dim": head_dim,
+    "intermediate_size": feed_forward,
+    "hidden_act": "silu",
+    "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
+    "rope_theta": theta,
+    "max_position_embeddings": positions,
+    "tie_word_embeddings": "output.weight" not in tensors,
+    "rope_scaling": _scaling(path, family, field, tensors, theta, head_dim),
+  }
   if family == "phi3":
-    config |= {"sliding_window": field("attention.sliding_window", 0) or None,
-               "partial_rotary_factor": field("rope.dimension_count") / head_dim,
-               "original_max_position_embeddings": field("rope.scaling.original_context_length", positions)}
+    config |= {
+      "sliding_window": field("attention.sliding_window", 0) or None,
+      "partial_rotary_factor": field("rope.dimension_count") / head_dim,
+      "original_max_position_embeddings": field("rope.scaling.original_context_length", positions),
+    }
   for token, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-    config[f"{token}_token_id"] = values.get(f"tokenizer.ggml.{name}_token_id")  # null, or a class of transformers would have its own
+    # null, or a class of transformers would have its own
+    config[f"{token}_token_id"] = values.get(f"tokenizer.ggml.{name}_token_id")
   return config
 
 
-def _scaling(path: str, family: str, field: Any, tensors: Mapping[str, Any], theta: float, head_dim: int) -> dict[str, Any] | None:
+def _scaling(
+  path: str, family: str, field: Any, tensors: Mapping[str, Any], theta: float, head_dim: int
+) -> dict[str, Any] | None:
   """`rope_scaling` of the config.json."""
   if "rope_factors_long.weight" in tensors:
-    short, long = (np.asarray(tensors[f"rope_factors_{n}.weight"].data, np.float64).tolist() for n in ("short", "long"))
+    short, long = (
+      np.asarray(tensors[f"rope_factors_{n}.weight"].data, np.float64).tolist()
+      for n in ("short", "long")
+    )
     factor = field("rope.scaling.attn_factor", None)
-    return {"type": "longrope", "short_factor": short, "long_factor": long, **({"attention_factor": factor} if factor else {})}
+    return {
+      "type": "longrope",
+      "short_factor": short,
+      "long_factor": long,
+      **({"attention_factor": factor} if factor else {}),
+    }
   if "rope_freqs.weight" in tensors:
     plain = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     divisors = np.asarray(tensors["rope_freqs.weight"].data, np.float32)
     for scaling in _LLAMA3:
-      if divisors.shape == plain.shape and np.allclose(plain / llama3_frequencies(plain, scaling), divisors, rtol=1e-4):
-        return {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                "original_max_position_embeddings": scaling.original_max_positions}
-    raise ConfigError(f"{path}: rope_freqs.weight has divisors that no published Llama 3 has; convert the Hugging Face model instead")
+      if divisors.shape == plain.shape and np.allclose(
+        plain / llama3_frequencies(plain, scaling), divisors, rtol=1e-4
+      ):
+        return {
+          "rope_type": "llama3",
+          "factor": scaling.factor,
+          "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0,
+          "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    raise ConfigError(
+      f"{path}: rope_freqs.weight has divisors that no published Llama 3 has; convert the Hugging "
+      f"Face model instead"
+    )
   kind = field("rope.scaling.type", "none")
   if kind in (None, "none"):
     return None
   if kind not in ("linear", "yarn"):
-    raise ConfigError(f"{path}: {family}.rope.scaling.type={kind!r} is not supported; expected 'none', 'linear' or 'yarn'")
-  return {"rope_type": kind, "factor": field("rope.scaling.factor"),
-          **({"original_max_position_embeddings": field("rope.scaling.original_context_length")} if kind == "yarn" else {})}
+    raise ConfigError(
+      f"{path}: {family}.rope.scaling.type={kind!r} is not supported; expected 'none', 'linear' "
+      f"or 'yarn'"
+    )
+  return {
+    "rope_type": kind,
+    "factor": field("rope.scaling.factor"),
+    **(
+      {"original_max_position_embeddings": field("rope.scaling.original_context_length")}
+      if kind == "yarn"
+      else {}
+    ),
+  }
 
 
 def tokenizer(path: str, values: Mapping[str, Any]) -> PreTrainedTokenizerFast:
@@ -253,47 +371,81 @@ def tokenizer(path: str, values: Mapping[str, Any]) -> PreTrainedTokenizerFast:
   kind, pre = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
   tokens = values.get("tokenizer.ggml.tokens")
   if kind not in ("gpt2", "llama") or not tokens:
-    raise ConfigError(f"{path}: tokenizer.ggml.model={kind!r} is not supported; expected 'gpt2' or 'llama'")
+    raise ConfigError(
+      f"{path}: tokenizer.ggml.model={kind!r} is not supported; expected 'gpt2' or 'llama'"
+    )
   vocabulary = {token: number for number, token in enumerate(tokens)}
   if kind == "gpt2":
     made = _byte_level(path, vocabulary, values["tokenizer.ggml.merges"], pre)
   else:
     made = _sentencepiece(vocabulary, tokens, values)
   for token, sort in zip(tokens, values.get("tokenizer.ggml.token_type") or (), strict=False):
-    if sort in (_CONTROL, _USER_DEFINED) and not re.fullmatch(r"\[PAD\d+\]|<pad\d+>", token):  # fills the vocabulary up
+    # fills the vocabulary up
+    if sort in (_CONTROL, _USER_DEFINED) and not re.fullmatch(r"\[PAD\d+\]|<pad\d+>", token):
       made.add_tokens([AddedToken(token, special=sort == _CONTROL, normalized=False)])
-  named = {f"{name}_token": tokens[values[f"tokenizer.ggml.{field}_token_id"]]
-           for name, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-           if 0 <= values.get(f"tokenizer.ggml.{field}_token_id", -1) < len(tokens)}
-  found = PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, **named)
+  named = {
+    f"{name}_token": tokens[values[f"tokenizer.ggml.{field}_token_id"]]
+    for name, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+    if 0 <= values.get(f"tokenizer.ggml.{field}_token_id", -1) < len(tokens)
+  }
+  found = PreTrainedTokenizerFast(
+    tokenizer_object=made, clean_up_tokenization_spaces=False, **named
+  )
   found.chat_template = values.get("tokenizer.chat_template")
   return found
 
 
-def _byte_level(path: str, vocabulary: dict[str, int], merges: list[str], pre: str | None) -> Tokenizer:
+def _byte_level(
+  path: str, vocabulary: dict[str, int], merges: list[str], pre: str | None
+) -> Tokenizer:
   if pre not in _SPLITS:
-    raise ConfigError(f"{path}: tokenizer.ggml.pre={pre!r} is not supported; expected one of {sorted(_SPLITS)}")
-  made = Tokenizer(models.BPE(vocabulary, [tuple(m.split(" ")) for m in merges], ignore_merges=pre in _WHOLE_PIECES))
+    raise ConfigError(
+      f"{path}: tokenizer.ggml.pre={pre!r} is not supported; expected one of {sorted(_SPLITS)}"
+    )
+  made = Tokenizer(
+    models.BPE(
+      vocabulary, [tuple(m.split(" ")) for m in merges], ignore_merges=pre in _WHOLE_PIECES
+    )
+  )
   split = _SPLITS[pre]
   steps = [pre_tokenizers.Split(Regex(split), "isolated")] if split else []
   if pre == "smollm":
     steps = [pre_tokenizers.Digits(individual_digits=True)]
-  made.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)])
+  made.pre_tokenizer = pre_tokenizers.Sequence(
+    [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)]
+  )
   if split == _QWEN_SPLIT:
     made.normalizer = normalizers.NFC()
   made.decoder = decoders.ByteLevel()
   return made
 
 
-def _sentencepiece(vocabulary: dict[str, int], tokens: list[str], values: Mapping[str, Any]) -> Tokenizer:
+def _sentencepiece(
+  vocabulary: dict[str, int], tokens: list[str], values: Mapping[str, Any]
+) -> Tokenizer:
   sorts = values.get("tokenizer.ggml.token_type") or [1] * len(tokens)
   control = [t for t, sort in zip(tokens, sorts, strict=True) if sort != 1]
   scores = dict(zip(tokens, values["tokenizer.ggml.scores"], strict=True))
   unknown = values.get("tokenizer.ggml.unknown_token_id", 0)
-  made = Tokenizer(models.BPE(vocabulary, generate_merges(vocabulary, scores, control), unk_token=tokens[unknown], fuse_unk=True,
-                              byte_fallback=True))
+  made = Tokenizer(
+    models.BPE(
+      vocabulary,
+      generate_merges(vocabulary, scores, control),
+      unk_token=tokens[unknown],
+      fuse_unk=True,
+      byte_fallback=True,
+    )
+  )
   prefix = values.get("tokenizer.ggml.add_space_prefix", True)
-  made.normalizer = normalizers.Sequence([*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")])
-  made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                    *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+  made.normalizer = normalizers.Sequence(
+    [*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")]
+  )
+  made.decoder = decoders.Sequence(
+    [
+      decoders.Replace("▁", " "),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      *([decoders.Strip(" ", 1, 0)] if prefix else []),
+    ]
+  )
   return made

@@ -1,4 +1,5 @@
-"""Models by their directory, or by their id on the Hugging Face hub where its cache has them. Nothing is downloaded."""
+"""Models by their directory, or by their id on the Hugging Face hub where its cache has them.
+Nothing is downloaded."""
 
 import os
 import re
@@ -29,5 +30,8 @@ def local_directory(name: str, what: str = "directory") -> str:
   try:
     return huggingface_hub.snapshot_download(name, local_files_only=True)
   except Exception:  # the library has many kinds for what is not there
-    raise CheckpointError(f"{name}: no such {what} here, and no such model in the hub's cache {constants.HF_HUB_CACHE}; if it is a "
-                          f"model of the hub, fetch it with: hf download {name}") from None
+    raise CheckpointError(
+      f"{name}: no such {what} here, and no such model in the hub's cache "
+      f"{constants.HF_HUB_CACHE}; if it is a "
+      f"model of the hub, fetch it with: hf download {name}"
+    ) from None

@@ -1,4 +1,5 @@
-"""Hugging Face models: a base read from safetensors, and a role merged into a plain model that transformers loads."""
+"""Hugging Face models: a base read from safetensors, and a role merged into a plain model that
+transformers loads."""
 
 import json
 import math
@@ -26,20 +27,31 @@ def leaf_shapes(model: Clara, group: str) -> dict[Path, tuple[int, ...]]:
 
 
 # Buffers in older files, which are computed.
-_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|bias|masked_bias)")
+_BUFFER = re.compile(
+  r"model\.(layers\.\d+\.self_attn\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|bias|masked_bias)"
+)
 
 
 def read_base(model: Clara, directory: str) -> dict[str, Any]:
-  """The group 'base' of a Hugging Face directory without CLaRa's special tokens, as leaves that are read when they are indexed.
+  """The group 'base' of a Hugging Face directory without CLaRa's special tokens, as leaves that are
+  read when they are indexed.
 
   Raises:
-    KeyMapError: a tensor that is missing, unknown, doubled or of the wrong shape; a damaged file; by name.
+    KeyMapError: a tensor that is missing, unknown, doubled or of the wrong shape; a damaged file;
+      by name.
   """
   tied = model.config.model.tie_embeddings
-  files = TensorFiles(directory, passed_over=lambda name: bool(_BUFFER.fullmatch(name)) or (tied and name == HEAD))
-  rows, said = files[EMBEDDING].shape[0] if EMBEDDING in set(files) else None, families.read_json(directory).get("vocab_size")
+  files = TensorFiles(
+    directory, passed_over=lambda name: bool(_BUFFER.fullmatch(name)) or (tied and name == HEAD)
+  )
+  rows, said = (
+    files[EMBEDDING].shape[0] if EMBEDDING in set(files) else None,
+    families.read_json(directory).get("vocab_size"),
+  )
   if rows is not None and rows != said:
-    raise KeyMapError(f"{directory}: {EMBEDDING} has {rows} rows, but {families.CONFIG_FILE} says vocab_size={said}")
+    raise KeyMapError(
+      f"{directory}: {EMBEDDING} has {rows} rows, but {families.CONFIG_FILE} says vocab_size={said}"
+    )
   return base_leaves(model, {name: files[name] for name in files}, directory)
 
 
@@ -54,21 +66,26 @@ def base_leaves(model: Clara, tensors: Mapping[str, Any], where: str) -> dict[st
 
 
 def special_tokens(config: ClaraConfig) -> dict[str, np.ndarray]:
-  """Fresh rows of CLaRa's special tokens: {'embedding': [M+3, D], 'head': [D, M+3]} (no head where it is tied)."""
+  """Fresh rows of CLaRa's special tokens: {'embedding': [M+3, D], 'head': [D, M+3]} (no head where
+  it is tied)."""
   model, count = config.model, config.vocab_size - config.model.vocab_size
-  rows = np.asarray(jax.random.normal(jax.random.key(0), (count, model.width))) * model.initializer_range
+  rows = (
+    np.asarray(jax.random.normal(jax.random.key(0), (count, model.width))) * model.initializer_range
+  )
   made = {"embedding": rows.astype(_numpy_type(model.param_dtype))}
   if not model.tie_embeddings:
     made["head"] = np.zeros((model.width, count), _numpy_type(model.param_dtype))
   return made
 
 
-def with_special_tokens(base: Mapping[str, Any], special: Mapping[str, Any], config: ClaraConfig) -> dict[str, Any]:
+def with_special_tokens(
+  base: Mapping[str, Any], special: Mapping[str, Any], config: ClaraConfig
+) -> dict[str, Any]:
   """A base whose embedding and head end with the given rows and columns.
 
   Args:
-    base: leaves; rows beyond the words of the tokenizer are left out (many models pad theirs), words without a row (tokens that were
-      added to the tokenizer alone) get zeros.
+    base: leaves; rows beyond the words of the tokenizer are left out (many models pad theirs),
+      words without a row (tokens that were added to the tokenizer alone) get zeros.
     special: as from `special_tokens`, or with the whole vocabulary where it is not the base's.
     config: the method's configuration.
   """
@@ -83,7 +100,15 @@ def with_special_tokens(base: Mapping[str, Any], special: Mapping[str, Any], con
       continue
     have = min(base[name].shape[axis], count)
     if have < count:
-      more = np.concatenate([np.zeros_like(more, shape=[count - have if i == axis else n for i, n in enumerate(more.shape)]), more], axis)
+      more = np.concatenate(
+        [
+          np.zeros_like(
+            more, shape=[count - have if i == axis else n for i, n in enumerate(more.shape)]
+          ),
+          more,
+        ],
+        axis,
+      )
     base[name] = lazy.Rows(base[name], have, more, axis)
   return base
 
@@ -94,12 +119,14 @@ def base_tensors(base: Mapping[str, Any]) -> list[lazy.Named]:
 
 
 def base_hash(base: Mapping[str, Any]) -> str:
-  """The content of a base without special tokens: names, types, shapes and bytes, however it is stored."""
+  """The content of a base without special tokens: names, types, shapes and bytes, however it is
+  stored."""
   return tree_hash({tensor.name: tensor_hash(tensor.read()) for tensor in base_tensors(base)})
 
 
 def merged(base: Mapping[str, Any], role: Mapping[str, Any], lora: LoraConfig) -> dict[str, Any]:
-  """The base with a role folded in, W + (alpha / rank) · A B in float32 and rounded to W's type; lazy."""
+  """The base with a role folded in, W + (alpha / rank) · A B in float32 and rounded to W's type;
+  lazy."""
   deltas: dict[Path, dict[str, Any]] = {}
   for path, leaf in lazy.leaves(role):
     deltas.setdefault(path[:-1], {})[path[-1]] = leaf
@@ -125,9 +152,17 @@ class _Merged:
     return (np.asarray(self._kernel[index], np.float32) + self._scale * (a @ b)).astype(self.dtype)
 
 
-def write_model(directory: str, base: Mapping[str, Any], config: ModelConfig, tokenizer: Any, metadata: Mapping[str, str],
-                source: str | None = None, on_written: Callable[[int], None] = lambda _: None) -> dict[str, str]:
-  """Writes a model that `AutoModelForCausalLM.from_pretrained` loads; returns the hash of each tensor.
+def write_model(
+  directory: str,
+  base: Mapping[str, Any],
+  config: ModelConfig,
+  tokenizer: Any,
+  metadata: Mapping[str, str],
+  source: str | None = None,
+  on_written: Callable[[int], None] = lambda _: None,
+) -> dict[str, str]:
+  """Writes a model that `AutoModelForCausalLM.from_pretrained` loads; returns the hash of each
+  tensor.
 
   Args:
     directory: where; it must exist.
@@ -135,22 +170,33 @@ def write_model(directory: str, base: Mapping[str, Any], config: ModelConfig, to
     config: its shape.
     tokenizer: a Hugging Face tokenizer that is written with it, or None.
     metadata: for the safetensors' headers.
-    source: a directory with the config.json, and perhaps the generation_config.json, that the model came with.
+    source: a directory with the config.json, and perhaps the generation_config.json, that the model
+      came with.
     on_written: called with the bytes of each tensor.
   """
   tensors = {t.name: t for t in base_tensors(base)}
-  special = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+  special = {
+    name: getattr(tokenizer, name, None)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+  }
   rows, dtype = tensors[EMBEDDING].shape[0], main_type(tensors.values())
   if source:
     values = families.written_config(families.read_json(source), rows, dtype)
   else:
     values = families.config_json(config, rows, special, dtype)
-  hashes = write_tensors(directory, [(t.name, t.shape, t.dtype) for t in tensors.values()], lambda name: tensors[name].read(),
-                         metadata=metadata, on_written=on_written)
+  hashes = write_tensors(
+    directory,
+    [(t.name, t.shape, t.dtype) for t in tensors.values()],
+    lambda name: tensors[name].read(),
+    metadata=metadata,
+    on_written=on_written,
+  )
   folder = epath.Path(directory)
   (folder / families.CONFIG_FILE).write_text(json.dumps(values, indent=2))
   if source is None:
-    (folder / families.GENERATION_FILE).write_text(json.dumps({"_from_model_config": True, **special}, indent=2))
+    (folder / families.GENERATION_FILE).write_text(
+      json.dumps({"_from_model_config": True, **special}, indent=2)
+    )
   else:
     copy_files(source, directory, (families.GENERATION_FILE,))
   if tokenizer is not None:

@@ -1,8 +1,9 @@
 """Trees of weights that are read when they are indexed.
 
-A leaf has `shape`, `dtype` and `leaf[index]`, where the index is a tuple of slices, one an axis: a numpy array is one, and so are the
-classes below. A device's shard is read by its own index (`sharding.place`), and a conversion goes through a tree layer by layer
-(`named_tensors`), so that no host holds a whole model.
+A leaf has `shape`, `dtype` and `leaf[index]`, where the index is a tuple of slices, one an axis: a
+numpy array is one, and so are the classes below. A device's shard is read by its own index
+(`sharding.place`), and a conversion goes through a tree layer by layer (`named_tensors`), so that
+no host holds a whole model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,10 +64,14 @@ class Rows:
   def __getitem__(self, index: Index) -> np.ndarray:
     start, stop, _ = index[self._axis].indices(self.shape[self._axis])
     parts = []
-    for source, first, last in ((self._leaf, start, min(stop, self._count)),
-                                (self._more, max(start - self._count, 0), stop - self._count)):
+    for source, first, last in (
+      (self._leaf, start, min(stop, self._count)),
+      (self._more, max(start - self._count, 0), stop - self._count),
+    ):
       if first < last:
-        part = source[tuple(slice(first, last) if axis == self._axis else i for axis, i in enumerate(index))]
+        part = source[
+          tuple(slice(first, last) if axis == self._axis else i for axis, i in enumerate(index))
+        ]
         parts.append(part.astype(self.dtype, copy=False))
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=self._axis)
 
@@ -107,9 +112,14 @@ def nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
   return tree
 
 
-def stack(tensors: Mapping[str, Any], place_of: Callable[[str], Place], expected: Mapping[Path, tuple[int, ...]], where: str
-          ) -> dict[str, Any]:
-  """Named tensors as a tree of lazy leaves; names, coverage and shapes are checked, nothing is read.
+def stack(
+  tensors: Mapping[str, Any],
+  place_of: Callable[[str], Place],
+  expected: Mapping[Path, tuple[int, ...]],
+  where: str,
+) -> dict[str, Any]:
+  """Named tensors as a tree of lazy leaves; names, coverage and shapes are checked, nothing is
+  read.
 
   Args:
     tensors: by name, each with shape, dtype and indexing.
@@ -122,19 +132,30 @@ def stack(tensors: Mapping[str, Any], place_of: Callable[[str], Place], expected
   """
   most = max((shape[0] for path, shape in expected.items() if path[0] == "layers"), default=0)
   if most > len(tensors):  # before anything is made for each of them
-    raise KeyMapError(f"{where}: the model has {most} layers, but there are only {len(tensors)} tensors")
+    raise KeyMapError(
+      f"{where}: the model has {most} layers, but there are only {len(tensors)} tensors"
+    )
   places = {name: place_of(name) for name in tensors}
-  keys = [(path, layer) for path, shape in expected.items() for layer in (range(shape[0]) if path[0] == "layers" else (None,))]
+  keys = [
+    (path, layer)
+    for path, shape in expected.items()
+    for layer in (range(shape[0]) if path[0] == "layers" else (None,))
+  ]
   for name, spot in places.items():
     if spot.path not in expected:
       raise KeyMapError(f"{where}: {name}: this model has no {'/'.join(spot.path)}")
     if spot.layer is not None and spot.layer >= expected[spot.path][0]:
       raise KeyMapError(f"{where}: {name}: the model has only {expected[spot.path][0]} layers")
-    have = tuple(tensors[name].shape)[::-1 if spot.transpose else 1]
-    want = expected[spot.path][0 if spot.layer is None else 1:]
-    if len(have) != len(want) or any(w is not None and h != w for h, w in zip(have, want, strict=True)):
+    have = tuple(tensors[name].shape)[:: -1 if spot.transpose else 1]
+    want = expected[spot.path][0 if spot.layer is None else 1 :]
+    if len(have) != len(want) or any(
+      w is not None and h != w for h, w in zip(have, want, strict=True)
+    ):
       order = -1 if spot.transpose else 1
-      raise KeyMapError(f"{where}: {name}: expected shape {tuple('*' if w is None else w for w in want)[::order]}, got {have[::order]}")
+      raise KeyMapError(
+        f"{where}: {name}: expected shape "
+        f"{tuple('*' if w is None else w for w in want)[::order]}, got {have[::order]}"
+      )
   check_coverage(places.values(), keys, where)
   by_place = {(spot.path, spot.layer): name for name, spot in places.items()}
   flat = {}
@@ -159,9 +180,13 @@ class Named(NamedTuple):
   read: Callable[[], np.ndarray]
 
 
-def named_tensors(tree: Mapping[str, Any], name_of: Callable[[Path, int | None], str], place_of: Callable[[str], Place]
-                  ) -> list[Named]:
-  """The tensors of a tree of leaves under their names on disk, layer after layer: the inverse of `stack`."""
+def named_tensors(
+  tree: Mapping[str, Any],
+  name_of: Callable[[Path, int | None], str],
+  place_of: Callable[[str], Place],
+) -> list[Named]:
+  """The tensors of a tree of leaves under their names on disk, layer after layer: the inverse of
+  `stack`."""
   found: list[tuple[tuple[int, int], Named]] = []
   for path, leaf in leaves(tree):
     for layer in range(leaf.shape[0]) if path[0] == "layers" else (None,):
@@ -174,7 +199,12 @@ def named_tensors(tree: Mapping[str, Any], name_of: Callable[[Path, int | None],
         one = np.asarray(one)
         return one.T if turned else one
 
-      shape = tuple(leaf.shape)[0 if layer is None else 1:]
+      shape = tuple(leaf.shape)[0 if layer is None else 1 :]
       order = (-1 if path == ("embedding",) else 10**9) if layer is None else layer
-      found.append(((order, len(found)), Named(name, shape[::-1] if turned else shape, np.dtype(leaf.dtype), value)))
+      found.append(
+        (
+          (order, len(found)),
+          Named(name, shape[::-1] if turned else shape, np.dtype(leaf.dtype), value),
+        )
+      )
   return [tensor for _, tensor in sorted(found, key=lambda x: x[0])]

@@ -1,7 +1,8 @@
 """Safetensors directories, one tensor at a time: nothing here ever holds more than one tensor.
 
-Reading goes through the safetensors library; each access maps the file anew, so that pages which were read do not stay resident.
-Writing is done here, because the library wants all tensors of a file at once (the format is a length, a JSON header, the bytes).
+Reading goes through the safetensors library; each access maps the file anew, so that pages which
+were read do not stay resident. Writing is done here, because the library wants all tensors of a
+file at once (the format is a length, a JSON header, the bytes).
 """
 
 import hashlib
@@ -21,7 +22,14 @@ from clara_jax.io import parse_json
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _BLOCK = 1 << 18
-_TO_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32}
+_TO_NUMPY = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+  "I64": np.int64,
+  "I32": np.int32,
+}
 _FROM_NUMPY = {np.dtype(v): k for k, v in _TO_NUMPY.items()}
 
 
@@ -30,14 +38,21 @@ class TensorFiles:
 
   Args:
     directory: where the files are.
-    files: which; by default those that transformers would read: model.safetensors, or the shards that the index names.
+    files: which; by default those that transformers would read: model.safetensors, or the shards
+      that the index names.
     passed_over: whether a tensor is left out, by its name.
 
   Raises:
-    KeyMapError: no files; a damaged or missing one; an index that names another directory or leaves a file out; by name.
+    KeyMapError: no files; a damaged or missing one; an index that names another directory or leaves
+      a file out; by name.
   """
 
-  def __init__(self, directory: str, files: Sequence[str] | None = None, passed_over: Callable[[str], bool] = lambda _: False):
+  def __init__(
+    self,
+    directory: str,
+    files: Sequence[str] | None = None,
+    passed_over: Callable[[str], bool] = lambda _: False,
+  ):
     folder = epath.Path(directory)
     names = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
     there = [name for name in names if name.endswith(".safetensors")]
@@ -80,12 +95,19 @@ class TensorFiles:
             raise KeyMapError(f"{path}: {name} is also in {self._file[name].name}")
           view = tensors.get_slice(name)
           if view.get_dtype() not in _TO_NUMPY:
-            raise KeyMapError(f"{path}: {name} has the type {view.get_dtype()}; expected one of {sorted(_TO_NUMPY)}")
+            raise KeyMapError(
+              f"{path}: {name} has the type {view.get_dtype()}; expected one of {sorted(_TO_NUMPY)}"
+            )
           self._file[name] = path
           self._about[name] = tuple(view.get_shape()), np.dtype(_TO_NUMPY[view.get_dtype()])
-    if claimed is not None and (lost := {name for name in claimed if not passed_over(name)} ^ set(self._file)):
+    if claimed is not None and (
+      lost := {name for name in claimed if not passed_over(name)} ^ set(self._file)
+    ):
       name = sorted(lost)[0]
-      raise KeyMapError(f"{index}: {name} is {'named, but in no file' if name in claimed else 'in a file, but not named'}")
+      raise KeyMapError(
+        f"{index}: {name} is "
+        f"{'named, but in no file' if name in claimed else 'in a file, but not named'}"
+      )
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._file)
@@ -127,8 +149,10 @@ class Tensor:
 def _instead(names: Sequence[str]) -> str:
   """What to do with the weights that are there."""
   if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-    return ("; its weights are PyTorch files, which are not read: transformers writes safetensors "
-            "(AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW))")
+    return (
+      "; its weights are PyTorch files, which are not read: transformers writes safetensors "
+      "(AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW))"
+    )
   if found := [name for name in names if name.endswith(".gguf")]:
     return f"; it has {found[0]}, which can be converted: clara convert DIR/{found[0]} NEW --to hf"
   if found := [name for name in names if name.endswith(".safetensors")]:
@@ -149,7 +173,7 @@ def is_finite(value: np.ndarray) -> bool:
     return True
   flat = value.reshape(-1)
   for first in range(0, flat.size, _BLOCK):
-    block = flat[first:first + _BLOCK]
+    block = flat[first : first + _BLOCK]
     if block.dtype == ml_dtypes.bfloat16:  # finite is: the exponent is not all ones
       if (block.view(np.uint16) & 0x7FFF).max() >= 0x7F80:
         return False
@@ -158,9 +182,16 @@ def is_finite(value: np.ndarray) -> bool:
   return True
 
 
-def write_tensors(directory: str, tensors: Iterable[tuple[str, tuple[int, ...], Any]], read: Any, *, stem: str = "model",
-                  shard_bytes: int = SHARD_BYTES, metadata: Mapping[str, str] | None = None,
-                  on_written: Callable[[int], None] = lambda _: None) -> dict[str, str]:
+def write_tensors(
+  directory: str,
+  tensors: Iterable[tuple[str, tuple[int, ...], Any]],
+  read: Any,
+  *,
+  stem: str = "model",
+  shard_bytes: int = SHARD_BYTES,
+  metadata: Mapping[str, str] | None = None,
+  on_written: Callable[[int], None] = lambda _: None,
+) -> dict[str, str]:
   """Writes safetensors shards with an index (one file and no index where all fits in one).
 
   Args:
@@ -187,11 +218,19 @@ def write_tensors(directory: str, tensors: Iterable[tuple[str, tuple[int, ...], 
     size += count
   hashes, weight_map, total = {}, {}, 0
   for number, shard in enumerate(shards, 1):
-    file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+    file = (
+      f"{stem}.safetensors"
+      if len(shards) == 1
+      else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+    )
     header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, shape, dtype in shard:
       end = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-      header[name] = {"dtype": _FROM_NUMPY[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+      header[name] = {
+        "dtype": _FROM_NUMPY[dtype],
+        "shape": list(shape),
+        "data_offsets": [offset, end],
+      }
       weight_map[name] = file
       offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -201,7 +240,9 @@ def write_tensors(directory: str, tensors: Iterable[tuple[str, tuple[int, ...], 
       for name, shape, dtype in shard:
         value = np.ascontiguousarray(read(name))
         if value.shape != tuple(shape) or value.dtype != dtype:
-          raise KeyMapError(f"{name}: expected {dtype} {tuple(shape)}, got {value.dtype} {value.shape}")
+          raise KeyMapError(
+            f"{name}: expected {dtype} {tuple(shape)}, got {value.dtype} {value.shape}"
+          )
         if not is_finite(value):
           raise KeyMapError(f"{name}: holds NaN or infinity; nothing is written")
         data = value.reshape(-1).view(np.uint8)
@@ -211,7 +252,8 @@ def write_tensors(directory: str, tensors: Iterable[tuple[str, tuple[int, ...], 
     total += offset
   if len(shards) > 1:
     (epath.Path(directory) / f"{stem}.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+      json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    )
   return hashes
 
 
@@ -225,4 +267,6 @@ def tensor_hash(value: np.ndarray) -> str:
 
 def tree_hash(hashes: Mapping[str, str]) -> str:
   """One hash of many tensors, whatever their order."""
-  return hashlib.sha256("\n".join(f"{name} {hashes[name]}" for name in sorted(hashes)).encode()).hexdigest()
+  return hashlib.sha256(
+    "\n".join(f"{name} {hashes[name]}" for name in sorted(hashes)).encode()
+  ).hexdigest()

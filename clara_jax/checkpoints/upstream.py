@@ -1,4 +1,5 @@
-"""Checkpoints of the released PyTorch code, read without running anything of theirs, and written for it."""
+"""Checkpoints of the released PyTorch code, read without running anything of theirs, and written
+for it."""
 
 import dataclasses
 import json
@@ -21,10 +22,18 @@ from clara_jax.config import ClaraConfig, ConfigError, LoraConfig, Role
 from clara_jax.model import Clara
 
 ADAPTERS: dict[Role, str] = {
-    "compressor": "encoder_adapter", "generator": "decoder_adapter", "query_reasoner": "query_reasoner_adapter"}
+  "compressor": "encoder_adapter",
+  "generator": "decoder_adapter",
+  "query_reasoner": "query_reasoner_adapter",
+}
 ADAPTER_FILE, EMBEDDING_FILE = "adapters.pth", "decoder_first_last_layers.pth"
 DATE_FIELD = "clara_jax_prompt_date"  # ours: the released code passes over it
-STAGES = {"scp": "stage1", "instruct": "stage1_2", "joint": "stage2", "contrastive": "stage2_pretrain_retrieval"}
+STAGES = {
+  "scp": "stage1",
+  "instruct": "stage1_2",
+  "joint": "stage2",
+  "contrastive": "stage2_pretrain_retrieval",
+}
 
 
 def is_upstream(directory: str) -> bool:
@@ -32,12 +41,14 @@ def is_upstream(directory: str) -> bool:
   return (epath.Path(directory) / ADAPTER_FILE).exists()
 
 
-def read(directory: str, base: str | None = None, dtype: str | None = None, allow: Sequence[str] = ()
-         ) -> tuple[ClaraConfig, str, dict[str, Any]]:
+def read(
+  directory: str, base: str | None = None, dtype: str | None = None, allow: Sequence[str] = ()
+) -> tuple[ClaraConfig, str, dict[str, Any]]:
   """A checkpoint: (its configuration, the directory of its base, its groups in their own types).
 
-  The groups are the roles, 'memory_embedding' and 'special_tokens' (the whole embedding and head). Adapters that upstream created fresh
-  also carry the embedding and the head; those load last there, and so they do here.
+  The groups are the roles, 'memory_embedding' and 'special_tokens' (the whole embedding and head).
+  Adapters that upstream created fresh also carry the embedding and the head; those load last there,
+  and so they do here.
 
   Args:
     directory: the checkpoint.
@@ -47,41 +58,70 @@ def read(directory: str, base: str | None = None, dtype: str | None = None, allo
 
   Raises:
     ConfigError: a field is missing or not supported, or the base is not to be found.
-    KeyMapError: a tensor is unknown, missing or of the wrong shape; or a file holds anything but tensors.
+    KeyMapError: a tensor is unknown, missing or of the wrong shape; or a file holds anything but
+      tensors.
   """
   values, found = _config(directory), _base(directory, base)
   adapters = _read_pth(directory, ADAPTER_FILE)
   edges = {k: _numpy(v) for k, v in _read_pth(directory, EMBEDDING_FILE).items()}
   if unknown := set(adapters) - set(ADAPTERS.values()):
-    raise KeyMapError(f"{directory}/{ADAPTER_FILE}: unknown adapters {sorted(unknown)}; known: {sorted(ADAPTERS.values())}")
+    raise KeyMapError(
+      f"{directory}/{ADAPTER_FILE}: unknown adapters {sorted(unknown)}; known: "
+      f"{sorted(ADAPTERS.values())}"
+    )
   tensors: dict[Role, dict[str, np.ndarray]] = {}
   for role, name in ADAPTERS.items():
     if name in adapters:
-      tensors[role] = {k: _checked(_numpy(v), f"{directory}/{ADAPTER_FILE}[{name}]: {k}") for k, v in adapters[name].items()}
+      tensors[role] = {
+        k: _checked(_numpy(v), f"{directory}/{ADAPTER_FILE}[{name}]: {k}")
+        for k, v in adapters[name].items()
+      }
       edges.update({k: tensors[role].pop(k) for k in (EMBEDDING, HEAD) if k in tensors[role]})
   for name in (EMBEDDING, HEAD):
     if name not in edges:
       raise KeyMapError(f"{directory}/{EMBEDDING_FILE}: {name} is missing")
   rank, memory_tokens = values["lora_r"], values["doc_max_length"] // values["compr_rate"]
-  # Its rows are the tokenizer's words, M memory tokens and three more: the base's own embedding may be padded.
+  # Its rows are the tokenizer's words, M memory tokens and three more: the base's own embedding may
+  # be padded.
   words = edges[EMBEDDING].shape[0] - memory_tokens - 3
   config = ClaraConfig(
-      dataclasses.replace(base_config(found, dtype, allow), vocab_size=words), LoraConfig(rank=rank, alpha=2.0 * rank),
-      doc_max_length=values["doc_max_length"], compression_rate=values["compr_rate"], query_max_length=values["doc_max_length"],
-      top_k=values.get("generation_top_k", 1), prompt_date=values.get(DATE_FIELD))
+    dataclasses.replace(base_config(found, dtype, allow), vocab_size=words),
+    LoraConfig(rank=rank, alpha=2.0 * rank),
+    doc_max_length=values["doc_max_length"],
+    compression_rate=values["compr_rate"],
+    query_max_length=values["doc_max_length"],
+    top_k=values.get("generation_top_k", 1),
+    prompt_date=values.get(DATE_FIELD),
+  )
   groups: dict[str, Any] = {}
   for role, named in tensors.items():
-    groups[role] = lazy.stack(named, lora_place, leaf_shapes(Clara(config), role), f"{directory}/{ADAPTER_FILE}[{ADAPTERS[role]}]")
+    groups[role] = lazy.stack(
+      named,
+      lora_place,
+      leaf_shapes(Clara(config), role),
+      f"{directory}/{ADAPTER_FILE}[{ADAPTERS[role]}]",
+    )
   special = {}
   for name, ours, axis in ((EMBEDDING, "embedding", 0), (HEAD, "head", 1)):
     if ours == "head" and config.model.tie_embeddings:
       continue
     value = _checked(edges[name], f"{directory}/{EMBEDDING_FILE}: {name}")
     if value.shape != (config.vocab_size, config.model.width):
-      raise KeyMapError(f"{directory}/{EMBEDDING_FILE}: {name} has the shape {value.shape}, expected "
-                        f"{(config.vocab_size, config.model.width)}: {words} words + {memory_tokens} memory tokens + 3")
+      raise KeyMapError(
+        f"{directory}/{EMBEDDING_FILE}: {name} has the shape {value.shape}, expected "
+        f"{(config.vocab_size, config.model.width)}: {words} words + {memory_tokens} memory "
+        f"tokens + 3"
+      )
     special[ours] = value.T if axis else value
-  return config, found, groups | {"special_tokens": special, "memory_embedding": special["embedding"][words:words + memory_tokens]}
+  return (
+    config,
+    found,
+    groups
+    | {
+      "special_tokens": special,
+      "memory_embedding": special["embedding"][words : words + memory_tokens],
+    },
+  )
 
 
 def _config(directory: str) -> dict[str, Any]:
@@ -89,8 +129,13 @@ def _config(directory: str) -> dict[str, Any]:
   values = read_json(directory)
   if values.get("model_type") != "CLaRa":
     raise ConfigError(f"{file}: model_type={values.get('model_type')!r}, expected 'CLaRa'")
-  for field, wanted in (("different_mem_tokens", True), ("sep", True), ("lora", True), ("compr_use_mlp", False),
-                        ("compr_model_name", None)):
+  for field, wanted in (
+    ("different_mem_tokens", True),
+    ("sep", True),
+    ("lora", True),
+    ("compr_use_mlp", False),
+    ("compr_model_name", None),
+  ):
     if values.get(field, wanted) != wanted:
       raise ConfigError(f"{file}: {field}={values[field]!r} is not supported; expected {wanted!r}")
   for field in ("lora_r", "doc_max_length", "compr_rate"):
@@ -103,16 +148,31 @@ def _base(directory: str, base: str | None) -> str:
   if base:
     return base
   named = str(read_json(directory).get("decoder_model_name") or "")
-  near = next((c for c in (str(epath.Path(directory) / named), str(epath.Path(directory).parent / named))
-               if named and (epath.Path(c) / "config.json").exists()), None)
+  near = next(
+    (
+      c
+      for c in (str(epath.Path(directory) / named), str(epath.Path(directory).parent / named))
+      if named and (epath.Path(c) / "config.json").exists()
+    ),
+    None,
+  )
   try:
     return near or local_directory(named)
   except CheckpointError as error:
-    raise ConfigError(f"{directory}/config.json: its base {named!r} is not here; name one with --base ({error})") from None
+    raise ConfigError(
+      f"{directory}/config.json: its base {named!r} is not here; name one with --base ({error})"
+    ) from None
 
 
-def write(directory: str, config: ClaraConfig, groups: Mapping[str, Any], base: Mapping[str, Any], base_name: str, stage: str,
-          tokenizer: Any) -> None:
+def write(
+  directory: str,
+  config: ClaraConfig,
+  groups: Mapping[str, Any],
+  base: Mapping[str, Any],
+  base_name: str,
+  stage: str,
+  tokenizer: Any,
+) -> None:
   """Writes a checkpoint that the released code loads.
 
   Args:
@@ -128,25 +188,50 @@ def write(directory: str, config: ClaraConfig, groups: Mapping[str, Any], base: 
   adapters = {}
   for role, name in ADAPTERS.items():
     if role in groups:
-      adapters[name] = {t.name: _tensor(torch, t.read()) for t in lazy.named_tensors(groups[role], lora_name, lora_place)}
+      adapters[name] = {
+        t.name: _tensor(torch, t.read())
+        for t in lazy.named_tensors(groups[role], lora_name, lora_place)
+      }
   torch.save(adapters, str(epath.Path(directory) / ADAPTER_FILE))
   edges = {t.name: t for t in base_tensors(base) if t.name in (EMBEDDING, HEAD)}
   embedding, memory = edges[EMBEDDING].read(), lazy.read(groups["memory_embedding"])
   if not (memory.astype(embedding.dtype).astype(np.float32) == memory.astype(np.float32)).all():
-    embedding = embedding.astype(np.float32)  # which holds a bfloat16 base, too: the trained rows would be rounded
+    # which holds a bfloat16 base, too: the trained rows would be rounded
+    embedding = embedding.astype(np.float32)
   embedding = np.array(embedding)
-  embedding[config.model.vocab_size:config.model.vocab_size + config.num_memory_tokens] = memory
+  embedding[config.model.vocab_size : config.model.vocab_size + config.num_memory_tokens] = memory
   head = embedding if config.model.tie_embeddings else edges[HEAD].read()
-  torch.save({EMBEDDING: _tensor(torch, embedding), HEAD: _tensor(torch, head)}, str(epath.Path(directory) / EMBEDDING_FILE))
-  # What the released code reads on loading; `pure_inference` keeps it from replacing an instruct checkpoint's generator.
+  torch.save(
+    {EMBEDDING: _tensor(torch, embedding), HEAD: _tensor(torch, head)},
+    str(epath.Path(directory) / EMBEDDING_FILE),
+  )
+  # What the released code reads on loading; `pure_inference` keeps it from replacing an instruct
+  # checkpoint's generator.
   values = {
-      "model_type": "CLaRa", "auto_map": {"AutoConfig": "modeling_clara.CLaRaConfig", "AutoModel": "modeling_clara.CLaRa"},
-      "decoder_model_name": base_name, "doc_max_length": config.doc_max_length, "compr_rate": config.compression_rate,
-      "lora": True, "lora_r": config.lora.rank, "lora_compressor": False, "lora_r_compressor": config.lora.rank,
-      "generation_top_k": config.top_k, "training_stage": STAGES.get(stage, "stage2"), "training_form": "both_separately",
-      "different_mem_tokens": True, "optimize_mem_tokens": True, "sep": True, "pure_inference": True, "load_adapters": True,
-      "compr_model_name": None, "compr_use_mlp": False, "quantization": "no", "ae_mode": "token", "max_new_tokens": 128,
-      **({DATE_FIELD: config.prompt_date} if config.prompt_date else {})}
+    "model_type": "CLaRa",
+    "auto_map": {"AutoConfig": "modeling_clara.CLaRaConfig", "AutoModel": "modeling_clara.CLaRa"},
+    "decoder_model_name": base_name,
+    "doc_max_length": config.doc_max_length,
+    "compr_rate": config.compression_rate,
+    "lora": True,
+    "lora_r": config.lora.rank,
+    "lora_compressor": False,
+    "lora_r_compressor": config.lora.rank,
+    "generation_top_k": config.top_k,
+    "training_stage": STAGES.get(stage, "stage2"),
+    "training_form": "both_separately",
+    "different_mem_tokens": True,
+    "optimize_mem_tokens": True,
+    "sep": True,
+    "pure_inference": True,
+    "load_adapters": True,
+    "compr_model_name": None,
+    "compr_use_mlp": False,
+    "quantization": "no",
+    "ae_mode": "token",
+    "max_new_tokens": 128,
+    **({DATE_FIELD: config.prompt_date} if config.prompt_date else {}),
+  }
   (epath.Path(directory) / "config.json").write_text(json.dumps(values, indent=2))
   if tokenizer is not None:
     tokenizer.save_pretrained(directory)
@@ -162,7 +247,9 @@ def _torch(where: str) -> Any:
   try:
     import torch
   except ImportError:
-    raise ConfigError(f"{where.replace('.unfinished', '')}: .pth files need torch: pip install -e '.[torch]'") from None
+    raise ConfigError(
+      f"{where.replace('.unfinished', '')}: .pth files need torch: pip install -e '.[torch]'"
+    ) from None
   return torch
 
 
@@ -175,7 +262,9 @@ def _read_pth(directory: str, name: str) -> dict[str, Any]:
     with path.open("rb") as file:
       value = torch.load(file, map_location="cpu", weights_only=True)
   except Exception as error:  # torch raises pickle, runtime and zip errors alike
-    raise KeyMapError(f"{path}: not a file of plain tensors: {str(error).splitlines()[0]}") from None
+    raise KeyMapError(
+      f"{path}: not a file of plain tensors: {str(error).splitlines()[0]}"
+    ) from None
   if not isinstance(value, dict):
     raise KeyMapError(f"{path}: expected a dict, got {type(value).__name__}")
   return value
@@ -183,6 +272,7 @@ def _read_pth(directory: str, name: str) -> dict[str, Any]:
 
 def _numpy(tensor: Any) -> np.ndarray:
   import torch
+
   if not isinstance(tensor, torch.Tensor):
     raise KeyMapError(f"expected a tensor, got {type(tensor).__name__}")
   if tensor.dtype == torch.bfloat16:  # numpy has none of its own

@@ -9,8 +9,9 @@
     DIR/broken/               steps that could not be read
     DIR/run.lock              who trains here
 
-A step is written beside and renamed, with its checksums, so that an interrupted save leaves no half checkpoint.
-"""
+A step is written beside and renamed, with its checksums, so that an interrupted save leaves no half
+checkpoint.
+"""  # noqa: E501
 
 import dataclasses
 import json
@@ -32,7 +33,8 @@ from clara_jax.inference.checkpoint import CheckpointError
 log = logging.getLogger(__name__)
 
 FORMAT = "clara_jax"
-# Files of Orbax's own that have no checksum: it writes into them once more when a step is done, and nothing that is read depends on them.
+# Files of Orbax's own that have no checksum: it writes into them once more when a step is done, and
+# nothing that is read depends on them.
 OF_ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt")
 VERSION = 1
 
@@ -49,7 +51,8 @@ def is_checkpoint(directory: str) -> bool:
 
 
 def claim(directory: str) -> io.Lock | None:
-  """Keeps a directory for this run, as long as the process lives; a remote one is not locked (None).
+  """Keeps a directory for this run, as long as the process lives; a remote one is not locked
+  (None).
 
   Raises:
     CheckpointError: another run is at work there; says which.
@@ -63,14 +66,23 @@ def claim(directory: str) -> io.Lock | None:
     raise CheckpointError(f"{directory}: another run is at work here ({error})") from None
 
 
-def write_config(directory: str, config: RunConfig, base_sha256: str | None = None, source: Mapping[str, Any] | None = None,
-                 stage: str | None = None, relative_to: str | None = None, inputs: Mapping[str, str] | None = None) -> None:
-  """Writes DIR/config.json. Local paths are named relative to DIR, so that all can be moved together.
+def write_config(
+  directory: str,
+  config: RunConfig,
+  base_sha256: str | None = None,
+  source: Mapping[str, Any] | None = None,
+  stage: str | None = None,
+  relative_to: str | None = None,
+  inputs: Mapping[str, str] | None = None,
+) -> None:
+  """Writes DIR/config.json. Local paths are named relative to DIR, so that all can be moved
+  together.
 
   Args:
     directory: DIR.
     config: the run.
-    base_sha256: hash of the base's tensors (`checkpoints/huggingface.py`), so that another base is refused later.
+    base_sha256: hash of the base's tensors (`checkpoints/huggingface.py`), so that another base is
+      refused later.
     source: where a converted checkpoint came from.
     stage: what it is, where that is no stage of training ('base').
     relative_to: where DIR will be, if it is to be renamed.
@@ -83,34 +95,63 @@ def write_config(directory: str, config: RunConfig, base_sha256: str | None = No
   folder.mkdir(parents=True, exist_ok=True)
   check_config(directory, config, base_sha256, inputs)
   run = _portable(directory, config, relative_to)
-  values = {"format": FORMAT, "version": VERSION, "stage": stage or config.train.stage, "base": run["base"],
-            "base_sha256": base_sha256, "source": dict(source) if source else None,
-            "inputs": dict(inputs or {}), "run": run}
+  values = {
+    "format": FORMAT,
+    "version": VERSION,
+    "stage": stage or config.train.stage,
+    "base": run["base"],
+    "base_sha256": base_sha256,
+    "source": dict(source) if source else None,
+    "inputs": dict(inputs or {}),
+    "run": run,
+  }
   io.write(folder / "config.json", json.dumps(values, indent=2))
 
 
-def check_config(directory: str, config: RunConfig, base_sha256: str | None = None, inputs: Mapping[str, str] | None = None) -> None:
+def check_config(
+  directory: str,
+  config: RunConfig,
+  base_sha256: str | None = None,
+  inputs: Mapping[str, str] | None = None,
+) -> None:
   """Refuses to go on in a directory where another run has saved a step.
 
   Args:
-    directory, config, base_sha256, inputs: as `write_config`. Where the content of an input is known on both sides, its path may change.
+    directory, config, base_sha256, inputs: as `write_config`. Where the content of an input is
+      known on both sides, its path may change.
 
   Raises:
     CheckpointError: naming the fields that differ.
   """
   folder = epath.Path(directory)
   steps = folder / "checkpoints"
-  if not is_checkpoint(directory) or not steps.exists() or not any(p.name.isdigit() for p in steps.iterdir()):
+  if (
+    not is_checkpoint(directory)
+    or not steps.exists()
+    or not any(p.name.isdigit() for p in steps.iterdir())
+  ):
     return
-  before = json.loads(to_json(read_config(directory)[0]))  # through the dataclass: fields that are new here have their defaults
+  # through the dataclass: fields that are new here have their defaults
+  before = json.loads(to_json(read_config(directory)[0]))
   record, inputs = read_record(directory), {"base": base_sha256, **(inputs or {})}
-  known = {name: (was, inputs[name]) for name, was in {"base": record.get("base_sha256"), **(record.get("inputs") or {})}.items()
-           if was and inputs.get(name)}
+  known = {
+    name: (was, inputs[name])
+    for name, was in {"base": record.get("base_sha256"), **(record.get("inputs") or {})}.items()
+    if was and inputs.get(name)
+  }
   if other := [name for name, (was, now) in known.items() if was != now]:
-    raise CheckpointError(f"{directory}: holds a run that began with another content of {', '.join(other)} (the files have changed since); "
-                          "choose another --workdir, or bring them back")
-  if changed := _differences(before, json.loads(json.dumps(_portable(directory, config))), free=(*_FREE_FIELDS, *known)):
-    raise CheckpointError(f"{directory}: holds a run with another configuration ({', '.join(changed)}); choose another --workdir")
+    raise CheckpointError(
+      f"{directory}: holds a run that began with another content of {', '.join(other)} (the files "
+      f"have changed since); "
+      "choose another --workdir, or bring them back"
+    )
+  if changed := _differences(
+    before, json.loads(json.dumps(_portable(directory, config))), free=(*_FREE_FIELDS, *known)
+  ):
+    raise CheckpointError(
+      f"{directory}: holds a run with another configuration ({', '.join(changed)}); choose "
+      f"another --workdir"
+    )
 
 
 def _portable(directory: str, config: RunConfig, relative_to: str | None = None) -> dict[str, Any]:
@@ -118,20 +159,36 @@ def _portable(directory: str, config: RunConfig, relative_to: str | None = None)
   run = dataclasses.asdict(config)
   for name in ("base", "init_from", "tokenizer"):
     if run[name] and "://" not in run[name]:
-      run[name] = os.path.relpath(os.path.abspath(run[name]), os.path.abspath(relative_to or directory))
+      run[name] = os.path.relpath(
+        os.path.abspath(run[name]), os.path.abspath(relative_to or directory)
+      )
   return run
 
 
 # A run may go on with these changed.
-_FREE_FIELDS = ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_every", "mesh", "data.prefetch",
-                "data.workers", "data.max_malformed")
+_FREE_FIELDS = (
+  "train.log_every",
+  "train.checkpoint_every",
+  "train.keep_checkpoints",
+  "train.eval_every",
+  "mesh",
+  "data.prefetch",
+  "data.workers",
+  "data.max_malformed",
+)
 
 
-def _differences(before: Any, now: Any, path: str = "", free: Sequence[str] = _FREE_FIELDS) -> list[str]:
+def _differences(
+  before: Any, now: Any, path: str = "", free: Sequence[str] = _FREE_FIELDS
+) -> list[str]:
   if path in free:
     return []
   if isinstance(before, dict) and isinstance(now, dict):
-    return [d for key in {**before, **now} for d in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."), free)]
+    return [
+      d
+      for key in {**before, **now}
+      for d in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."), free)
+    ]
   return [] if before == now else [f"{path}: {before!r} -> {now!r}"]
 
 
@@ -145,10 +202,17 @@ def read_config(directory: str) -> tuple[RunConfig, str | None]:
     raise CheckpointError(f"{directory}: not a checkpoint (no config.json with format={FORMAT!r})")
   values = read_record(directory)
   if values["version"] > VERSION:
-    raise CheckpointError(f"{directory}: format version {values['version']}, this program reads up to {VERSION}")
+    raise CheckpointError(
+      f"{directory}: format version {values['version']}, this program reads up to {VERSION}"
+    )
   try:
     config = from_config_dict(RunConfig, values["run"])
-  except (ConfigError, ArithmeticError, TypeError, ValueError) as error:  # values that no run has written
+  except (
+    ConfigError,
+    ArithmeticError,
+    TypeError,
+    ValueError,
+  ) as error:  # values that no run has written
     raise CheckpointError(f"{directory}/config.json: {error}") from None
   base = values.get("base")
   if base and "://" not in base and not os.path.isabs(base):
@@ -167,10 +231,20 @@ def read_record(directory: str) -> dict[str, Any]:
     values = io.parse_json(file.read_bytes())
   except ValueError as error:
     raise CheckpointError(f"{file}: {error}") from None
-  for name, kinds in {"version": (int,), "stage": (str,), "run": (dict,), "base": (str, type(None)), "base_sha256": (str, type(None)),
-                      "source": (dict, type(None)), "inputs": (dict, type(None))}.items():
+  for name, kinds in {
+    "version": (int,),
+    "stage": (str,),
+    "run": (dict,),
+    "base": (str, type(None)),
+    "base_sha256": (str, type(None)),
+    "source": (dict, type(None)),
+    "inputs": (dict, type(None)),
+  }.items():
     if not isinstance(values.get(name), kinds):
-      raise CheckpointError(f"{file}: {name}={values.get(name)!r:.60}: expected {' or '.join(k.__name__ for k in kinds)}")
+      raise CheckpointError(
+        f"{file}: {name}={values.get(name)!r:.60}: expected "
+        f"{' or '.join(k.__name__ for k in kinds)}"
+      )
   return values
 
 
@@ -186,7 +260,12 @@ def note_start(directory: str, step: int, write: bool) -> float:
       continue
   now = time.time()
   if write:
-    note = {"time": round(now, 3), "step": step, "processes": jax.process_count(), "devices": jax.device_count()}
+    note = {
+      "time": round(now, 3),
+      "step": step,
+      "processes": jax.process_count(),
+      "devices": jax.device_count(),
+    }
     io.write(file, "".join(json.dumps(n) + "\n" for n in [*notes, note]))
   return notes[0]["time"] if notes else now
 
@@ -197,29 +276,51 @@ class Checkpointer:
   Args:
     directory: DIR.
     keep: how many of the last steps stay.
-    best: the metric by which one more stays, the best; None for none. Smaller is better for 'loss' and what ends so.
+    best: the metric by which one more stays, the best; None for none. Smaller is better for 'loss'
+      and what ends so.
     read_only: nothing is written.
   """
 
-  def __init__(self, directory: str, keep: int = 2, best: str | None = None, read_only: bool = False):
-    path = epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory) / "checkpoints"
+  def __init__(
+    self, directory: str, keep: int = 2, best: str | None = None, read_only: bool = False
+  ):
+    path = (
+      epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory)
+      / "checkpoints"
+    )
     if read_only and not path.exists():
       raise CheckpointError(f"{directory}: has no saved step yet")
     self._directory, self._path, self._best = directory, path, best
     policies = [ocp.checkpoint_managers.LatestN(keep)]
     if best:
-      policies.append(ocp.checkpoint_managers.BestN(
-          get_metric_fn=lambda metrics: metrics[best], reverse=best.endswith("loss"), n=1, keep_checkpoints_without_metrics=False))
+      policies.append(
+        ocp.checkpoint_managers.BestN(
+          get_metric_fn=lambda metrics: metrics[best],
+          reverse=best.endswith("loss"),
+          n=1,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
     self._saving: list[int] = []
     options = ocp.CheckpointManagerOptions(
-        async_options=ocp.AsyncOptions(timeout_secs=4 * 3600, post_finalization_callback=self._seal),
-        create=not read_only, read_only=read_only, best_fn=(lambda metrics: metrics[best]) if best else None,
-        best_mode="min" if best and best.endswith("loss") else "max",
-        preservation_policy=None if read_only else ocp.checkpoint_managers.AnyPreservationPolicy(policies))
+      async_options=ocp.AsyncOptions(timeout_secs=4 * 3600, post_finalization_callback=self._seal),
+      create=not read_only,
+      read_only=read_only,
+      best_fn=(lambda metrics: metrics[best]) if best else None,
+      best_mode="min" if best and best.endswith("loss") else "max",
+      preservation_policy=None
+      if read_only
+      else ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+    )
     self._manager = ocp.CheckpointManager(
-        path, options=options,
-        item_handlers={"weights": ocp.PyTreeCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler(),
-                       "progress": ocp.JsonCheckpointHandler()})
+      path,
+      options=options,
+      item_handlers={
+        "weights": ocp.PyTreeCheckpointHandler(),
+        "optimizer": ocp.StandardCheckpointHandler(),
+        "progress": ocp.JsonCheckpointHandler(),
+      },
+    )
 
   def latest_step(self) -> int | None:
     """The last complete step, or None."""
@@ -229,8 +330,14 @@ class Checkpointer:
     """The steps that are kept."""
     return sorted(self._manager.all_steps())
 
-  def save(self, step: int, weights: dict[str, Any], optimizer: dict[str, Any], progress: Mapping[str, Any],
-           metrics: Mapping[str, float] | None = None) -> None:
+  def save(
+    self,
+    step: int,
+    weights: dict[str, Any],
+    optimizer: dict[str, Any],
+    progress: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+  ) -> None:
     """Saves a step.
 
     Args:
@@ -240,10 +347,21 @@ class Checkpointer:
       progress: what else a resumed run needs (position in the data, time spent).
       metrics: of the last evaluation, to choose the best step by.
     """
-    metrics = {self._best: float(metrics[self._best])} if self._best and metrics and self._best in metrics else None
+    metrics = (
+      {self._best: float(metrics[self._best])}
+      if self._best and metrics and self._best in metrics
+      else None
+    )
     self._saving.append(step)
-    saved = self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
-        weights=ocp.args.PyTreeSave(weights), optimizer=ocp.args.StandardSave(optimizer), progress=ocp.args.JsonSave(dict(progress))))
+    saved = self._manager.save(
+      step,
+      metrics=metrics,
+      args=ocp.args.Composite(
+        weights=ocp.args.PyTreeSave(weights),
+        optimizer=ocp.args.StandardSave(optimizer),
+        progress=ocp.args.JsonSave(dict(progress)),
+      ),
+    )
     if not saved:
       self._saving.remove(step)
 
@@ -271,8 +389,11 @@ class Checkpointer:
       return found or "its files are damaged"
     return None
 
-  def restore(self, weights: dict[str, Any], optimizer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """(weights, optimizer, progress) of the last step that can be read, in the shapes and shardings of what is given.
+  def restore(
+    self, weights: dict[str, Any], optimizer: dict[str, Any]
+  ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(weights, optimizer, progress) of the last step that can be read, in the shapes and shardings
+    of what is given.
 
     Steps after it are broken: they are moved to DIR/broken, with a warning.
 
@@ -284,16 +405,25 @@ class Checkpointer:
       try:
         if found := self.damage(step):
           raise CheckpointError(found)
-        restored = self._manager.restore(step, args=ocp.args.Composite(
+        restored = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
             weights=_restore_weights(weights, ocp.checkpoint_utils.construct_restore_args(weights)),
             optimizer=ocp.args.StandardRestore(optimizer),
-            progress=ocp.args.JsonRestore()))
+            progress=ocp.args.JsonRestore(),
+          ),
+        )
         break
       except Exception as error:  # Orbax and TensorStore have many kinds
         broken[step] = error
-        log.warning(f"{self._directory}: step {step} cannot be read and is skipped: {str(error).splitlines()[0][:200]}")
+        log.warning(
+          f"{self._directory}: step {step} cannot be read and is skipped: "
+          f"{str(error).splitlines()[0][:200]}"
+        )
     else:
-      raise CheckpointError(f"{self._directory}: no saved step can be read; the last: {next(iter(broken.values()))}")
+      raise CheckpointError(
+        f"{self._directory}: no saved step can be read; the last: {next(iter(broken.values()))}"
+      )
     if broken and distributed.is_main():
       aside = epath.Path(self._directory) / "broken"
       aside.mkdir(exist_ok=True)
@@ -318,7 +448,9 @@ class Checkpointer:
     tree = dict(self._manager.item_metadata(step)["weights"].tree)
     shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), tree)
     on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-    return self._manager.restore(step, args=ocp.args.Composite(weights=_restore_weights(shapes, on_host)))["weights"]
+    return self._manager.restore(
+      step, args=ocp.args.Composite(weights=_restore_weights(shapes, on_host))
+    )["weights"]
 
   def wait(self) -> None:
     """Waits until what is being saved is on disk."""

@@ -13,34 +13,69 @@ def positive(text: str) -> int:
 def reading(parser: argparse.ArgumentParser, dtype: str) -> None:
   """How a base or checkpoint is read."""
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=dtype)
-  parser.add_argument("--chat-template", metavar="FILE", help="a Jinja template that takes the place of the tokenizer's")
-  parser.add_argument("--allow-config", action="append", default=[], metavar="FIELD",
-                      help="an unknown field of config.json or adapter_config.json that changes nothing; any number of times")
+  parser.add_argument(
+    "--chat-template",
+    metavar="FILE",
+    help="a Jinja template that takes the place of the tokenizer's",
+  )
+  parser.add_argument(
+    "--allow-config",
+    action="append",
+    default=[],
+    metavar="FIELD",
+    help="an unknown field of config.json or adapter_config.json that changes nothing; any number "
+    "of times",
+  )
 
 
 def checkpoint(parser: argparse.ArgumentParser) -> None:
   """A checkpoint of any kind."""
-  parser.add_argument("--checkpoint", required=True, metavar="CKPT",
-                      help="of clara train or convert, of the released code, or of PEFT; a plain Hugging Face model where no role is needed")
-  parser.add_argument("--base", metavar="DIR", help="the base model, where the checkpoint's own record does not lead to it")
+  parser.add_argument(
+    "--checkpoint",
+    required=True,
+    metavar="CKPT",
+    help="of clara train or convert, of the released code, or of PEFT; a plain Hugging Face model "
+    "where no role is needed",
+  )
+  parser.add_argument(
+    "--base",
+    metavar="DIR",
+    help="the base model, where the checkpoint's own record does not lead to it",
+  )
   reading(parser, "compute dtype; default: the checkpoint's")
 
 
-def memory_tokens(parser: argparse.ArgumentParser,
-                  text: str = "writes, scores and reads the first m memory tokens of a document") -> None:
+def memory_tokens(
+  parser: argparse.ArgumentParser,
+  text: str = "writes, scores and reads the first m memory tokens of a document",
+) -> None:
   """How many memory tokens are used."""
   parser.add_argument("--memory-tokens", type=positive, metavar="m", help=f"{text}; default: all")
 
 
 def max_malformed(parser: argparse.ArgumentParser, what: str) -> None:
   """How much bad input is skipped."""
-  parser.add_argument("--max-malformed", type=int, default=0, metavar="N", help=f"bad {what} that are skipped and reported; default 0")
+  parser.add_argument(
+    "--max-malformed",
+    type=int,
+    default=0,
+    metavar="N",
+    help=f"bad {what} that are skipped and reported; default 0",
+  )
 
 
 def several_processes(parser: argparse.ArgumentParser) -> None:
   """How this process finds the others."""
-  parser.add_argument("--distributed", action="store_true", help="one of several processes, found by JAX (Cloud TPU, GKE, SLURM)")
-  parser.add_argument("--coordinator", metavar="HOST:PORT", help="by hand: where process 0 is (compress does not need it)")
+  parser.add_argument(
+    "--distributed",
+    action="store_true",
+    help="one of several processes, found by JAX (Cloud TPU, GKE, SLURM)",
+  )
+  parser.add_argument(
+    "--coordinator",
+    metavar="HOST:PORT",
+    help="by hand: where process 0 is (compress does not need it)",
+  )
   parser.add_argument("--processes", type=int, metavar="N", help="by hand: how many there are")
   parser.add_argument("--process", type=int, metavar="I", help="by hand: which one this is, from 0")
 
@@ -49,16 +84,34 @@ def answerer(parser: argparse.ArgumentParser) -> None:
   """What answers questions over a store (`inputs.answerer`)."""
   checkpoint(parser)
   parser.add_argument("--store", required=True, metavar="DIR")
-  memory_tokens(parser, "reads the first m memory tokens of each document (clara index says how many are searched with)")
-  parser.add_argument("--top-k", type=positive, help="documents given to the generator; default: the checkpoint's")
-  parser.add_argument("--merge", action="store_true", help="merge the generator into a copy of the base: faster, for a second base's memory")
-  parser.add_argument("--max-new-tokens", type=positive, default=64, help="of the longest answer; default 64")
+  memory_tokens(
+    parser,
+    "reads the first m memory tokens of each document (clara index says how many are searched with)",  # noqa: E501
+  )
+  parser.add_argument(
+    "--top-k", type=positive, help="documents given to the generator; default: the checkpoint's"
+  )
+  parser.add_argument(
+    "--merge",
+    action="store_true",
+    help="merge the generator into a copy of the base: faster, for a second base's memory",
+  )
+  parser.add_argument(
+    "--max-new-tokens", type=positive, default=64, help="of the longest answer; default 64"
+  )
 
 
 def rows(parser: argparse.ArgumentParser) -> None:
   """Questions with documents, to be answered."""
-  parser.add_argument("--rows", required=True, metavar="F",
-                      help="questions with documents: JSONL, or the published files of SQuAD, HotpotQA, 2Wiki, MuSiQue, PubMedQA, NQ")
+  parser.add_argument(
+    "--rows",
+    required=True,
+    metavar="F",
+    help="questions with documents: JSONL, or the published files of SQuAD, HotpotQA, 2Wiki, "
+    "MuSiQue, PubMedQA, NQ",
+  )
   parser.add_argument("--limit", type=positive, help="only the first rows")
   max_malformed(parser, "rows")
-  parser.add_argument("--max-new-tokens", type=positive, default=64, help="of the longest answer; default 64")
+  parser.add_argument(
+    "--max-new-tokens", type=positive, default=64, help="of the longest answer; default 64"
+  )

@@ -18,9 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
   """Returns `answers`, each an `inference.answer.Answer`."""
   from clara_jax.config import ConfigError
+
   if any(not q.strip() for q in options.questions):
     raise ConfigError("QUESTION: a question is empty")
-  return {"answers": [dataclasses.asdict(a) for a in inputs.answerer(options).answer(options.questions)]}
+  return {
+    "answers": [dataclasses.asdict(a) for a in inputs.answerer(options).answer(options.questions)]
+  }
 
 
 def show(report: dict[str, Any]) -> None:

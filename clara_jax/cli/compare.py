@@ -10,7 +10,9 @@ HELP = "Two runs of evaluate on the same rows: differences with intervals."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's options."""
-  parser.add_argument("a", metavar="A", help="a directory of evaluate --report, or a file of --predictions")
+  parser.add_argument(
+    "a", metavar="A", help="a directory of evaluate --report, or a file of --predictions"
+  )
   parser.add_argument("b", metavar="B")
   parser.add_argument("--report", metavar="F.html", help="writes a page")
 
@@ -18,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
   """Returns differences by run and metric."""
   from clara_jax.evaluation import runs
+
   inputs.check_output_file("--report", options.report)
   return runs.compare(options.a, options.b, options.report)
 
@@ -27,4 +30,7 @@ def show(report: dict[str, Any]) -> None:
   for name, metrics in report.items():
     print(f"{name}: {next(iter(metrics.values()))['n']} rows")
     for metric, d in metrics.items():
-      print(f"  {metric:>14}  A {d['a']:.3f}  B {d['b']:.3f}  B - A {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]  p {d['p']:.4f}")
+      print(
+        f"  {metric:>14}  A {d['a']:.3f}  B {d['b']:.3f}  B - A {d['mean']:+.3f} "
+        f"[{d['low']:+.3f}, {d['high']:+.3f}]  p {d['p']:.4f}"
+      )

@@ -11,17 +11,44 @@ HELP = "Documents through the compressor, once, into a store; resumes where it w
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's options."""
   arguments.checkpoint(parser)
-  parser.add_argument("--documents", required=True, metavar="F", help="JSONL (.gz): id, text, title")
+  parser.add_argument(
+    "--documents", required=True, metavar="F", help="JSONL (.gz): id, text, title"
+  )
   parser.add_argument("--store", required=True, metavar="DIR")
   arguments.max_malformed(parser, "documents")
   arguments.memory_tokens(parser, "a new store gets the first m memory tokens of each document")
-  parser.add_argument("--encoding", "--form", choices=("float32", "bfloat16", "int8"), help="of a new store; default: the compute dtype")
-  parser.add_argument("--no-text", action="store_true", help="a new store keeps ids and titles only")
-  parser.add_argument("--replace", action="store_true", help="compresses documents anew whose title or text has changed")
-  parser.add_argument("--batch-size", type=arguments.positive, default=64, help="documents in a batch; default 64")
-  parser.add_argument("--shard-size", type=arguments.positive, default=4096, help="documents a segment, what a kill can lose; default 4096")
-  parser.add_argument("--workers", type=int, default=0, help="processes that tokenize ahead; default 0: a thread")
-  parser.add_argument("--fsdp", type=arguments.positive, default=1, help="devices over which the compressor's weights are divided; default 1")
+  parser.add_argument(
+    "--encoding",
+    "--form",
+    choices=("float32", "bfloat16", "int8"),
+    help="of a new store; default: the compute dtype",
+  )
+  parser.add_argument(
+    "--no-text", action="store_true", help="a new store keeps ids and titles only"
+  )
+  parser.add_argument(
+    "--replace",
+    action="store_true",
+    help="compresses documents anew whose title or text has changed",
+  )
+  parser.add_argument(
+    "--batch-size", type=arguments.positive, default=64, help="documents in a batch; default 64"
+  )
+  parser.add_argument(
+    "--shard-size",
+    type=arguments.positive,
+    default=4096,
+    help="documents a segment, what a kill can lose; default 4096",
+  )
+  parser.add_argument(
+    "--workers", type=int, default=0, help="processes that tokenize ahead; default 0: a thread"
+  )
+  parser.add_argument(
+    "--fsdp",
+    type=arguments.positive,
+    default=1,
+    help="devices over which the compressor's weights are divided; default 1",
+  )
   arguments.several_processes(parser)
 
 
@@ -33,6 +60,7 @@ def run(options: argparse.Namespace) -> Any:
   from clara_jax.config import ConfigError, MeshConfig
   from clara_jax.data import schemas
   from clara_jax.inference.compress import compress_corpus
+
   if (options.process is None) != (options.processes is None) and not options.distributed:
     raise ConfigError("--process and --processes: name both, or neither")
   process, processes = options.process or 0, options.processes or 1
@@ -43,6 +71,17 @@ def run(options: argparse.Namespace) -> Any:
     process, processes = jax.process_index(), jax.process_count()
   checkpoint = inputs.checkpoint(options, "compressor")
   documents = schemas.read_documents(options.documents, schemas.Malformed(options.max_malformed))
-  return compress_corpus(checkpoint, documents, options.store, encoding=options.encoding, text=False if options.no_text else None,
-                         replace=options.replace, batch_size=options.batch_size, shard_size=options.shard_size, workers=options.workers,
-                         process=process, processes=processes, mesh=MeshConfig(data=-1, fsdp=options.fsdp))
+  return compress_corpus(
+    checkpoint,
+    documents,
+    options.store,
+    encoding=options.encoding,
+    text=False if options.no_text else None,
+    replace=options.replace,
+    batch_size=options.batch_size,
+    shard_size=options.shard_size,
+    workers=options.workers,
+    process=process,
+    processes=processes,
+    mesh=MeshConfig(data=-1, fsdp=options.fsdp),
+  )

@@ -12,26 +12,53 @@ HELP = "Builds the search index beside a store, or brings it up to date."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's options."""
   parser.add_argument("--store", required=True, metavar="DIR")
-  parser.add_argument("--kind", choices=("scann", "exact"), help="default: that of the existing index, else scann (millions, CPU)")
-  parser.add_argument("--memory-tokens", type=arguments.positive, metavar="m", help="searches with the first m memory tokens of a document, whatever "
-                     "is read; default: as the existing index, else all")
-  parser.add_argument("--dimensions", type=int, metavar="N", help="searches in so many (PCA), re-ranks on all; 0: in all; "
-                     "default: as the existing index, else all")
+  parser.add_argument(
+    "--kind",
+    choices=("scann", "exact"),
+    help="default: that of the existing index, else scann (millions, CPU)",
+  )
+  parser.add_argument(
+    "--memory-tokens",
+    type=arguments.positive,
+    metavar="m",
+    help="searches with the first m memory tokens of a document, whatever "
+    "is read; default: as the existing index, else all",
+  )
+  parser.add_argument(
+    "--dimensions",
+    type=int,
+    metavar="N",
+    help="searches in so many (PCA), re-ranks on all; 0: in all; "
+    "default: as the existing index, else all",
+  )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
   """Returns documents, changed, dimension, memory_tokens, bytes, seconds and kind."""
   from clara_jax.memory.store import MemoryStore
   from clara_jax.retrieval import index
+
   start = time.monotonic()
   store = MemoryStore(options.store)
   saved = index.saved_settings(store)
   kind = options.kind or saved.get("kind", "scann")
   same = options.memory_tokens in (None, saved.get("memory_tokens"))
-  dimensions = (options.dimensions if options.dimensions is not None else saved.get("dimensions") if same else None) or None
+  dimensions = (
+    options.dimensions
+    if options.dimensions is not None
+    else saved.get("dimensions")
+    if same
+    else None
+  ) or None
   store = store.first(options.memory_tokens or saved.get("memory_tokens"))
   built, changed = index.update(store, kind, dimensions)
   full = store.manifest.num_memory_tokens * store.manifest.width
-  return {"documents": len(built), "changed": changed, "dimension": dimensions or full,
-          "memory_tokens": store.manifest.num_memory_tokens, "bytes": index.saved_bytes(options.store),
-          "seconds": time.monotonic() - start, "kind": kind}
+  return {
+    "documents": len(built),
+    "changed": changed,
+    "dimension": dimensions or full,
+    "memory_tokens": store.manifest.num_memory_tokens,
+    "bytes": index.saved_bytes(options.store),
+    "seconds": time.monotonic() - start,
+    "kind": kind,
+  }

@@ -1,4 +1,5 @@
-"""What options name, opened: checkpoints, rows, answerers. Imports nothing heavy before it is called."""
+"""What options name, opened: checkpoints, rows, answerers. Imports nothing heavy before it is
+called."""
 
 from __future__ import annotations
 
@@ -16,8 +17,10 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint(options: argparse.Namespace, *roles: str) -> Checkpoint:
-  """--checkpoint with the roles that it must have, for --memory-tokens where the command has that."""
+  """--checkpoint with the roles that it must have, for --memory-tokens where the command has
+  that."""
   from clara_jax.compilation import enable_compilation_cache
+
   enable_compilation_cache()
   loaded = load(options.checkpoint, options.base, options)
   loaded.require(*roles)
@@ -27,7 +30,10 @@ def checkpoint(options: argparse.Namespace, *roles: str) -> Checkpoint:
 def load(directory: str, base: str | None, options: argparse.Namespace) -> Checkpoint:
   """A checkpoint, as --dtype, --chat-template and --allow-config want it."""
   from clara_jax.checkpoints import formats
-  return formats.load(directory, base, options.dtype, chat_template=chat_template(options), allow=options.allow_config)
+
+  return formats.load(
+    directory, base, options.dtype, chat_template=chat_template(options), allow=options.allow_config
+  )
 
 
 def first(loaded: Checkpoint, options: argparse.Namespace) -> Checkpoint:
@@ -35,7 +41,9 @@ def first(loaded: Checkpoint, options: argparse.Namespace) -> Checkpoint:
   m, config = getattr(options, "memory_tokens", None), loaded.model.config
   truncated = loaded.first(m)
   if m and m not in (config.nested_memory or (config.num_memory_tokens,)):
-    trained = " or ".join(map(str, config.nested_memory)) or f"{config.num_memory_tokens}, all at once"
+    trained = (
+      " or ".join(map(str, config.nested_memory)) or f"{config.num_memory_tokens}, all at once"
+    )
     log.warning("note: --memory-tokens %d: %s was trained to read %s", m, loaded.directory, trained)
   return truncated
 
@@ -45,20 +53,27 @@ def chat_template(options: argparse.Namespace) -> str | None:
   if options.chat_template is None:
     return None
   from clara_jax.config import ConfigError
+
   try:
     with open(options.chat_template, encoding="utf-8-sig") as file:
       return file.read()
   except (OSError, UnicodeDecodeError) as error:
-    raise ConfigError(f"--chat-template {options.chat_template}: {getattr(error, 'strerror', None) or error}") from None
+    raise ConfigError(
+      f"--chat-template {options.chat_template}: {getattr(error, 'strerror', None) or error}"
+    ) from None
 
 
 def answerer(options: argparse.Namespace) -> Answerer:
   """An answerer over --store."""
   from clara_jax.inference.answer import Answerer
   from clara_jax.memory.store import MemoryStore
+
   store = MemoryStore(options.store, memory_tokens=options.memory_tokens)
-  loaded = checkpoint(options, "compressor", "query_reasoner", "generator").first(None)  # the store says how many are read
-  return Answerer(loaded, store, top_k=options.top_k, max_new_tokens=options.max_new_tokens, merge=options.merge)
+  # the store says how many are read
+  loaded = checkpoint(options, "compressor", "query_reasoner", "generator").first(None)
+  return Answerer(
+    loaded, store, top_k=options.top_k, max_new_tokens=options.max_new_tokens, merge=options.merge
+  )
 
 
 def rows(options: argparse.Namespace, loaded: Checkpoint, *settings: str) -> list[Row]:
@@ -66,6 +81,7 @@ def rows(options: argparse.Namespace, loaded: Checkpoint, *settings: str) -> lis
   from clara_jax.data import schemas
   from clara_jax.evaluation import datasets, evaluator
   from clara_jax.evaluation.settings import SETTINGS
+
   malformed = schemas.Malformed(options.max_malformed)
   usable: list[Row] = []
   for place, row in enumerate(datasets.read(options.rows, malformed)):
@@ -85,5 +101,6 @@ def rows(options: argparse.Namespace, loaded: Checkpoint, *settings: str) -> lis
 def check_output_file(option: str, path: str | None) -> None:
   """Refuses what cannot be written before any work is done."""
   from clara_jax.config import ConfigError
+
   if path and os.path.isdir(path):
     raise ConfigError(f"{option} {path}: is a directory, expected the name of a file")

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
   """Returns `queries`: each a question with its words and their logits."""
   from clara_jax.evaluation import logit_lens
+
   checkpoint = inputs.checkpoint(options, "query_reasoner")
   return {"queries": logit_lens.queries(checkpoint, options.questions, options.top)}
 
@@ -26,4 +27,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def show(report: dict[str, Any]) -> None:
   """Words with their logits."""
   for query in report["queries"]:
-    print(f"\n{query['question']}\n  " + "  ".join(f"{token} ({logit:.1f})" for token, logit in query["tokens"]))
+    print(
+      f"\n{query['question']}\n  "
+      + "  ".join(f"{token} ({logit:.1f})" for token, logit in query["tokens"])
+    )

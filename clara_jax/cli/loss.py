@@ -12,7 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's options."""
   arguments.checkpoint(parser)
   arguments.memory_tokens(parser)
-  parser.add_argument("--stage", required=True, metavar="STAGE", help="scp, instruct, joint, contrastive, or FILE.py:STAGE")
+  parser.add_argument(
+    "--stage",
+    required=True,
+    metavar="STAGE",
+    help="scp, instruct, joint, contrastive, or FILE.py:STAGE",
+  )
   parser.add_argument("--rows", required=True, metavar="F")
   parser.add_argument("--batch-size", type=int, default=16)
 
@@ -22,5 +27,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
   from clara_jax.data import schemas
   from clara_jax.evaluation import evaluator
   from clara_jax.training import stages
+
   checkpoint = inputs.checkpoint(options, *stages.get(options.stage).roles)
-  return evaluator.stage_loss(checkpoint, options.stage, schemas.read_rows([options.rows]), options.batch_size)
+  return evaluator.stage_loss(
+    checkpoint, options.stage, schemas.read_rows([options.rows]), options.batch_size
+  )

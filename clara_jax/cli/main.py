@@ -1,8 +1,9 @@
 """`clara COMMAND …`: parse, call one library function, show its report.
 
-Each command is a file of this room: `HELP`, `add_arguments(parser)`, `run(options) -> report` and, where fields one a line are not
-enough, `show(report)`. Exit status: 0 done, 2 wrong usage or bad input (one clear line), 1 anything else. With `--json` exactly one JSON
-object goes to standard output; progress and logs go to standard error.
+Each command is a file of this room: `HELP`, `add_arguments(parser)`, `run(options) -> report` and,
+where fields one a line are not enough, `show(report)`. Exit status: 0 done, 2 wrong usage or bad
+input (one clear line), 1 anything else. With `--json` exactly one JSON object goes to standard
+output; progress and logs go to standard error.
 """
 
 import argparse
@@ -18,12 +19,41 @@ import clara_jax
 from clara_jax.cli import output
 from clara_jax.errors import InputError
 
-COMMANDS = ("quickstart", "train", "config", "records", "compress", "store", "index", "ask", "serve", "candidates", "evaluate", "compare",
-            "explain", "paraphrase", "lens", "loss", "convert", "synthesize", "reproduce", "gradients")
+COMMANDS = (
+  "quickstart",
+  "train",
+  "config",
+  "records",
+  "compress",
+  "store",
+  "index",
+  "ask",
+  "serve",
+  "candidates",
+  "evaluate",
+  "compare",
+  "explain",
+  "paraphrase",
+  "lens",
+  "loss",
+  "convert",
+  "synthesize",
+  "reproduce",
+  "gradients",
+)
 EXIT_BAD_INPUT = 2
 _WITH_OVERRIDES = ("train", "config")
 # What is wrong with a disk, not with the program; what was done is kept.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE, errno.ESTALE}
+_DISK = {
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EROFS,
+  errno.EFBIG,
+  errno.EIO,
+  errno.ENAMETOOLONG,
+  errno.EMFILE,
+  errno.ESTALE,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,13 +64,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if overrides and options.command not in _WITH_OVERRIDES:
     parser.error(f"unrecognized arguments: {' '.join(overrides)}")
   output.configure_logging()
-  for stream in (sys.stdout, sys.stderr):  # a terminal that knows ASCII only shows the rest as escapes
+  # a terminal that knows ASCII only shows the rest as escapes
+  for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):
       stream.reconfigure(errors="backslashreplace")
   command = command_module(options.command)
   try:
     with output.reserved_standard_output(options.json):
-      report = command.run(options, overrides) if options.command in _WITH_OVERRIDES else command.run(options)
+      report = (
+        command.run(options, overrides)
+        if options.command in _WITH_OVERRIDES
+        else command.run(options)
+      )
   except KeyboardInterrupt:
     print("clara: interrupted", file=sys.stderr)
     return 130
@@ -63,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   """The parser; where the arguments name a command, with the options of that one alone."""
-  parser = argparse.ArgumentParser(prog="clara", description="CLaRa: retrieval and answers in one space of memory tokens.")
+  parser = argparse.ArgumentParser(
+    prog="clara", description="CLaRa: retrieval and answers in one space of memory tokens."
+  )
   parser.add_argument("--version", action="version", version=f"clara_jax {clara_jax.__version__}")
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
   named = arguments[0] if arguments and arguments[0] in COMMANDS else None

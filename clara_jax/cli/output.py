@@ -45,7 +45,8 @@ class _StandardError(logging.StreamHandler):
 
 @contextlib.contextmanager
 def reserved_standard_output(reserve: bool) -> Iterator[None]:
-  """Keeps standard output for one JSON object: what libraries print there, also from C++, goes to standard error."""
+  """Keeps standard output for one JSON object: what libraries print there, also from C++, goes to
+  standard error."""
   if not reserve:
     yield
     return

@@ -10,9 +10,16 @@ HELP = "Trains one stage; resumes where it was stopped."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's options."""
-  parser.add_argument("--config", required=True, metavar="FILE.py[:NAME]", help="ml_collections; override with --config.a.b=value")
+  parser.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE.py[:NAME]",
+    help="ml_collections; override with --config.a.b=value",
+  )
   parser.add_argument("--workdir", required=True, metavar="DIR")
-  arguments.reading(parser, "compute dtype and of the frozen base; default: the configuration's, or the base's")
+  arguments.reading(
+    parser, "compute dtype and of the frozen base; default: the configuration's, or the base's"
+  )
   arguments.several_processes(parser)
 
 
@@ -23,16 +30,27 @@ def run(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any] | N
   from clara_jax.ops import estimators
   from clara_jax.training import config_file, stages
   from clara_jax.training.run import train
+
   if options.dtype:
-    overrides = [*overrides, *(f"--config.clara.model.{field}={options.dtype}" for field in ("dtype", "param_dtype"))]
+    overrides = [
+      *overrides,
+      *(f"--config.clara.model.{field}={options.dtype}" for field in ("dtype", "param_dtype")),
+    ]
   config = config_file.load_config(options.config, overrides, options.allow_config)
   stages.get(config.train.stage)  # a wrong name costs no start of processes
   if config.estimator:
     estimators.get(config.estimator, config.estimator_args)
-  if options.distributed or options.coordinator or options.processes is not None or options.process is not None:
+  if (
+    options.distributed
+    or options.coordinator
+    or options.processes is not None
+    or options.process is not None
+  ):
     distributed.initialize(options.coordinator, options.processes, options.process)
   enable_compilation_cache()
-  result = train(config, options.workdir, chat_template=inputs.chat_template(options), allow=options.allow_config)
+  result = train(
+    config, options.workdir, chat_template=inputs.chat_template(options), allow=options.allow_config
+  )
   if not distributed.is_main():
     return None  # one report for all
   return result.metrics if result.stopped is None else {**result.metrics, "stopped": result.stopped}

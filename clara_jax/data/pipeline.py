@@ -1,8 +1,9 @@
 """From rows to batches, through Grain: shards, shuffle, mix, tokenize, sort by length, batch, pad.
 
-A batch of B rows has S = `data.shards` parts of B/S rows; part s is read from shard s of every source. Each shard has its own endless
-shuffle, so that the rows of step t are a function of (seed, S, t): nothing but t is saved, any number of processes that divides the
-parts sees the same batches, and no process opens the files of another's shards.
+A batch of B rows has S = `data.shards` parts of B/S rows; part s is read from shard s of every
+source. Each shard has its own endless shuffle, so that the rows of step t are a function of (seed,
+S, t): nothing but t is saved, any number of processes that divides the parts sees the same batches,
+and no process opens the files of another's shards.
 """
 
 import bisect
@@ -51,14 +52,19 @@ def label_width(labels: int, data: DataConfig) -> int:
 def pad_tokens(rows: Sequence[np.ndarray], pad_id: int, bucket: int, at_least: int = 0) -> Tokens:
   """Right-pads rows of ids to one length, a multiple of `bucket`."""
   lengths = np.array([len(r) for r in rows], np.int32)
-  ids = np.full((len(rows), padded_length(max(int(lengths.max()), at_least), bucket)), pad_id, np.int32)
+  ids = np.full(
+    (len(rows), padded_length(max(int(lengths.max()), at_least), bucket)), pad_id, np.int32
+  )
   for row, values in zip(ids, rows, strict=True):
-    row[:len(values)] = values
+    row[: len(values)] = values
   return Tokens(ids, lengths)
 
 
-def pad_prompts(prompts: Sequence[PromptTokens], starts: Sequence[int], pad_id: int, length: int, width: int) -> Prompt:
-  """Prompts [B, length] with their label positions [B, width]; tokens before `starts` carry no loss."""
+def pad_prompts(
+  prompts: Sequence[PromptTokens], starts: Sequence[int], pad_id: int, length: int, width: int
+) -> Prompt:
+  """Prompts [B, length] with their label positions [B, width]; tokens before `starts` carry no
+  loss."""
   tokens = pad_tokens([p.ids for p in prompts], pad_id, 1, length)
   positions, labels = np.zeros((2, len(prompts), width), np.int32)
   weights = np.zeros((len(prompts), width), np.float32)
@@ -82,8 +88,22 @@ class RowEncoder:
     accumulate: micro-batches of a training batch, for rows that share documents.
   """
 
-  def __init__(self, prompt_tokenizer: PromptTokenizer, kind: str, data: DataConfig, top_k: int, memories: MemorySource | None = None, accumulate: int = 1):
-    self.prompt_tokenizer, self.kind, self.data, self.top_k, self.memories = prompt_tokenizer, kind, data, top_k, memories
+  def __init__(
+    self,
+    prompt_tokenizer: PromptTokenizer,
+    kind: str,
+    data: DataConfig,
+    top_k: int,
+    memories: MemorySource | None = None,
+    accumulate: int = 1,
+  ):
+    self.prompt_tokenizer, self.kind, self.data, self.top_k, self.memories = (
+      prompt_tokenizer,
+      kind,
+      data,
+      top_k,
+      memories,
+    )
     self.accumulate = accumulate
     self._documents: dict[str, np.ndarray] = {}
     if kind == "candidates" and top_k > data.candidates:
@@ -116,14 +136,23 @@ class RowEncoder:
     if self.data.retrieve == "store":
       require_one_question(row)
       if len(row.gold) > GOLD:
-        raise DataError(f"{row.identifier}: {len(row.gold)} gold documents, at most {GOLD} are counted with data.retrieve='store'")
+        raise DataError(
+          f"{row.identifier}: {len(row.gold)} gold documents, at most {GOLD} are counted with "
+          f"data.retrieve='store'"
+        )
       return
     if len(row.documents) < self.data.candidates:
-      raise DataError(f"{row.identifier}: {len(row.documents)} documents, but data.candidates={self.data.candidates}")
+      raise DataError(
+        f"{row.identifier}: {len(row.documents)} documents, but "
+        f"data.candidates={self.data.candidates}"
+      )
     require_one_question(row)
     if any(p >= self.data.candidates for p in row.gold):
-      raise DataError(f"{row.identifier}: pos_index={list(row.gold)}, but only the first data.candidates={self.data.candidates} "
-                      "documents are read")
+      raise DataError(
+        f"{row.identifier}: pos_index={list(row.gold)}, but only the first "
+        f"data.candidates={self.data.candidates} "
+        "documents are read"
+      )
 
   def encode(self, row: Row, rng: random.Random) -> dict:
     """One row as token arrays and its 'id'; `rng` picks among a row's variants.
@@ -140,21 +169,25 @@ class RowEncoder:
       prompt = prompt_tokenizer.row_prompt(row, len(row.documents), rng.randrange(1 << 16))
       return encoded | {"prompt": prompt, "documents": [self._document(d) for d in row.documents]}
     encoded |= {
-        "prompt": prompt_tokenizer.answer_prompt(row.questions[0], self.top_k, row.answers[0], row.identifier),
-        "question": prompt_tokenizer.training_query(row.questions[0]),
+      "prompt": prompt_tokenizer.answer_prompt(
+        row.questions[0], self.top_k, row.answers[0], row.identifier
+      ),
+      "question": prompt_tokenizer.training_query(row.questions[0]),
     }
     if self.data.retrieve == "store":
       return encoded | {"gold_slots": self._gold_slots(row)}
-    documents = row.documents[:self.data.candidates]
+    documents = row.documents[: self.data.candidates]
     encoded["is_gold"] = np.isin(np.arange(len(documents)), row.gold)
     if self.memories is None:
       return encoded | {"documents": [self._document(d) for d in documents]}
-    return encoded | {"memories": self.memories(documents, row.document_ids[:len(documents)])}
+    return encoded | {"memories": self.memories(documents, row.document_ids[: len(documents)])}
 
   def first_tokens(self, m: int) -> "RowEncoder":
     """The same that writes the first m memory tokens only."""
+
     def memories(texts, ids=()):
       return self.memories(texts, ids)[:, :m]
+
     other = copy.copy(self)
     other.prompt_tokenizer, other._documents = self.prompt_tokenizer.first(m), {}
     if self.memories is not None:
@@ -165,8 +198,13 @@ class RowEncoder:
   def first(self, row: dict, m: int) -> dict:
     """An encoded row with the first m of its texts' memory tokens."""
     keep, prompt = functools.partial(self.prompt_tokenizer.first_ids, m=m), row["prompt"]
-    asked = keep(prompt.ids[:prompt.prompt_length])
-    made = {**row, "prompt": PromptTokens(np.concatenate([asked, keep(prompt.ids[prompt.prompt_length:])]), len(asked))}
+    asked = keep(prompt.ids[: prompt.prompt_length])
+    made = {
+      **row,
+      "prompt": PromptTokens(
+        np.concatenate([asked, keep(prompt.ids[prompt.prompt_length :])]), len(asked)
+      ),
+    }
     if "documents" in row:
       made["documents"] = [keep(d) for d in row["documents"]]
     if "question" in row:
@@ -178,28 +216,45 @@ class RowEncoder:
   def _gold_slots(self, row: Row) -> np.ndarray:
     """[GOLD] int32; -1 fills up."""
     slots = np.full(GOLD, -1, np.int32)
-    texts, ids = ([values[p] for p in row.gold] if values else [] for values in (row.documents, row.document_ids))
-    slots[:len(row.gold)] = self.memories.slots(texts, ids)
-    if (slots[:len(row.gold)] < 0).any():
+    texts, ids = (
+      [values[p] for p in row.gold] if values else []
+      for values in (row.documents, row.document_ids)
+    )
+    slots[: len(row.gold)] = self.memories.slots(texts, ids)
+    if (slots[: len(row.gold)] < 0).any():
       raise DataError(f"{row.identifier}: a gold document is not in the store")
     return slots
 
   def sizes(self, rows: Sequence[dict], train: bool = True) -> np.ndarray:
-    """How large a batch of these rows is: int32 [prompt length, labels, documents a row, document length, question length, different
-    documents of a part's micro-batch where rows share them]."""
+    """How large a batch of these rows is: int32 [prompt length, labels, documents a row, document
+    length, question length, different documents of a part's micro-batch where rows share them]."""
+
     def longest(field):
       return max((len(r[field]) for r in rows if field in r), default=0)
+
     documents = [d for r in rows for d in r.get("documents", ())]
     labels = max(len(r["prompt"].ids) - self._label_start(r["prompt"], train) for r in rows)
     different = self.different(rows, longest("documents")) if train else 0
-    return np.array([max(len(r["prompt"].ids) for r in rows), labels, longest("documents"), max(map(len, documents), default=0),
-                     longest("question"), different], np.int32)
+    return np.array(
+      [
+        max(len(r["prompt"].ids) for r in rows),
+        labels,
+        longest("documents"),
+        max(map(len, documents), default=0),
+        longest("question"),
+        different,
+      ],
+      np.int32,
+    )
 
   def different(self, rows: Sequence[dict], most: int) -> int:
-    """Different documents of a part's micro-batch, at most, where rows share them and are filled up to `most` documents; else 0."""
+    """Different documents of a part's micro-batch, at most, where rows share them and are filled up
+    to `most` documents; else 0."""
     if not self._shares(rows[0], True):
       return 0
-    return max(len(_once([rows[i] for i in places], most)[0]) for places in self._micro_batches(len(rows)))
+    return max(
+      len(_once([rows[i] for i in places], most)[0]) for places in self._micro_batches(len(rows))
+    )
 
   def _shares(self, row: dict, train: bool) -> bool:
     return train and self.together > 1 and "documents" in row
@@ -207,13 +262,20 @@ class RowEncoder:
   def _micro_batches(self, rows: int) -> list[np.ndarray]:
     """Places of the rows of each micro-batch of each part."""
     part = self.data.batch_size // self.data.shards
-    return [np.arange(start + c, start + part, self.accumulate) for start in range(0, rows, part) for c in range(self.accumulate)]
+    return [
+      np.arange(start + c, start + part, self.accumulate)
+      for start in range(0, rows, part)
+      for c in range(self.accumulate)
+    ]
 
-  def _shared(self, rows: Sequence[dict], parts: Sequence[int], most: int, different: int, length: int) -> tuple[Tokens, np.ndarray]:
+  def _shared(
+    self, rows: Sequence[dict], parts: Sequence[int], most: int, different: int, length: int
+  ) -> tuple[Tokens, np.ndarray]:
     """Documents [U, L], each once in its part's micro-batch, and their slots [B, K].
 
-    Micro-batch c of C takes every C-th row from c on and, likewise, every C-th document; slots count among its own. A part has as many
-    documents as any other: a quarter of its rows times K, a half, three quarters, or all.
+    Micro-batch c of C takes every C-th row from c on and, likewise, every C-th document; slots
+    count among its own. A part has as many documents as any other: a quarter of its rows times K, a
+    half, three quarters, or all.
     """
     count = self.accumulate
     quarter = len(self._micro_batches(len(rows))[0]) // 4
@@ -226,30 +288,48 @@ class RowEncoder:
       for t, document in enumerate(found):
         documents[part * count * each + t * count + c] = document
       slots[places] = of_rows + parts[part] * each
-    return pad_tokens(documents, self.prompt_tokenizer.pad_id, min(self.data.bucket, self.data.document_bucket), length), slots
+    return pad_tokens(
+      documents,
+      self.prompt_tokenizer.pad_id,
+      min(self.data.bucket, self.data.document_bucket),
+      length,
+    ), slots
 
   def _label_start(self, prompt: PromptTokens, train: bool) -> int:
     return 1 if train and self.data.label_documents else prompt.prompt_length
 
-  def collate(self, rows: Sequence[dict], train: bool = True, sizes: np.ndarray | None = None, memory_tokens: int | None = None,
-              parts: Sequence[int] = (0,)) -> Batch:
+  def collate(
+    self,
+    rows: Sequence[dict],
+    train: bool = True,
+    sizes: np.ndarray | None = None,
+    memory_tokens: int | None = None,
+    parts: Sequence[int] = (0,),
+  ) -> Batch:
     """Pads encoded rows into one batch; rows with fewer documents than others get ones of length 0.
 
-    Labels are the answer's tokens; in training, with `data.label_documents`, every token of the row. `sizes` (see the method) pads
-    further than these rows need, so that parts of a batch fit together. `memory_tokens` is what the rows have, by default the layout's;
-    `parts` are the numbers of the batch's parts that these rows are.
+    Labels are the answer's tokens; in training, with `data.label_documents`, every token of the
+    row. `sizes` (see the method) pads further than these rows need, so that parts of a batch fit
+    together. `memory_tokens` is what the rows have, by default the layout's; `parts` are the
+    numbers of the batch's parts that these rows are.
     """
     pad, data = self.prompt_tokenizer.pad_id, self.data
-    length, labels, most, document_length, question_length, different = self.sizes(rows, train) if sizes is None else sizes
+    length, labels, most, document_length, question_length, different = (
+      self.sizes(rows, train) if sizes is None else sizes
+    )
     text_bucket = min(data.bucket, data.document_bucket)
     documents = memories = question = is_gold = gold_slots = document_slots = None
     if self._shares(rows[0], train):
       documents, document_slots = self._shared(rows, parts, most, different, document_length)
     elif "documents" in rows[0]:
       filler = np.zeros(0, np.int32)
-      padded = [d for r in rows for d in [*r["documents"], *[filler] * (most - len(r["documents"]))]]
+      padded = [
+        d for r in rows for d in [*r["documents"], *[filler] * (most - len(r["documents"]))]
+      ]
       flat = pad_tokens(padded, pad, text_bucket, document_length)
-      documents = Tokens(flat.ids.reshape(len(rows), most, -1), flat.lengths.reshape(len(rows), most))
+      documents = Tokens(
+        flat.ids.reshape(len(rows), most, -1), flat.lengths.reshape(len(rows), most)
+      )
     if "memories" in rows[0]:
       memories = np.stack([r["memories"] for r in rows])
     if "question" in rows[0]:
@@ -260,19 +340,36 @@ class RowEncoder:
       gold_slots = np.stack([r["gold_slots"] for r in rows])
     valid = np.array([r.get("valid", 1.0) for r in rows], np.float32)
     prompts = [r["prompt"] for r in rows]
-    prompt = pad_prompts(prompts, [self._label_start(p, train) for p in prompts], pad, padded_length(length, data.bucket),
-                         label_width(labels, data))
-    return Batch(prompt, documents, memories, question, is_gold, gold_slots, valid, document_slots,
-                 memory_tokens or self.prompt_tokenizer.num_memory_tokens)
+    prompt = pad_prompts(
+      prompts,
+      [self._label_start(p, train) for p in prompts],
+      pad,
+      padded_length(length, data.bucket),
+      label_width(labels, data),
+    )
+    return Batch(
+      prompt,
+      documents,
+      memories,
+      question,
+      is_gold,
+      gold_slots,
+      valid,
+      document_slots,
+      memory_tokens or self.prompt_tokenizer.num_memory_tokens,
+    )
 
 
 def _once(rows: Sequence[dict], most: int) -> tuple[list[np.ndarray], np.ndarray]:
-  """(documents of rows, each once; which each of a row's is [B, most], where it has fewer an empty one)."""
+  """(documents of rows, each once; which each of a row's is [B, most], where it has fewer an empty
+  one)."""
   found: dict[bytes, int] = {}
   documents = []
   slots = np.zeros((len(rows), most), np.int32)
   for n, row in enumerate(rows):
-    for k, document in enumerate([*row["documents"], *[np.zeros(0, np.int32)] * (most - len(row["documents"]))]):
+    for k, document in enumerate(
+      [*row["documents"], *[np.zeros(0, np.int32)] * (most - len(row["documents"]))]
+    ):
       key = document.tobytes()
       if key not in found:
         found[key] = len(documents)
@@ -283,7 +380,8 @@ def _once(rows: Sequence[dict], most: int) -> tuple[list[np.ndarray], np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class TrainingBatch:
-  """Rows of one step that this process holds: `positions` of the whole batch, their `ids`, and the padded arrays."""
+  """Rows of one step that this process holds: `positions` of the whole batch, their `ids`, and the
+  padded arrays."""
 
   batch: Batch
   positions: np.ndarray
@@ -293,8 +391,9 @@ class TrainingBatch:
 class TrainingBatches:
   """An endless iterator over a run's batches.
 
-  Which rows step t sees, and in which order, is a function of the seed, `data.shards` and t alone: the state of the iterator is the
-  number of the next step, and it means the same on any number of processes.
+  Which rows step t sees, and in which order, is a function of the seed, `data.shards` and t alone:
+  the state of the iterator is the number of the next step, and it means the same on any number of
+  processes.
 
   Args:
     sources: each a sequence of shards (`open_sources`), each shard a sequence of rows.
@@ -307,8 +406,14 @@ class TrainingBatches:
     DataError: fewer rows than a batch, or more malformed ones than `data.max_malformed`.
   """
 
-  def __init__(self, sources: Sequence[Sequence[Sequence[Row]]], encoder: RowEncoder, seed: int,
-               positions: np.ndarray | None = None, agree: Callable[[np.ndarray], np.ndarray] = lambda x: x):
+  def __init__(
+    self,
+    sources: Sequence[Sequence[Sequence[Row]]],
+    encoder: RowEncoder,
+    seed: int,
+    positions: np.ndarray | None = None,
+    agree: Callable[[np.ndarray], np.ndarray] = lambda x: x,
+  ):
     data = encoder.data
     self._encoder, self._agree, self._window = encoder, agree, data.length_window
     self._malformed = Malformed(data.max_malformed)
@@ -325,15 +430,25 @@ class TrainingBatches:
     together = encoder.together
     if together > 1:
       if not all(isinstance(shard, list) for source in sources for shard in source):
-        raise DataError(f"data.share_documents={together}: rows of clara records are in no order; name JSONL files in data.rows")
+        raise DataError(
+          f"data.share_documents={together}: rows of clara records are in no order; name JSONL "
+          f"files in data.rows"
+        )
       if part // encoder.accumulate % 4 or part % encoder.accumulate or part % together:
-        raise DataError(f"data.share_documents={together}: data.batch_size={data.batch_size} / data.shards={data.shards} has to be a "
-                        f"multiple of it, and of 4 · train.accumulate={4 * encoder.accumulate}")
-    needed = range(data.shards) if positions is None else sorted({int(p) // part for p in positions})
+        raise DataError(
+          f"data.share_documents={together}: data.batch_size={data.batch_size} / "
+          f"data.shards={data.shards} has to be a "
+          f"multiple of it, and of 4 · train.accumulate={4 * encoder.accumulate}"
+        )
+    needed = (
+      range(data.shards) if positions is None else sorted({int(p) // part for p in positions})
+    )
     self._parts, self._seed = list(needed), seed
     self._sizes = encoder.prompt_tokenizer.config.nested_memory if encoder.kind != "text" else ()
     self._positions = np.concatenate([np.arange(s * part, (s + 1) * part) for s in needed])
-    shards = [_shard_windows([source[s] for source in sources], encoder, seed, s, part) for s in needed]
+    shards = [
+      _shard_windows([source[s] for source in sources], encoder, seed, s, part) for s in needed
+    ]
     self._dataset = lambda first: grain.MapDataset.source(_Windows(shards, first))
     self._step = 0
     self._iterator: Any = None
@@ -359,25 +474,37 @@ class TrainingBatches:
     if self._iterator is None:
       self._iterator = self._open(self._step // self._window)
       self._next_window(self._step - self._step % self._window)
-      del self._waiting[:self._step % self._window]
+      del self._waiting[: self._step % self._window]
     elif not self._waiting:
       self._next_window(self._step)
     rows, sizes, m = self._waiting.pop(0)
     self._step += 1
-    return TrainingBatch(self._encoder.collate(rows, sizes=sizes, memory_tokens=m, parts=self._parts), self._positions,
-                         [r["id"] for r in rows])
+    return TrainingBatch(
+      self._encoder.collate(rows, sizes=sizes, memory_tokens=m, parts=self._parts),
+      self._positions,
+      [r["id"] for r in rows],
+    )
 
   def memory_tokens(self, step: int) -> int | None:
-    """m of a step, drawn from `clara.nested_memory`; a function of the seed and the step alone. None: all M."""
-    return int(np.random.default_rng([self._seed, step]).choice(self._sizes)) if self._sizes else None
+    """m of a step, drawn from `clara.nested_memory`; a function of the seed and the step alone.
+    None: all M."""
+    return (
+      int(np.random.default_rng([self._seed, step]).choice(self._sizes)) if self._sizes else None
+    )
 
   def _open(self, first: int) -> Any:
     data = self._encoder.data
-    dataset = self._dataset(first).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(1, data.prefetch)))
+    dataset = self._dataset(first).to_iter_dataset(
+      grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(1, data.prefetch))
+    )
     if data.workers:
       if not flags.FLAGS.is_parsed():  # Grain has flags of its own, which it reads here
         flags.FLAGS.mark_as_parsed()
-      dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=max(1, data.prefetch)))
+      dataset = dataset.mp_prefetch(
+        grain.MultiprocessingOptions(
+          num_workers=data.workers, per_worker_buffer_size=max(1, data.prefetch)
+        )
+      )
     return iter(dataset)
 
   def _next_window(self, first: int) -> None:
@@ -387,10 +514,17 @@ class TrainingBatches:
       for problem, place in row.pop("problems", ()):
         self._malformed.add(problem, place)
     drawn = [self.memory_tokens(first + i) for i in range(len(batches))]
-    batches = [rows if m is None else [self._encoder.first(r, m) for r in rows] for rows, m in zip(batches, drawn, strict=True)]
+    batches = [
+      rows if m is None else [self._encoder.first(r, m) for r in rows]
+      for rows, m in zip(batches, drawn, strict=True)
+    ]
     sizes = self._agree(np.stack([self._encoder.sizes(rows) for rows in batches]))
-    if self._encoder.together > 1:  # once more: rows are filled up with empty documents to what all have agreed on
-      different = [[self._encoder.different(rows, int(size[2]))] for rows, size in zip(batches, sizes, strict=True)]
+    # once more: rows are filled up with empty documents to what all have agreed on
+    if self._encoder.together > 1:
+      different = [
+        [self._encoder.different(rows, int(size[2]))]
+        for rows, size in zip(batches, sizes, strict=True)
+      ]
       sizes = np.concatenate([sizes[:, :-1], self._agree(np.array(different, np.int32))], axis=1)
     self._waiting = list(zip(batches, sizes, drawn, strict=True))
 
@@ -401,8 +535,11 @@ class TrainingBatches:
     self._iterator = None
 
 
-def _shard_windows(parts: Sequence[Sequence[Row]], encoder: RowEncoder, seed: int, shard: int, part: int) -> grain.MapDataset:
-  """Element w: the rows of one shard for the batches of window w, as a list of batches of `part` encoded rows."""
+def _shard_windows(
+  parts: Sequence[Sequence[Row]], encoder: RowEncoder, seed: int, shard: int, part: int
+) -> grain.MapDataset:
+  """Element w: the rows of one shard for the batches of window w, as a list of batches of `part`
+  encoded rows."""
   data, window = encoder.data, encoder.data.length_window
   seed += 1_000_003 * shard  # shards do not shuffle alike
   groups = [[p] for p in parts] if data.weights else [parts]
@@ -411,7 +548,12 @@ def _shard_windows(parts: Sequence[Sequence[Row]], encoder: RowEncoder, seed: in
     rows = _Joined(group)
     if not len(rows):
       raise DataError(f"shard {shard} of data.shards={data.shards} has no rows")
-    dataset = grain.MapDataset.source(range(-(-len(rows) // encoder.together))).seed(seed + 7919 * index).shuffle().repeat(None)
+    dataset = (
+      grain.MapDataset.source(range(-(-len(rows) // encoder.together)))
+      .seed(seed + 7919 * index)
+      .shuffle()
+      .repeat(None)
+    )
     mixed.append(dataset.random_map(_Encode(rows, encoder)))
   dataset = grain.MapDataset.mix(mixed, weights=data.weights) if data.weights else mixed[0]
   dataset = dataset.batch(part * window // encoder.together, drop_remainder=True, batch_fn=list)
@@ -427,7 +569,7 @@ def _cut(window: int, batch_size: int, index: int, runs: list[list[dict]]) -> li
   part = len(rows) // window
   # Every shard shuffles its batches alike: the long rows of all of them meet.
   order = np.random.default_rng([batch_size, index]).permutation(window)
-  return [rows[i * part:(i + 1) * part] for i in order]
+  return [rows[i * part : (i + 1) * part] for i in order]
 
 
 class _Joined(Sequence):
@@ -446,8 +588,8 @@ class _Joined(Sequence):
 
 
 class _Encode:
-  """Number of a run of rows that stay together -> the encoded rows; in place of one that does not fit, the next that does, with the
-  'problems' met."""
+  """Number of a run of rows that stay together -> the encoded rows; in place of one that does not
+  fit, the next that does, with the 'problems' met."""
 
   def __init__(self, rows: Sequence[Row], encoder: RowEncoder):
     self._rows, self._encoder = rows, encoder
@@ -487,12 +629,15 @@ class _Windows:
 
 
 def evaluation_batches(rows: Sequence[Row], encoder: RowEncoder, batch_size: int) -> list[Batch]:
-  """All rows in order, once; the last batch is filled up with copies of its first row that do not count (`valid` = 0)."""
+  """All rows in order, once; the last batch is filled up with copies of its first row that do not
+  count (`valid` = 0)."""
   for row in rows:
     encoder.check(row)
   batches = []
   for start in range(0, len(rows), batch_size):
-    encoded = [encoder.encode(row, random.Random(start)) for row in rows[start:start + batch_size]]
+    encoded = [
+      encoder.encode(row, random.Random(start)) for row in rows[start : start + batch_size]
+    ]
     filler = {**encoded[0], "valid": 0.0}
     filler["prompt"] = PromptTokens(filler["prompt"].ids, len(filler["prompt"].ids))  # no labels
     if "is_gold" in filler:

@@ -1,6 +1,7 @@
 """Rows as ArrayRecord files (`clara records`), and what `data.rows` names as shards of rows.
 
-Reading a file's length costs nothing: it stands in the dataset's own record. A file is opened when its first row is asked for.
+Reading a file's length costs nothing: it stands in the dataset's own record. A file is opened when
+its first row is asked for.
 """
 
 import bisect
@@ -39,7 +40,9 @@ class RecordsReport:
   directory: str
 
 
-def build(kind: str, paths: Sequence[str], directory: str, files: int, max_malformed: int = 0) -> RecordsReport:
+def build(
+  kind: str, paths: Sequence[str], directory: str, files: int, max_malformed: int = 0
+) -> RecordsReport:
   """Writes rows as ArrayRecord files.
 
   Args:
@@ -54,6 +57,7 @@ def build(kind: str, paths: Sequence[str], directory: str, files: int, max_malfo
   """
   tfds = _tfds()
   from clara_jax.data.builders.rows import BUILDERS
+
   start = time.monotonic()
   malformed = Malformed(max_malformed)
   builder = BUILDERS[kind](paths=paths, malformed=malformed, data_dir=directory)
@@ -63,16 +67,27 @@ def build(kind: str, paths: Sequence[str], directory: str, files: int, max_malfo
   log.info(f"records: writing {builder.data_path}")
   try:
     with contextlib.redirect_stdout(sys.stderr):
-      builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=files, try_download_gcs=False))
+      builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(num_shards=files, try_download_gcs=False)
+      )
   except AssertionError as error:  # how TFDS says that there are fewer rows than files
     if "number_of_shards" not in str(error):
       raise
-    raise DataError(f"{', '.join(paths)}: there are fewer rows than --files {files}; choose fewer files") from None
+    raise DataError(
+      f"{', '.join(paths)}: there are fewer rows than --files {files}; choose fewer files"
+    ) from None
   finally:
-    shutil.rmtree(os.path.join(directory, "downloads"), ignore_errors=True)  # TFDS makes it, and nothing is downloaded
+    # TFDS makes it, and nothing is downloaded
+    shutil.rmtree(os.path.join(directory, "downloads"), ignore_errors=True)
   info = builder.info.splits["train"]
-  return RecordsReport(info.num_examples, malformed.count, info.num_shards, int(info.num_bytes), time.monotonic() - start,
-                       os.fspath(builder.data_path))
+  return RecordsReport(
+    info.num_examples,
+    malformed.count,
+    info.num_shards,
+    int(info.num_bytes),
+    time.monotonic() - start,
+    os.fspath(builder.data_path),
+  )
 
 
 def is_dataset(path: str) -> bool:
@@ -106,20 +121,31 @@ class Records(Sequence):
     def texts(name):
       return tuple(t.decode() for t in value[name])
 
-    return Row(texts("questions"), texts("answers"), texts("documents"), tuple(int(i) for i in value["gold"]),
-               value["data_type"].decode(), value["identifier"].decode(), bool(value["is_question_list"]), texts("document_ids"))
+    return Row(
+      texts("questions"),
+      texts("answers"),
+      texts("documents"),
+      tuple(int(i) for i in value["gold"]),
+      value["data_type"].decode(),
+      value["identifier"].decode(),
+      bool(value["is_question_list"]),
+      texts("document_ids"),
+    )
 
 
 _EDGE = 1 << 16
 
 
 def identity(paths: Sequence[str]) -> str:
-  """A hash of what rows files hold, wherever they lie. Of the ArrayRecord files of a dataset, which may be large, it takes names, sizes,
-  and the first and last 64 KiB."""
+  """A hash of what rows files hold, wherever they lie. Of the ArrayRecord files of a dataset, which
+  may be large, it takes names, sizes, and the first and last 64 KiB."""
   digest = hashlib.sha256()
   for path in map(epath.Path, paths):
     if path.is_dir():
-      for file in sorted((f for f in path.iterdir() if "array_record" in f.name or f.name == INFO), key=lambda f: f.name):
+      for file in sorted(
+        (f for f in path.iterdir() if "array_record" in f.name or f.name == INFO),
+        key=lambda f: f.name,
+      ):
         size = file.stat().length
         digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as opened:
@@ -138,12 +164,15 @@ def number_of_files(directory: str) -> int:
   return len(next(s for s in splits if s["name"] == "train")["shardLengths"])
 
 
-def open_sources(paths: Sequence[str], shards: int, max_malformed: int = 0, together: int = 1) -> list[list[Sequence[Row]]]:
-  """What `data.rows` names, each as that many shards of rows: ArrayRecord files are dealt out, JSONL is read into memory and dealt out,
-  `together` rows at a time.
+def open_sources(
+  paths: Sequence[str], shards: int, max_malformed: int = 0, together: int = 1
+) -> list[list[Sequence[Row]]]:
+  """What `data.rows` names, each as that many shards of rows: ArrayRecord files are dealt out,
+  JSONL is read into memory and dealt out, `together` rows at a time.
 
   Raises:
-    DataError: a path is not there, a dataset has fewer files than shards, or there are more malformed rows than allowed.
+    DataError: a path is not there, a dataset has fewer files than shards, or there are more
+      malformed rows than allowed.
   """
   malformed = Malformed(max_malformed)
   sources = []
@@ -151,7 +180,10 @@ def open_sources(paths: Sequence[str], shards: int, max_malformed: int = 0, toge
     if is_dataset(path):
       files = number_of_files(path)
       if files < shards:
-        raise DataError(f"{path}: {files} files cannot be divided among data.shards={shards}; write it with --files {shards} or more")
+        raise DataError(
+          f"{path}: {files} files cannot be divided among data.shards={shards}; write it with "
+          f"--files {shards} or more"
+        )
       sources.append([Records(path, range(s, files, shards)) for s in range(shards)])
     elif epath.Path(path).is_dir():
       raise DataError(f"{path}: not a dataset of clara records (no {INFO})")
@@ -164,7 +196,7 @@ def divide(rows: Sequence[Row], shards: int, together: int = 1) -> list[Sequence
   """Rows in memory, dealt out to that many shards, `together` at a time."""
   if together == 1:
     return [rows[s::shards] for s in range(shards)]
-  rows = [*rows, *rows[:-len(rows) % together]]  # the last run is filled up with the first rows
+  rows = [*rows, *rows[: -len(rows) % together]]  # the last run is filled up with the first rows
   return [[rows[i] for i in range(len(rows)) if i // together % shards == s] for s in range(shards)]
 
 
@@ -172,5 +204,7 @@ def _tfds() -> Any:
   try:
     import tensorflow_datasets as tfds
   except ImportError:
-    raise ConfigError("ArrayRecord rows need tensorflow-datasets: pip install -e '.[records]'") from None
+    raise ConfigError(
+      "ArrayRecord rows need tensorflow-datasets: pip install -e '.[records]'"
+    ) from None
   return tfds

@@ -1,6 +1,7 @@
 """Rows of JSONL files, read and checked (rows of stages, rows for evaluation, documents).
 
-Every error names the file and the line. Files may be gzipped and may lie anywhere `etils.epath` reaches.
+Every error names the file and the line. Files may be gzipped and may lie anywhere `etils.epath`
+reaches.
 """
 
 import contextlib
@@ -34,12 +35,14 @@ class Row:
 
   Attributes:
     questions: one question, or all of a document's (SCP). Empty for a paraphrase row.
-    answers: for one question, every accepted answer, the first being the target; for several, one answer each.
+    answers: for one question, every accepted answer, the first being the target; for several, one
+      answer each.
     documents: texts; K given documents, or N candidates.
     gold: 0-based positions of the gold documents.
     data_type: 'qa' or 'paraphrase'.
     identifier: the row's id, or 'file:line'.
-    is_question_list: each question has its own answer (an SCP row); else one question with accepted answers.
+    is_question_list: each question has its own answer (an SCP row); else one question with accepted
+      answers.
     document_ids: the documents' ids in a memory store, where the row names them.
   """
 
@@ -99,11 +102,14 @@ class Malformed:
       log.warning(f"malformed row {self.count} of at most {self.limit} is skipped: {problem}")
 
 
-def read_jsonl(path: str, malformed: Malformed | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_jsonl(
+  path: str, malformed: Malformed | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields ('file:line', object) of a JSONL file, gzipped or not.
 
   Raises:
-    DataError: the file is missing or empty, or more lines than `malformed` allows are not JSON objects.
+    DataError: the file is missing or empty, or more lines than `malformed` allows are not JSON
+      objects.
   """
   malformed = Malformed() if malformed is None else malformed
   count = 0
@@ -120,7 +126,8 @@ _UNREADABLE = (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error)
 
 @contextlib.contextmanager
 def open_text(path: str) -> Iterator[io.TextIOBase]:
-  """A UTF-8 text file, gzipped or not, with or without a byte order mark, wherever `etils.epath` reaches.
+  """A UTF-8 text file, gzipped or not, with or without a byte order mark, wherever `etils.epath`
+  reaches.
 
   Raises:
     DataError: it is not there, is a directory, or is no such text; also while it is being read.
@@ -132,13 +139,20 @@ def open_text(path: str) -> Iterator[io.TextIOBase]:
     raise DataError(f"{path}: is a directory, expected a file")
   gzipped = str(path).endswith(".gz")
   try:
-    with file.open("rb") as raw, (gzip.open(raw) if gzipped else contextlib.nullcontext(raw)) as stream:
+    with (
+      file.open("rb") as raw,
+      gzip.open(raw) if gzipped else contextlib.nullcontext(raw) as stream,
+    ):
       yield io.TextIOWrapper(stream, encoding="utf-8-sig")
   except _UNREADABLE as error:
-    raise DataError(f"{path}: not readable as {'gzipped ' if gzipped else ''}UTF-8 text: {error}") from None
+    raise DataError(
+      f"{path}: not readable as {'gzipped ' if gzipped else ''}UTF-8 text: {error}"
+    ) from None
 
 
-def json_lines(stream: Iterable[str], name: str, malformed: Malformed) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(
+  stream: Iterable[str], name: str, malformed: Malformed
+) -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields ('name:line', object) of lines of JSON; empty ones are skipped, bad ones are counted."""
   number = 0
   try:
@@ -163,7 +177,8 @@ def json_lines(stream: Iterable[str], name: str, malformed: Malformed) -> Iterat
 
 
 def read_ids(path: str) -> list[str]:
-  """Ids of a file, each once: one a line; of a *.jsonl file (.gz), JSON strings, or objects with an 'id'.
+  """Ids of a file, each once: one a line; of a *.jsonl file (.gz), JSON strings, or objects with an
+  'id'.
 
   Raises:
     DataError: a line of JSON is neither.
@@ -179,7 +194,9 @@ def read_ids(path: str) -> list[str]:
           value = parse_json(line)
           value = value["id"] if isinstance(value, dict) else value
         except (ValueError, KeyError) as error:
-          raise DataError(f"{path}:{number}: {error if isinstance(error, ValueError) else 'lacks an id'}") from None
+          raise DataError(
+            f"{path}:{number}: {error if isinstance(error, ValueError) else 'lacks an id'}"
+          ) from None
         if isinstance(value, (dict, list, bool)) or value in (None, ""):
           raise DataError(f"{path}:{number}: expected an id, got {value!r:.60}")
       found[str(value)] = None
@@ -201,10 +218,12 @@ def parse_rows(path: str, malformed: Malformed | None = None) -> Iterator[Row]:
 def parse_row(value: Mapping[str, Any], where: str) -> Row:
   """Checks one stage or evaluation row.
 
-  Documents are `docs`, `context` or `content`; the answer is `answer`, else `answers`, else `golden_answers`.
+  Documents are `docs`, `context` or `content`; the answer is `answer`, else `answers`, else
+  `golden_answers`.
 
   Raises:
-    DataError: no documents, no answer, counts that do not match, positions out of range; with `where`.
+    DataError: no documents, no answer, counts that do not match, positions out of range; with
+      `where`.
   """
   documents = next((value[k] for k in ("docs", "context", "content") if value.get(k)), None)
   documents = _strings(documents, where, "docs")
@@ -213,7 +232,14 @@ def parse_row(value: Mapping[str, Any], where: str) -> Row:
   data_type = value.get("data_type") or "qa"
   if data_type not in ("qa", "paraphrase"):
     raise DataError(f"{where}: data_type={data_type!r}: expected 'qa' or 'paraphrase'")
-  answers = next((value[k] for k in ("answer", "answers", "golden_answers") if value.get(k) not in (None, "", [])), None)
+  answers = next(
+    (
+      value[k]
+      for k in ("answer", "answers", "golden_answers")
+      if value.get(k) not in (None, "", [])
+    ),
+    None,
+  )
   answers = _strings(answers, where, "answer")
   if not answers:
     raise DataError(f"{where}: the row has no answer ('answer', 'answers' or 'golden_answers')")
@@ -226,13 +252,25 @@ def parse_row(value: Mapping[str, Any], where: str) -> Row:
   gold = value.get("pos_index")
   gold = () if gold is None else tuple(gold) if isinstance(gold, (list, tuple)) else (gold,)
   for position in gold:
-    if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < len(documents):
+    if (
+      isinstance(position, bool)
+      or not isinstance(position, int)
+      or not 0 <= position < len(documents)
+    ):
       raise DataError(f"{where}: pos_index={position!r}: expected 0 … {len(documents) - 1}")
   document_ids = _strings(value.get("doc_ids"), where, "doc_ids")
   if document_ids and len(document_ids) != len(documents):
     raise DataError(f"{where}: {len(documents)} documents but {len(document_ids)} doc_ids")
-  return Row(questions if data_type == "qa" else (), answers, documents, gold, data_type,
-             where if value.get("id") in (None, "") else str(value["id"]), listed and data_type == "qa", document_ids)
+  return Row(
+    questions if data_type == "qa" else (),
+    answers,
+    documents,
+    gold,
+    data_type,
+    where if value.get("id") in (None, "") else str(value["id"]),
+    listed and data_type == "qa",
+    document_ids,
+  )
 
 
 def _strings(value: Any, where: str, field: str) -> tuple[str, ...]:
@@ -279,7 +317,8 @@ def read_documents(path: str, malformed: Malformed | None = None) -> Iterator[Do
   """Documents of a corpus: `id`, `text` and optionally `title`.
 
   Raises:
-    DataError: more documents than `malformed` allows lack an id or a text, or have an id that came before.
+    DataError: more documents than `malformed` allows lack an id or a text, or have an id that came
+      before.
   """
   malformed = Malformed() if malformed is None else malformed
   seen: set[bytes] = set()  # hashes: a corpus has millions
@@ -294,7 +333,9 @@ def read_documents(path: str, malformed: Malformed | None = None) -> Iterator[Do
     identifier = str(value["id"])
     digest = hashlib.blake2b(identifier.encode(), digest_size=16).digest()
     if digest in seen:
-      malformed.add(f"{where}: id {identifier!r} was already used{_first_use(path, identifier)}", where)
+      malformed.add(
+        f"{where}: id {identifier!r} was already used{_first_use(path, identifier)}", where
+      )
       continue
     seen.add(digest)
     yield Document(identifier, text, str(value.get("title") or ""))
@@ -304,4 +345,6 @@ def _first_use(path: str, identifier: str) -> str:
   if "://" not in path and not os.path.isfile(path):  # a pipe cannot be read twice
     return " before"
   everything = read_jsonl(path, Malformed(sys.maxsize, quiet=True))
-  return next((f" at {place}" for place, other in everything if str(other.get("id")) == identifier), " before")
+  return next(
+    (f" at {place}" for place, other in everything if str(other.get("id")) == identifier), " before"
+  )

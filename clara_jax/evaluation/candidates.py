@@ -1,6 +1,7 @@
 """A first-stage retriever gives each question its candidates, which the query reasoner then ranks.
 
-*normal* candidates are what the retriever found; *oracle* ones have the gold documents among them (upstream's `no_pos` and `with_pos`).
+*normal* candidates are what the retriever found; *oracle* ones have the gold documents among them
+(upstream's `no_pos` and `with_pos`).
 """
 
 import dataclasses
@@ -45,7 +46,11 @@ class Bm25:
     self._index.index(self._tokenize(texts), show_progress=False)
 
   def search(self, questions: Sequence[str], k: int) -> np.ndarray:
-    return np.asarray(self._index.retrieve(self._tokenize(questions), k=k, show_progress=False, return_as="documents"))
+    return np.asarray(
+      self._index.retrieve(
+        self._tokenize(questions), k=k, show_progress=False, return_as="documents"
+      )
+    )
 
 
 class Dense:
@@ -63,12 +68,14 @@ class Dense:
     self._index.fill(np.arange(len(vectors)), lambda rows: vectors[rows])
 
   def search(self, questions: Sequence[str], k: int) -> np.ndarray:
-    return self._index.search(unit_vectors(np.asarray(self._encode(list(questions), "question"), np.float32)), k)[0]
+    return self._index.search(
+      unit_vectors(np.asarray(self._encode(list(questions), "question"), np.float32)), k
+    )[0]
 
 
 def open_retriever(name: str, texts: Sequence[str]) -> FirstStage:
-  """'bm25', the directory or hub id of a sentence-transformers model, or MODULE:FUNCTION with an encoder (see `Dense`), which is found on
-  the Python path.
+  """'bm25', the directory or hub id of a sentence-transformers model, or MODULE:FUNCTION with an
+  encoder (see `Dense`), which is found on the Python path.
 
   Raises:
     ConfigError: there is no such model or function.
@@ -81,11 +88,16 @@ def open_retriever(name: str, texts: Sequence[str]) -> FirstStage:
   try:
     encode = getattr(importlib.import_module(module), function)
   except (ImportError, AttributeError, ValueError) as error:
-    raise ConfigError(f"--retriever {name}: {error}; expected bm25, a sentence-transformers model, or MODULE:FUNCTION") from None
+    raise ConfigError(
+      f"--retriever {name}: {error}; expected bm25, a sentence-transformers model, or "
+      f"MODULE:FUNCTION"
+    ) from None
   try:
     return Dense(texts, encode)
   except (TypeError, ValueError, IndexError) as error:
-    raise ConfigError(f"--retriever {name}: {error}; expected encode(texts, kind) -> vectors [n, d]") from None
+    raise ConfigError(
+      f"--retriever {name}: {error}; expected encode(texts, kind) -> vectors [n, d]"
+    ) from None
 
 
 def own_corpus(rows: Sequence[Row]) -> list[Document]:
@@ -101,7 +113,8 @@ class CandidatesReport:
   Attributes:
     rows: written; rows_with_gold: those that recall is over.
     documents: in the corpus.
-    recall_at_5, recall_at_count: mean share of a row's gold documents among the first 5, and among all candidates; None without gold.
+    recall_at_5, recall_at_count: mean share of a row's gold documents among the first 5, and among
+      all candidates; None without gold.
     gold_not_in_corpus: gold documents that no retriever could find.
   """
 
@@ -113,15 +126,24 @@ class CandidatesReport:
   gold_not_in_corpus: int
 
 
-def make(rows: Sequence[Row], corpus: Sequence[Document], count: int, setting: Literal["normal", "oracle"], retriever: str = "bm25",
-         seed: int = 0, batch: int = 256) -> Iterator[dict[str, Any] | CandidatesReport]:
+def make(
+  rows: Sequence[Row],
+  corpus: Sequence[Document],
+  count: int,
+  setting: Literal["normal", "oracle"],
+  retriever: str = "bm25",
+  seed: int = 0,
+  batch: int = 256,
+) -> Iterator[dict[str, Any] | CandidatesReport]:
   """Rows with candidates, in order, and then the report.
 
   Args:
-    rows: questions; the gold documents are known by their text, or by `document_ids` where rows have no documents.
+    rows: questions; the gold documents are known by their text, or by `document_ids` where rows
+      have no documents.
     corpus: what is searched; a document's text goes into the row below its title, if it has one.
     count: candidates a row.
-    setting: 'oracle' puts gold documents that were not found in the place of the last ones and shuffles the row.
+    setting: 'oracle' puts gold documents that were not found in the place of the last ones and
+      shuffles the row.
     retriever: see `open_retriever`.
     seed: of the shuffle.
     batch: questions a search.
@@ -139,35 +161,54 @@ def make(rows: Sequence[Row], corpus: Sequence[Document], count: int, setting: L
   lost = 0
   own: dict[str, int] = {}  # gold documents of rows that the corpus lacks, behind it
   for start in range(0, len(rows), batch):
-    block = rows[start:start + batch]
-    for row, places in zip(block, _search(found, retriever, [r.questions[0] for r in block], count), strict=True):
-      keys = [by_text.get(row.documents[g]) if row.documents else by_id.get(row.document_ids[g]) for g in row.gold]
+    block = rows[start : start + batch]
+    for row, places in zip(
+      block, _search(found, retriever, [r.questions[0] for r in block], count), strict=True
+    ):
+      keys = [
+        by_text.get(row.documents[g]) if row.documents else by_id.get(row.document_ids[g])
+        for g in row.gold
+      ]
       gold = list(dict.fromkeys(key for key in keys if key is not None))
       lost += keys.count(None)
       if keys:
-        recall.append(tuple(len(set(places[:k]) & set(gold)) / len(set(row.gold)) for k in (5, count)))
+        recall.append(
+          tuple(len(set(places[:k]) & set(gold)) / len(set(row.gold)) for k in (5, count))
+        )
       if setting == "oracle":
         for g in row.gold:
           if keys[row.gold.index(g)] is None:
             if not row.documents:
-              raise DataError(f"{row.identifier}: its gold document {row.document_ids[g]!r} is not in the corpus")
+              raise DataError(
+                f"{row.identifier}: its gold document {row.document_ids[g]!r} is not in the corpus"
+              )
             text = row.documents[g]
             if text not in own:
               own[text] = len(texts)
               texts.append(text)
             gold.append(own[text])
         kept = gold[:count]
-        places = kept + [p for p in places if p not in kept][:count - len(kept)]
+        places = kept + [p for p in places if p not in kept][: count - len(kept)]
         random.Random(f"{seed}:{row.identifier}").shuffle(places)
-      yield {"id": row.identifier, "question": row.questions[0], "answer": row.answers[0], "golden_answers": list(row.answers),
-             "docs": [texts[p] for p in places], "doc_ids": [corpus[p].id if p < len(corpus) else f"gold {p}" for p in places],
-             "pos_index": [i for i, p in enumerate(places) if p in gold]}
+      yield {
+        "id": row.identifier,
+        "question": row.questions[0],
+        "answer": row.answers[0],
+        "golden_answers": list(row.answers),
+        "docs": [texts[p] for p in places],
+        "doc_ids": [corpus[p].id if p < len(corpus) else f"gold {p}" for p in places],
+        "pos_index": [i for i, p in enumerate(places) if p in gold],
+      }
   at_5, at_count = np.mean(recall, axis=0).round(4).tolist() if recall else (None, None)
-  yield CandidatesReport(len(rows), len(recall), len(corpus), at_5 if count >= 5 else None, at_count, lost)
+  yield CandidatesReport(
+    len(rows), len(recall), len(corpus), at_5 if count >= 5 else None, at_count, lost
+  )
 
 
 def _search(found: FirstStage, name: str, questions: Sequence[str], count: int) -> list[list[int]]:
   try:
     return found.search(questions, count).tolist()
   except (TypeError, ValueError, IndexError) as error:
-    raise ConfigError(f"--retriever {name}: {error}; expected encode(texts, kind) -> vectors [n, d]") from None
+    raise ConfigError(
+      f"--retriever {name}: {error}; expected encode(texts, kind) -> vectors [n, d]"
+    ) from None

@@ -12,10 +12,11 @@
     rows        JSONL of ours, of upstream (`eval_processed_*.jsonl`), FlashRAG, NQ-open, or one passage a row:
                 question, answer | answers | golden_answers, and where there are any docs | contexts | text, pos_index, id
 
-as one JSON value or as lines of JSON, gzipped or not; and `tfds:NAME[:SPLIT]` for sets that TFDS has: squad, natural_questions_open. A row
-may come without documents, perhaps with the ids of its gold documents in a corpus (doc_ids, paragraph_id, paragraph_ids); `candidates.py`
-finds some. A question that its documents do not answer (SQuAD 2.0, MuSiQue-Full) has the one answer 'noanswer'.
-"""
+as one JSON value or as lines of JSON, gzipped or not; and `tfds:NAME[:SPLIT]` for sets that TFDS
+has: squad, natural_questions_open. A row may come without documents, perhaps with the ids of its
+gold documents in a corpus (doc_ids, paragraph_id, paragraph_ids); `candidates.py` finds some. A
+question that its documents do not answer (SQuAD 2.0, MuSiQue-Full) has the one answer 'noanswer'.
+"""  # noqa: E501
 
 import dataclasses
 import logging
@@ -55,7 +56,8 @@ def read(path: str, malformed: Malformed | None = None) -> list[Row]:
 
 
 def _whole(path: str) -> tuple[list[tuple[str, Any]], Callable[[Any, str], Iterator[Row]]] | None:
-  """A file that is one JSON value, in parts with their places, and what reads a part; None where it is lines of JSON."""
+  """A file that is one JSON value, in parts with their places, and what reads a part; None where it
+  is lines of JSON."""
   with open_text(path) as stream:
     text = stream.read()
   try:
@@ -67,16 +69,29 @@ def _whole(path: str) -> tuple[list[tuple[str, Any]], Callable[[Any, str], Itera
     raise DataError(f"{path}: {error}") from None
   if isinstance(value, dict) and isinstance(value.get("data"), list):
     return list(_squad_questions(value["data"], path)), _squad
-  if isinstance(value, dict) and value and all(isinstance(v, dict) and "QUESTION" in v for v in value.values()):
+  if (
+    isinstance(value, dict)
+    and value
+    and all(isinstance(v, dict) and "QUESTION" in v for v in value.values())
+  ):
     return [(f"{path}: {key}", {**v, "id": key}) for key, v in value.items()], _FORMATS["pubmedqa"]
   if isinstance(value, list):
     kinds = [_of_object(v) for v in value if isinstance(v, dict)]
-    are_rows = any({"golden_answers", "answers", "answer"} & v.keys() for v in value if isinstance(v, dict))
+    are_rows = any(
+      {"golden_answers", "answers", "answer"} & v.keys() for v in value if isinstance(v, dict)
+    )
     name = next((kind for kind in kinds if kind != "rows"), "rows" if are_rows else "hotpot")
     return [(f"{path}: row {i}", v) for i, v in enumerate(value)], _FORMATS[name]
-  if isinstance(value, dict) and {"question", "question_text"} & value.keys() and "\n" not in text.strip():
+  if (
+    isinstance(value, dict)
+    and {"question", "question_text"} & value.keys()
+    and "\n" not in text.strip()
+  ):
     return None  # one line of JSON lines
-  raise DataError(f"{path}: no known format; expected the JSON of SQuAD, HotpotQA, 2WikiMultihopQA or PubMedQA, or JSONL rows (*.jsonl)")
+  raise DataError(
+    f"{path}: no known format; expected the JSON of SQuAD, HotpotQA, 2WikiMultihopQA or PubMedQA, "
+    f"or JSONL rows (*.jsonl)"
+  )
 
 
 def _of_object(value: Mapping[str, Any]) -> str:
@@ -95,7 +110,9 @@ def _checked(values, read_one, malformed: Malformed) -> list[Row]:
     except DataError as error:
       malformed.add(str(error), where)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-      what = f"lacks {error}" if isinstance(error, KeyError) else f"is not what was expected: {error}"
+      what = (
+        f"lacks {error}" if isinstance(error, KeyError) else f"is not what was expected: {error}"
+      )
       malformed.add(f"{where}: the row {what}", where)
     else:
       rows += found
@@ -114,7 +131,9 @@ def _check(row: Row, where: str) -> None:
 
 def _row(question: str, answers, documents=(), gold=(), identifier="", ids=()) -> Row:
   unique = tuple(dict.fromkeys(answers))  # annotators agree often
-  return Row((question,), unique, tuple(documents), tuple(gold), "qa", str(identifier), False, tuple(ids))
+  return Row(
+    (question,), unique, tuple(documents), tuple(gold), "qa", str(identifier), False, tuple(ids)
+  )
 
 
 def _titled(title: str, text: str) -> str:
@@ -122,7 +141,8 @@ def _titled(title: str, text: str) -> str:
 
 
 def _squad_questions(articles: Sequence[Any], path: str) -> Iterator[tuple[str, Any]]:
-  """Every question with its article's title and its paragraph's text, so that one that is bad costs no other."""
+  """Every question with its article's title and its paragraph's text, so that one that is bad costs
+  no other."""
   for i, article in enumerate(articles):
     where = f"{path}: article {i}"
     if not isinstance(article, dict) or not isinstance(article.get("paragraphs"), list):
@@ -131,8 +151,15 @@ def _squad_questions(articles: Sequence[Any], path: str) -> Iterator[tuple[str, 
     for j, paragraph in enumerate(article["paragraphs"]):
       asked = paragraph.get("qas") if isinstance(paragraph, dict) else None
       for k, question in enumerate(asked if isinstance(asked, list) else [{}]):
-        name = f"question {question['id']!r}" if isinstance(question, dict) and "id" in question else f"question {k}"
-        yield f"{where}, paragraph {j}, {name}", {"title": article.get("title") or "", "paragraph": paragraph, "asked": question}
+        name = (
+          f"question {question['id']!r}"
+          if isinstance(question, dict) and "id" in question
+          else f"question {k}"
+        )
+        yield (
+          f"{where}, paragraph {j}, {name}",
+          {"title": article.get("title") or "", "paragraph": paragraph, "asked": question},
+        )
 
 
 def _squad(value: Mapping[str, Any], where: str) -> Iterator[Row]:
@@ -147,9 +174,16 @@ def _hotpot(value: Mapping[str, Any], where: str) -> Iterator[Row]:
   if isinstance(context, dict):  # columns, as Hugging Face's data set has them
     context = list(zip(context["title"], context["sentences"], strict=True))
   supporting = set(facts["title"] if isinstance(facts, dict) else [title for title, _ in facts])
-  documents = [_titled(title, " ".join(s.strip() for s in sentences)) for title, sentences in context]
-  yield _row(value["question"], [value["answer"]], documents, [i for i, (title, _) in enumerate(context) if title in supporting],
-             value["_id"] if "_id" in value else value["id"])
+  documents = [
+    _titled(title, " ".join(s.strip() for s in sentences)) for title, sentences in context
+  ]
+  yield _row(
+    value["question"],
+    [value["answer"]],
+    documents,
+    [i for i, (title, _) in enumerate(context) if title in supporting],
+    value["_id"] if "_id" in value else value["id"],
+  )
 
 
 def _musique(value: Mapping[str, Any], where: str) -> Iterator[Row]:
@@ -159,35 +193,62 @@ def _musique(value: Mapping[str, Any], where: str) -> Iterator[Row]:
     yield _row(value["question"], ["noanswer"], documents, (), f"{value['id']} (unanswerable)")
     return
   gold = [i for i, p in enumerate(value["paragraphs"]) if p["is_supporting"]]
-  yield _row(value["question"], [value["answer"], *value.get("answer_aliases", ())], documents, gold, value["id"])
+  yield _row(
+    value["question"],
+    [value["answer"], *value.get("answer_aliases", ())],
+    documents,
+    gold,
+    value["id"],
+  )
 
 
 def _pubmedqa(value: Mapping[str, Any], where: str) -> Iterator[Row]:
-  yield _row(value["QUESTION"], [value["final_decision"]], [" ".join(value["CONTEXTS"])], [0], value["id"])
+  yield _row(
+    value["QUESTION"], [value["final_decision"]], [" ".join(value["CONTEXTS"])], [0], value["id"]
+  )
 
 
 def _natural_questions(value: Mapping[str, Any], where: str) -> Iterator[Row]:
   tokens = value["document_text"].split(" ")
 
   def text(span):
-    return " ".join(t for t in tokens[span["start_token"]:span["end_token"]] if not (t.startswith("<") and t.endswith(">")))
+    return " ".join(
+      t
+      for t in tokens[span["start_token"] : span["end_token"]]
+      if not (t.startswith("<") and t.endswith(">"))
+    )
+
   passages = [c for c in value["long_answer_candidates"] if c["top_level"]]
   answers, gold = [], set()
-  for annotation in value["annotations"]:  # one in training, five in validation; what any of them says counts
+  # one in training, five in validation; what any of them says counts
+  for annotation in value["annotations"]:
     closed = annotation.get("yes_no_answer", "NONE")
-    answers += [text(span) for span in annotation["short_answers"]] if closed == "NONE" else [closed.lower()]
+    answers += (
+      [text(span) for span in annotation["short_answers"]] if closed == "NONE" else [closed.lower()]
+    )
     start = annotation["long_answer"]["start_token"]
     gold |= {i for i, c in enumerate(passages) if c["start_token"] <= start < c["end_token"]}
   gold = sorted(gold)
-  yield _row(value["question_text"], answers, [text(c) for c in passages], gold, value["example_id"])
+  yield _row(
+    value["question_text"], answers, [text(c) for c in passages], gold, value["example_id"]
+  )
 
 
 def _plain(value: Mapping[str, Any], where: str) -> Iterator[Row]:
   if "contexts" in value:
     value = {**value, "docs": value["contexts"]}
-  elif isinstance(value.get("text"), str) and not any(value.get(k) for k in ("docs", "context", "content")):
+  elif isinstance(value.get("text"), str) and not any(
+    value.get(k) for k in ("docs", "context", "content")
+  ):
     value = {**value, "docs": [_titled(value.get("title") or "", value["text"])], "pos_index": 0}
-  answers = next((value[k] for k in ("golden_answers", "answers", "answer") if value.get(k) not in (None, "", [])), ())
+  answers = next(
+    (
+      value[k]
+      for k in ("golden_answers", "answers", "answer")
+      if value.get(k) not in (None, "", [])
+    ),
+    (),
+  )
   answers = [answers] if isinstance(answers, str) else answers
   if any(value.get(k) for k in ("docs", "context", "content")):
     row = parse_row(value, where)
@@ -198,13 +259,33 @@ def _plain(value: Mapping[str, Any], where: str) -> Iterator[Row]:
   if not isinstance(value.get("question"), str):
     raise DataError(f"{where}: the row has no question")
   # The gold documents of a corpus, by their ids.
-  ids = next((value[k] for k in ("paragraph_ids", "paragraph_id", "doc_ids") if value.get(k) not in (None, "", [])), ())
+  ids = next(
+    (
+      value[k]
+      for k in ("paragraph_ids", "paragraph_id", "doc_ids")
+      if value.get(k) not in (None, "", [])
+    ),
+    (),
+  )
   # They may be numbers, and 0 is one; a corpus has texts.
   ids = [ids] if isinstance(ids, (str, int)) else ids
-  yield _row(value["question"], answers, (), range(len(ids)), where if value.get("id") in (None, "") else value["id"], map(str, ids))
+  yield _row(
+    value["question"],
+    answers,
+    (),
+    range(len(ids)),
+    where if value.get("id") in (None, "") else value["id"],
+    map(str, ids),
+  )
 
 
-_FORMATS = {"hotpot": _hotpot, "musique": _musique, "pubmedqa": _pubmedqa, "nq": _natural_questions, "rows": _plain}
+_FORMATS = {
+  "hotpot": _hotpot,
+  "musique": _musique,
+  "pubmedqa": _pubmedqa,
+  "nq": _natural_questions,
+  "rows": _plain,
+}
 
 
 def _tfds(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -219,8 +300,11 @@ def _tfds(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
   source = tfds.data_source(name, split=split[0] if split else "validation")
   for i, value in enumerate(source):
     answers = value["answers"]["text"] if name == "squad" else value["answer"]
-    row = {"id": _text(value["id"]) if "id" in value else f"{path}:{i}", "question": _text(value["question"]),
-           "golden_answers": [_text(a) for a in answers]}
+    row = {
+      "id": _text(value["id"]) if "id" in value else f"{path}:{i}",
+      "question": _text(value["question"]),
+      "golden_answers": [_text(a) for a in answers],
+    }
     if name == "squad":
       row |= {"title": _text(value["title"]).replace("_", " "), "text": _text(value["context"])}
     yield f"{path}: row {i}", row

@@ -33,15 +33,25 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Evaluation:
-  """Mean scores and, for each row, its prediction with its scores; `confidence` is the geometric mean of its tokens' probabilities."""
+  """Mean scores and, for each row, its prediction with its scores; `confidence` is the geometric
+  mean of its tokens' probabilities."""
 
   scores: dict[str, float]
   predictions: list[dict[str, Any]]
 
 
-def evaluate(checkpoint: Checkpoint, rows: Sequence[Row], setting: str, *, batch_size: int = 16,
-             max_new_tokens: int = 64, path: str | None = None, progress: bool = True, name: str | None = None,
-             weights_sha256: str | None = None) -> Evaluation:
+def evaluate(
+  checkpoint: Checkpoint,
+  rows: Sequence[Row],
+  setting: str,
+  *,
+  batch_size: int = 16,
+  max_new_tokens: int = 64,
+  path: str | None = None,
+  progress: bool = True,
+  name: str | None = None,
+  weights_sha256: str | None = None,
+) -> Evaluation:
   """Answers rows from their documents.
 
   Args:
@@ -50,7 +60,8 @@ def evaluate(checkpoint: Checkpoint, rows: Sequence[Row], setting: str, *, batch
     setting: of `SETTINGS`.
     batch_size: rows in a batch; rows with the same number of documents go together.
     max_new_tokens: longest answer.
-    path: a JSONL file to which each pass adds its predictions; rows that it has from this checkpoint and setting are not answered again.
+    path: a JSONL file to which each pass adds its predictions; rows that it has from this
+      checkpoint and setting are not answered again.
     progress: whether lines go to standard error.
     name: what they call it; default: the setting.
     weights_sha256: `weights_hash` of the weights, where it is known.
@@ -59,13 +70,19 @@ def evaluate(checkpoint: Checkpoint, rows: Sequence[Row], setting: str, *, batch
     DataError: a row is no single question, or has too few documents.
     ConfigError: the file has predictions of another checkpoint or setting, or of other rows.
   """
-  model, prompt_tokenizer, weights = checkpoint.model, checkpoint.prompt_tokenizer, checkpoint.weights
+  model, prompt_tokenizer, weights = (
+    checkpoint.model,
+    checkpoint.prompt_tokenizer,
+    checkpoint.weights,
+  )
   how = SETTINGS[setting]
   for row in rows:
     check(row, how, model.config.top_k, prompt_tokenizer)
   if path:
     pathlib.Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
-  identity = f"{setting} {max_new_tokens} {model.config.top_k} {weights_sha256 or weights_hash(weights)}"
+  identity = (
+    f"{setting} {max_new_tokens} {model.config.top_k} {weights_sha256 or weights_hash(weights)}"
+  )
   if model.num_memory_tokens < model.config.num_memory_tokens:
     identity += f" {model.num_memory_tokens}"
   made_by = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
@@ -79,11 +96,19 @@ def evaluate(checkpoint: Checkpoint, rows: Sequence[Row], setting: str, *, batch
     log.info(f"evaluate {name or setting}: {done} of {len(rows)} rows were answered before")
   cutoffs = (1, 3, 5) + ((20,) if max(len(r.documents) for r in rows) >= 20 else ())
   for chosen, answered in _Answers(checkpoint, how, max_new_tokens).run(
-      rows, [i for i, p in enumerate(predictions) if p is None], batch_size):
+    rows, [i for i, p in enumerate(predictions) if p is None], batch_size
+  ):
     for i, given in zip(chosen, answered, strict=True):
       row = rows[i]
-      prediction = {"id": row.identifier, "key": keys[i], "made_by": made_by, "question": row.questions[0], **given,
-                    "answers": list(row.answers), **answer_scores(given["prediction"], row.answers)}
+      prediction = {
+        "id": row.identifier,
+        "key": keys[i],
+        "made_by": made_by,
+        "question": row.questions[0],
+        **given,
+        "answers": list(row.answers),
+        **answer_scores(given["prediction"], row.answers),
+      }
       if "ranked" in given:
         prediction |= {"pos_index": list(row.gold)}
         if row.gold:
@@ -111,7 +136,9 @@ def check(row: Row, how: Setting, top_k: int, prompt_tokenizer: PromptTokenizer)
   if how.order and len(row.documents) < top_k:
     raise DataError(f"{row.identifier}: {len(row.documents)} documents, but top_k={top_k}")
   if how.form == "memories":
-    prompt_tokenizer.answer_prompt(row.questions[0], top_k if how.order else len(row.documents), where=row.identifier)
+    prompt_tokenizer.answer_prompt(
+      row.questions[0], top_k if how.order else len(row.documents), where=row.identifier
+    )
   else:
     prompt_tokenizer.text_prompt(row.questions[0], "", where=row.identifier)
 
@@ -122,7 +149,14 @@ NO_SCORES = ("seconds", "confidence")
 
 def mean_scores(predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
   """Means over the rows that have the score, by name."""
-  named = sorted({name for p in predictions for name, value in p.items() if isinstance(value, float) and name not in NO_SCORES})
+  named = sorted(
+    {
+      name
+      for p in predictions
+      for name, value in p.items()
+      if isinstance(value, float) and name not in NO_SCORES
+    }
+  )
   return {name: float(np.mean([p[name] for p in predictions if name in p])) for name in named}
 
 
@@ -144,12 +178,16 @@ def read_predictions(path: str) -> list[dict[str, Any]]:
   """
   file = pathlib.Path(path)
   if not file.is_file():
-    raise DataError(f"{path}: {'is a directory, expected a file of predictions' if file.is_dir() else 'no such file'}")
+    raise DataError(
+      f"{path}: {'is a directory, expected a file of predictions' if file.is_dir() else 'no such file'}"  # noqa: E501
+    )
   try:
     lines = file.read_bytes().split(b"\n")
     found = [parse_json(line) for line in lines[:-1]]
   except ValueError as error:
-    raise DataError(f"{path}: no file of predictions ({error}); of a report, name its directory") from None
+    raise DataError(
+      f"{path}: no file of predictions ({error}); of a report, name its directory"
+    ) from None
   for number, value in enumerate(found, 1):
     if not isinstance(value, dict) or not {"key", "made_by", "prediction"} <= set(value):
       raise DataError(f"{path}:{number}: expected a prediction of clara evaluate")
@@ -159,7 +197,9 @@ def read_predictions(path: str) -> list[dict[str, Any]]:
 def write_predictions(path: str, predictions: Sequence[dict[str, Any]]) -> None:
   """Writes a file of predictions anew."""
   part = pathlib.Path(f"{path}.part")
-  part.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions), encoding="utf-8")
+  part.write_text(
+    "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions), encoding="utf-8"
+  )
   part.replace(path)
 
 
@@ -168,8 +208,11 @@ def _read(path: str | None, made_by: str) -> dict[str, dict[str, Any]]:
     return {}
   found = read_predictions(path)
   if any(p["made_by"] != made_by for p in found):
-    raise ConfigError(f"{path}: has predictions of another checkpoint, setting, K, --memory-tokens or --max-new-tokens; name another "
-                      "place, or remove it")
+    raise ConfigError(
+      f"{path}: has predictions of another checkpoint, setting, K, --memory-tokens or "
+      f"--max-new-tokens; name another "
+      "place, or remove it"
+    )
   write_predictions(path, found)  # without a line that was cut
   return {p["key"]: p for p in found}
 
@@ -178,27 +221,47 @@ class _Answers:
   """Passes over rows in one setting."""
 
   def __init__(self, checkpoint: Checkpoint, how: Setting, max_new_tokens: int):
-    model, prompt_tokenizer, weights = checkpoint.model, checkpoint.prompt_tokenizer, checkpoint.weights
-    self._model, self._prompt_tokenizer, self._weights, self._how = model, prompt_tokenizer, weights, how
+    model, prompt_tokenizer, weights = (
+      checkpoint.model,
+      checkpoint.prompt_tokenizer,
+      checkpoint.weights,
+    )
+    self._model, self._prompt_tokenizer, self._weights, self._how = (
+      model,
+      prompt_tokenizer,
+      weights,
+      how,
+    )
     self._compress = jax.jit(model.compress)
-    self._score = jax.jit(lambda weights, tokens, memories: model.score(self._query(weights, tokens), memories))
-    self._generate = jax.jit(Greedy(model, max_new_tokens, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id, how.reader).scored)
+    self._score = jax.jit(
+      lambda weights, tokens, memories: model.score(self._query(weights, tokens), memories)
+    )
+    self._generate = jax.jit(
+      Greedy(
+        model, max_new_tokens, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id, how.reader
+      ).scored
+    )
     self._shapes: set[tuple] = set()
 
   def _query(self, weights, tokens):
     return self._model.encode(weights, self._how.order, tokens)[0]
 
-  def run(self, rows: Sequence[Row], wanted: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
-    """Yields places of rows and what was found for each; a batch has rows with the same number of documents."""
+  def run(
+    self, rows: Sequence[Row], wanted: Sequence[int], batch_size: int
+  ) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+    """Yields places of rows and what was found for each; a batch has rows with the same number of
+    documents."""
     order = sorted(wanted, key=lambda i: len(rows[i].documents))
     start = 0
     while start < len(order):
       count = len(rows[order[start]].documents)
-      chosen = [i for i in order[start:start + batch_size] if len(rows[i].documents) == count]
+      chosen = [i for i in order[start : start + batch_size] if len(rows[i].documents) == count]
       start += len(chosen)
       # Filled up, so that a pass of fewer rows compiles nothing.
-      filled = [rows[i] for i in chosen] + [rows[chosen[0]]] * (min(batch_size, len(wanted)) - len(chosen))
-      yield chosen, self._pass(filled)[:len(chosen)]
+      filled = [rows[i] for i in chosen] + [rows[chosen[0]]] * (
+        min(batch_size, len(wanted)) - len(chosen)
+      )
+      yield chosen, self._pass(filled)[: len(chosen)]
 
   def _pass(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
     how, prompt_tokenizer, k = self._how, self._prompt_tokenizer, self._model.config.top_k
@@ -210,19 +273,47 @@ class _Answers:
         memories = memories[np.arange(len(rows))[:, None], ranked[:, :k]]
       read = [memories.shape[1]] * len(rows)
       contents = [read[0] * self._model.num_memory_tokens] * len(rows)
-      tokens = [prompt_tokenizer.answer_prompt(r.questions[0], read[0], where=r.identifier).ids for r in rows]
+      tokens = [
+        prompt_tokenizer.answer_prompt(r.questions[0], read[0], where=r.identifier).ids
+        for r in rows
+      ]
     else:
-      taken = [[r.documents[i] for i in ranked[n, :k]] if ranked is not None else [] for n, r in enumerate(rows)]
-      tokens, read, contents = zip(*(self._text_prompt(r.questions[0], d) for r, d in zip(rows, taken, strict=True)), strict=True)
-    answers, log_p = map(np.asarray, self._generate(self._weights, pad_tokens(list(tokens), prompt_tokenizer.pad_id, 32), memories))
-    shape = (len(rows), -(-max(map(len, tokens)) // 32), None if memories is None else memories.shape)
-    seconds = (time.perf_counter() - begin) / len(rows) if shape in self._shapes else None  # the first one compiles
+      taken = [
+        [r.documents[i] for i in ranked[n, :k]] if ranked is not None else []
+        for n, r in enumerate(rows)
+      ]
+      tokens, read, contents = zip(
+        *(self._text_prompt(r.questions[0], d) for r, d in zip(rows, taken, strict=True)),
+        strict=True,
+      )
+    answers, log_p = map(
+      np.asarray,
+      self._generate(
+        self._weights, pad_tokens(list(tokens), prompt_tokenizer.pad_id, 32), memories
+      ),
+    )
+    shape = (
+      len(rows),
+      -(-max(map(len, tokens)) // 32),
+      None if memories is None else memories.shape,
+    )
+    # the first one compiles
+    seconds = (time.perf_counter() - begin) / len(rows) if shape in self._shapes else None
     self._shapes.add(shape)
-    confidence = np.exp(log_p / [len(prompt_tokenizer.truncate_at_eos(a, with_end=True)) for a in answers])
+    confidence = np.exp(
+      log_p / [len(prompt_tokenizer.truncate_at_eos(a, with_end=True)) for a in answers]
+    )
     found = []
     for n in range(len(rows)):
-      found.append({"prediction": prompt_tokenizer.text(answers[n]), "documents_read": int(read[n]), "context_tokens": int(contents[n]),
-                    "confidence": float(confidence[n]), "seconds": seconds})
+      found.append(
+        {
+          "prediction": prompt_tokenizer.text(answers[n]),
+          "documents_read": int(read[n]),
+          "context_tokens": int(contents[n]),
+          "confidence": float(confidence[n]),
+          "seconds": seconds,
+        }
+      )
       if ranked is not None:
         found[-1] |= {"ranked": ranked[n].tolist()}
       if scores is not None:
@@ -230,18 +321,31 @@ class _Answers:
     return found
 
   def _memories(self, rows):
-    tokens = pad_tokens(self._prompt_tokenizer.documents([d for row in rows for d in row.documents]), self._prompt_tokenizer.pad_id, 32)
+    tokens = pad_tokens(
+      self._prompt_tokenizer.documents([d for row in rows for d in row.documents]),
+      self._prompt_tokenizer.pad_id,
+      32,
+    )
     count = len(rows[0].documents)
-    shaped = Tokens(tokens.ids.reshape(len(rows), count, -1), tokens.lengths.reshape(len(rows), count))
+    shaped = Tokens(
+      tokens.ids.reshape(len(rows), count, -1), tokens.lengths.reshape(len(rows), count)
+    )
     return self._compress(self._weights, shaped)
 
   def _ranked(self, rows, memories):
-    """Places of the documents [B, N], best first, and their scores by place; None where nobody ranks them."""
+    """Places of the documents [B, N], best first, and their scores by place; None where nobody
+    ranks them."""
     if self._how.order is None:
       return None, None
     if self._how.order == "bm25":
-      return np.stack([Bm25(r.documents).search(r.questions, len(r.documents))[0] for r in rows]), None
-    tokens = pad_tokens([self._prompt_tokenizer.query(r.questions[0]) for r in rows], self._prompt_tokenizer.pad_id, 16)
+      return np.stack(
+        [Bm25(r.documents).search(r.questions, len(r.documents))[0] for r in rows]
+      ), None
+    tokens = pad_tokens(
+      [self._prompt_tokenizer.query(r.questions[0]) for r in rows],
+      self._prompt_tokenizer.pad_id,
+      16,
+    )
     scores = np.asarray(self._score(self._weights, tokens, memories))
     return np.argsort(-scores, axis=-1, kind="stable"), scores
 
@@ -249,7 +353,8 @@ class _Answers:
     """As many documents as fit the window, first ones first: (prompt, documents, their tokens)."""
     prompt_tokenizer, count = self._prompt_tokenizer, len(documents)
     while True:
-      text = ("\n" if self._how.reader else "\n\n").join(documents[:count])  # a trained reader: as its stage joins them
+      # a trained reader: as its stage joins them
+      text = ("\n" if self._how.reader else "\n\n").join(documents[:count])
       try:
         ids = prompt_tokenizer.text_prompt(question, text, where=f"question {question!r:.60}").ids
         return ids, count, len(prompt_tokenizer.ids(text))
@@ -259,33 +364,49 @@ class _Answers:
         count -= 1
 
 
-def stage_loss(checkpoint: Checkpoint, stage_name: str, rows: Sequence[Row],
-               batch_size: int = 16) -> dict[str, Any]:
+def stage_loss(
+  checkpoint: Checkpoint, stage_name: str, rows: Sequence[Row], batch_size: int = 16
+) -> dict[str, Any]:
   """A stage's loss over all label tokens of the rows, without dropout or update.
 
   Returns:
-    `loss` (CE, or the contrastive loss), `mse` and `total`; for joint also `rows`: [{`scores`, `selected`}].
+    `loss` (CE, or the contrastive loss), `mse` and `total`; for joint also `rows`: [{`scores`,
+    `selected`}].
   """
-  model, prompt_tokenizer, weights = checkpoint.model, checkpoint.prompt_tokenizer, checkpoint.weights
+  model, prompt_tokenizer, weights = (
+    checkpoint.model,
+    checkpoint.prompt_tokenizer,
+    checkpoint.weights,
+  )
   stage = stages.get(stage_name)
   counts = {len(r.documents) for r in rows}
   if stage.data == "candidates" and len(counts) > 1:
-    raise DataError(f"{rows[0].identifier}: rows have {sorted(counts)} candidates; all must have the same number")
+    raise DataError(
+      f"{rows[0].identifier}: rows have {sorted(counts)} candidates; all must have the same number"
+    )
   data = DataConfig(candidates=min(counts))
   encoder = RowEncoder(prompt_tokenizer, stage.data, data, model.config.top_k)
-  step = jax.jit(lambda w, b: evaluation_step(model, dataclasses.replace(stage, diagnostics=None), w, {}, b))
+  step = jax.jit(
+    lambda w, b: evaluation_step(model, dataclasses.replace(stage, diagnostics=None), w, {}, b)
+  )
   retrieve = jax.jit(lambda w, b: _scores(model, w, b))
   total, listed = None, []
   for batch in evaluation_batches(rows, encoder, min(batch_size, len(rows))):
     total = means.add(total, step(weights, batch))
     if stage.selects:
       scores, indices = jax.device_get(retrieve(weights, batch))
-      listed += [{"scores": s.tolist(), "selected": i.tolist()} for s, i in zip(scores, indices, strict=True)]
+      listed += [
+        {"scores": s.tolist(), "selected": i.tolist()} for s, i in zip(scores, indices, strict=True)
+      ]
   values = means.values(total)
   main = values[stage.main_metric]
   mse = values.get("mse")
-  report = {"loss": main, "mse": mse, "total": main + (model.config.mse_weight * mse if mse is not None else 0.0)}
-  return report | ({"rows": listed[:len(rows)]} if stage.selects else {})
+  report = {
+    "loss": main,
+    "mse": mse,
+    "total": main + (model.config.mse_weight * mse if mse is not None else 0.0),
+  }
+  return report | ({"rows": listed[: len(rows)]} if stage.selects else {})
 
 
 def _scores(model, weights, batch):
@@ -293,5 +414,3 @@ def _scores(model, weights, batch):
   memories = stages.candidates(model, weights, batch, query).memories
   scores = model.score(query, memories)
   return scores, model.select(scores, memories)[1]
-
-

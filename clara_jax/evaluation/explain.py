@@ -1,4 +1,5 @@
-"""Why an answer came out: words of memory tokens, attention to documents, what each document did for the answer."""
+"""Why an answer came out: words of memory tokens, attention to documents, what each document did
+for the answer."""
 
 import dataclasses
 import functools
@@ -39,8 +40,10 @@ class ReadDocument:
   Attributes:
     place: among the row's candidates; text, is_gold: of it.
     score: cosine with the question.
-    attention: share of the answer tokens' attention to memory tokens that went to this document's, mean over layers and heads.
-    gain: log p(answer) with all documents minus without this one, in nats: positive where it speaks for the answer.
+    attention: share of the answer tokens' attention to memory tokens that went to this document's,
+      mean over layers and heads.
+    gain: log p(answer) with all documents minus without this one, in nats: positive where it speaks
+      for the answer.
     lens: words of its memory tokens.
   """
 
@@ -72,15 +75,27 @@ class Explainer:
   Args:
     checkpoint: with all roles.
     max_new_tokens: longest answer.
-    top: words of the lens for each memory token, before they are filtered (letters and digits only, two or more).
+    top: words of the lens for each memory token, before they are filtered (letters and digits only,
+      two or more).
   """
 
   def __init__(self, checkpoint: Checkpoint, max_new_tokens: int = 64, top: int = 50):
-    model, prompt_tokenizer, weights = checkpoint.model, checkpoint.prompt_tokenizer, checkpoint.weights
+    model, prompt_tokenizer, weights = (
+      checkpoint.model,
+      checkpoint.prompt_tokenizer,
+      checkpoint.weights,
+    )
     self._checkpoint = checkpoint
-    self._model, self._prompt_tokenizer, self._weights, self._top = model, prompt_tokenizer, weights, top
+    self._model, self._prompt_tokenizer, self._weights, self._top = (
+      model,
+      prompt_tokenizer,
+      weights,
+      top,
+    )
     self._compress, self._encode = jax.jit(model.compress), jax.jit(model.encode_query)
-    self._generate = make_generate(model, max_new_tokens, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id)
+    self._generate = make_generate(
+      model, max_new_tokens, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id
+    )
     self._likelihood = make_likelihood(model, prompt_tokenizer)
     self._attention = jax.jit(functools.partial(answer_attention, model))
 
@@ -90,17 +105,31 @@ class Explainer:
     Raises:
       DataError: there are fewer.
     """
-    prompt_tokenizer, weights, k, m = self._prompt_tokenizer, self._weights, self._model.config.top_k, self._model.num_memory_tokens
+    prompt_tokenizer, weights, k, m = (
+      self._prompt_tokenizer,
+      self._weights,
+      self._model.config.top_k,
+      self._model.num_memory_tokens,
+    )
     if len(row.documents) < k:
       raise DataError(f"{row.identifier}: {len(row.documents)} documents, but top_k={k}")
     question = row.questions[0]
-    memories = self._compress(weights, pad_tokens(prompt_tokenizer.documents(row.documents), prompt_tokenizer.pad_id, 32))
-    query = self._encode(weights, pad_tokens([prompt_tokenizer.query(question)], prompt_tokenizer.pad_id, 16))
+    memories = self._compress(
+      weights, pad_tokens(prompt_tokenizer.documents(row.documents), prompt_tokenizer.pad_id, 32)
+    )
+    query = self._encode(
+      weights, pad_tokens([prompt_tokenizer.query(question)], prompt_tokenizer.pad_id, 16)
+    )
     scores = np.asarray(self._model.score(query, memories[None]))[0]
     chosen = np.argsort(-scores, kind="stable")[:k]
     read = memories[chosen][None]
     prompt = prompt_tokenizer.answer_prompt(question, k, where=row.identifier).ids
-    answer = prompt_tokenizer.truncate_at_eos(np.asarray(self._generate(weights, pad_tokens([prompt], prompt_tokenizer.pad_id, 32), read))[0], with_end=True)
+    answer = prompt_tokenizer.truncate_at_eos(
+      np.asarray(self._generate(weights, pad_tokens([prompt], prompt_tokenizer.pad_id, 32), read))[
+        0
+      ],
+      with_end=True,
+    )
     whole = self._likelihood(weights, [prompt], [answer], read)[0][0]
     gains = np.zeros(k)
     if k > 1:
@@ -108,22 +137,60 @@ class Explainer:
       shorter = prompt_tokenizer.answer_prompt(question, k - 1, where=row.identifier).ids
       gains = whole - self._likelihood(weights, [shorter] * k, [answer] * k, read[0][without])[0]
     tokens = pad_tokens([np.concatenate([prompt, answer])], prompt_tokenizer.pad_id, 32)
-    attention = np.asarray(self._attention(weights, tokens.ids, read, len(prompt), len(prompt) + len(answer)))[0].reshape(k, m).sum(1)
+    attention = (
+      np.asarray(
+        self._attention(weights, tokens.ids, read, len(prompt), len(prompt) + len(answer))
+      )[0]
+      .reshape(k, m)
+      .sum(1)
+    )
     gold = " ".join(row.documents[g] for g in row.gold)
     lenses = self._lens(np.concatenate([np.asarray(query), np.asarray(read)[0]]), question, gold)
-    documents = [ReadDocument(int(p), row.documents[p], int(p) in row.gold, float(scores[p]), float(share), float(gain), lens)
-                 for p, share, gain, lens in zip(chosen, attention / attention.sum(), gains, lenses[1:], strict=True)]
-    return Explanation(row.identifier, question, list(row.answers), prompt_tokenizer.text(answer), float(whole), lenses[0], documents)
+    documents = [
+      ReadDocument(
+        int(p),
+        row.documents[p],
+        int(p) in row.gold,
+        float(scores[p]),
+        float(share),
+        float(gain),
+        lens,
+      )
+      for p, share, gain, lens in zip(
+        chosen, attention / attention.sum(), gains, lenses[1:], strict=True
+      )
+    ]
+    return Explanation(
+      row.identifier,
+      question,
+      list(row.answers),
+      prompt_tokenizer.text(answer),
+      float(whole),
+      lenses[0],
+      documents,
+    )
 
   def _lens(self, memories, question: str, gold: str) -> list[list[Word]]:
     asked, told = ({w.lower() for w in _WORD.findall(text)} for text in (question, gold))
     listed = logit_lens.words(self._checkpoint, memories, self._top)
-    return [[Word(word, logit, word.lower() in asked, word.lower() in told) for word, logit in words if _WORD.fullmatch(word)]
-            for words in listed]
+    return [
+      [
+        Word(word, logit, word.lower() in asked, word.lower() in told)
+        for word, logit in words
+        if _WORD.fullmatch(word)
+      ]
+      for words in listed
+    ]
 
 
-def answer_attention(model: Clara, weights: dict[str, Any], ids: jax.Array, memories: jax.Array, start: jax.Array | int,
-                     stop: jax.Array | int) -> jax.Array:
+def answer_attention(
+  model: Clara,
+  weights: dict[str, Any],
+  ids: jax.Array,
+  memories: jax.Array,
+  start: jax.Array | int,
+  stop: jax.Array | int,
+) -> jax.Array:
   """Attention of the positions that predict an answer to each memory slot.
 
   Args:
@@ -137,16 +204,23 @@ def answer_attention(model: Clara, weights: dict[str, Any], ids: jax.Array, memo
   """
   config = model.config.model
   variables = {"params": weights["base"], "lora": weights["generator"]}
-  (_, read), sown = model.decoder.apply(variables, model.splice(weights, ids, memories), return_kv=True, mutable=["queries"])
+  (_, read), sown = model.decoder.apply(
+    variables, model.splice(weights, ids, memories), return_kv=True, mutable=["queries"]
+  )
   at = jnp.arange(ids.shape[1])
   visible = at <= at[:, None]
-  windowed = np.isin(np.arange(config.num_layers), config.full_attention_layers, invert=True) & (config.sliding_window is not None)
+  windowed = np.isin(np.arange(config.num_layers), config.full_attention_layers, invert=True) & (
+    config.sliding_window is not None
+  )
   near = at > at[:, None] - (config.sliding_window or 0)
   predicts = (at >= start - 1) & (at < stop - 1)
 
   def layer(q, keys, windowed):
     keys = jnp.repeat(jnp.moveaxis(keys, 1, 2), config.num_heads // config.num_kv_heads, axis=2)
-    scores = jnp.einsum("bthp,bshp->bhts", q, keys, preferred_element_type=jnp.float32) * config.head_dim**-0.5
+    scores = (
+      jnp.einsum("bthp,bshp->bhts", q, keys, preferred_element_type=jnp.float32)
+      * config.head_dim**-0.5
+    )
     weights = jax.nn.softmax(jnp.where(visible & (near | ~windowed), scores, -1e30), axis=-1)
     return (weights * predicts[:, None]).sum((1, 2)) / (config.num_heads * predicts.sum())
 
@@ -158,22 +232,37 @@ def answer_attention(model: Clara, weights: dict[str, Any], ids: jax.Array, memo
   return jnp.take_along_axis(shares, places, axis=1)
 
 
-def document_and_memory_means(checkpoint: Checkpoint, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-  """Means of the compressor's states over each document's own tokens and over its memory tokens, [n, D] each: what L_MSE brings together
-  (paper §3.1)."""
-  model, prompt_tokenizer, weights = checkpoint.model, checkpoint.prompt_tokenizer, checkpoint.weights
+def document_and_memory_means(
+  checkpoint: Checkpoint, texts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Means of the compressor's states over each document's own tokens and over its memory tokens,
+  [n, D] each: what L_MSE brings together (paper §3.1)."""
+  model, prompt_tokenizer, weights = (
+    checkpoint.model,
+    checkpoint.prompt_tokenizer,
+    checkpoint.weights,
+  )
+
   @jax.jit
   def both(weights, tokens):
     memories, hidden = model.encode(weights, "compressor", tokens)
     real = jnp.arange(tokens.ids.shape[1]) < tokens.lengths[:, None] - model.num_memory_tokens
     return masked_mean(hidden, real), memories.mean(1)
-  return tuple(np.asarray(x, np.float32) for x in both(weights, pad_tokens(prompt_tokenizer.documents(texts), prompt_tokenizer.pad_id, 32)))
+
+  return tuple(
+    np.asarray(x, np.float32)
+    for x in both(
+      weights, pad_tokens(prompt_tokenizer.documents(texts), prompt_tokenizer.pad_id, 32)
+    )
+  )
 
 
-def pca_2d(documents: np.ndarray, memories: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pca_2d(
+  documents: np.ndarray, memories: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """PCA of both sets together: ([n, 2], [n, 2], share of the variance of each axis [2])."""
   both = np.concatenate([documents, memories]).astype(np.float64)
   centred = both - both.mean(0)
   _, values, directions = np.linalg.svd(centred, full_matrices=False)
   flat = centred @ directions[:2].T
-  return flat[:len(documents)], flat[len(documents):], (values**2 / (values**2).sum())[:2]
+  return flat[: len(documents)], flat[len(documents) :], (values**2 / (values**2).sum())[:2]

@@ -1,4 +1,5 @@
-"""What memory tokens keep of a document: paraphrases that the generator writes from them alone (paper §5), beside the document."""
+"""What memory tokens keep of a document: paraphrases that the generator writes from them alone
+(paper §5), beside the document."""
 
 import logging
 from collections.abc import Sequence
@@ -18,37 +19,58 @@ from clara_jax.inference.generate import make_generate
 log = logging.getLogger(__name__)
 
 
-def paraphrase(checkpoint: Checkpoint, documents: Sequence[Document], *, batch_size: int = 16,
-               max_new_tokens: int = 256, bert_model: str | None = None, progress: bool = True) -> Evaluation:
-  """Writes each document again from its memory tokens and scores it against the document: `rouge1`, `rouge_l`, `entities_kept`, and
-  `bertscore` (F1) where a model is given.
+def paraphrase(
+  checkpoint: Checkpoint,
+  documents: Sequence[Document],
+  *,
+  batch_size: int = 16,
+  max_new_tokens: int = 256,
+  bert_model: str | None = None,
+  progress: bool = True,
+) -> Evaluation:
+  """Writes each document again from its memory tokens and scores it against the document: `rouge1`,
+  `rouge_l`, `entities_kept`, and `bertscore` (F1) where a model is given.
 
   Args:
     checkpoint: with compressor and generator, best one of the stage `scp`.
     documents: what is written again.
     batch_size: documents in a batch.
     max_new_tokens: longest paraphrase.
-    bert_model: a Hugging Face model for BERTScore (arXiv 1904.09675), as NAME or NAME:LAYER; by default its best layer, where it is a
-      published one.
+    bert_model: a Hugging Face model for BERTScore (arXiv 1904.09675), as NAME or NAME:LAYER; by
+      default its best layer, where it is a published one.
     progress: whether lines go to standard error.
 
   Raises:
     ConfigError: a library is missing (extras 'evaluate', 'bertscore').
   """
-  model, prompt_tokenizer, weights = checkpoint.model, checkpoint.prompt_tokenizer, checkpoint.weights
+  model, prompt_tokenizer, weights = (
+    checkpoint.model,
+    checkpoint.prompt_tokenizer,
+    checkpoint.weights,
+  )
   scorer = _bert_scorer(bert_model) if bert_model else None
   prompt = prompt_tokenizer.paraphrase_prompt().ids
   compress = jax.jit(model.compress)
   generate = make_generate(model, max_new_tokens, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id)
   found: list[dict[str, Any]] = []
   for start in range(0, len(documents), batch_size):
-    batch = documents[start:start + batch_size]
+    batch = documents[start : start + batch_size]
     filled = [*batch, *[batch[0]] * (min(batch_size, len(documents)) - len(batch))]
-    memories = compress(weights, pad_tokens(prompt_tokenizer.documents([d.text for d in filled]), prompt_tokenizer.pad_id, 32))
-    written = np.asarray(generate(weights, pad_tokens([prompt] * len(filled), prompt_tokenizer.pad_id, 1), memories[:, None]))
-    texts = [prompt_tokenizer.text(ids) for ids in written[:len(batch)]]
+    memories = compress(
+      weights,
+      pad_tokens(prompt_tokenizer.documents([d.text for d in filled]), prompt_tokenizer.pad_id, 32),
+    )
+    written = np.asarray(
+      generate(
+        weights, pad_tokens([prompt] * len(filled), prompt_tokenizer.pad_id, 1), memories[:, None]
+      )
+    )
+    texts = [prompt_tokenizer.text(ids) for ids in written[: len(batch)]]
     try:
-      found += [{"id": d.id, "text": d.text, "prediction": t, **paraphrase_scores(t, d.text)} for d, t in zip(batch, texts, strict=True)]
+      found += [
+        {"id": d.id, "text": d.text, "prediction": t, **paraphrase_scores(t, d.text)}
+        for d, t in zip(batch, texts, strict=True)
+      ]
     except ImportError:
       raise ConfigError("ROUGE needs rouge-score: pip install -e '.[evaluate]'") from None
     if progress:
@@ -68,4 +90,7 @@ def _bert_scorer(name: str) -> Any:
   try:
     return BERTScorer(model_type=model, num_layers=int(layer) if layer else None)
   except (KeyError, OSError, ValueError) as error:
-    raise ConfigError(f"--bertscore {name}: {error}; expected a Hugging Face model, NAME:LAYER where bert-score does not know it") from None
+    raise ConfigError(
+      f"--bertscore {name}: {error}; expected a Hugging Face model, NAME:LAYER where bert-score "
+      f"does not know it"
+    ) from None

@@ -1,4 +1,5 @@
-"""Scores of answers, of retrieval and of paraphrases (as the released code computes them), each with its variants named apart.
+"""Scores of answers, of retrieval and of paraphrases (as the released code computes them), each
+with its variants named apart.
 
     em, f1, cover_em              best over the gold answers; True and False count as yes and no
     em_first, f1_first, …         against the first gold answer only, as upstream does
@@ -7,10 +8,11 @@
     recall_at_k, precision_at_k, ndcg_at_k, mrr
     rouge1, rouge_l, entities_kept
 
-The official definitions, from their descriptions: an answer is normalized (lower case, no punctuation, no articles, single spaces); EM is
-equality; F1 is that of the two bags of tokens, 0 where they share none, also where both are empty; HotpotQA's F1 is also 0 where one of
-the two is yes, no or noanswer and the other is not the same.
-"""
+The official definitions, from their descriptions: an answer is normalized (lower case, no
+punctuation, no articles, single spaces); EM is equality; F1 is that of the two bags of tokens, 0
+where they share none, also where both are empty; HotpotQA's F1 is also 0 where one of the two is
+yes, no or noanswer and the other is not the same.
+"""  # noqa: E501
 
 import collections
 import functools
@@ -55,8 +57,8 @@ def f1(prediction: str, answer: str) -> float:
 
 
 def cover_em(prediction: str, answer: str) -> float:
-  """1 where every token of the answer appears in the prediction, in any order (upstream's 'acc'). An answer that `normalize` leaves
-  nothing of, such as 'A', is covered by nothing."""
+  """1 where every token of the answer appears in the prediction, in any order (upstream's 'acc').
+  An answer that `normalize` leaves nothing of, such as 'A', is covered by nothing."""
   wanted = set(normalize(answer).split())
   return float(bool(wanted) and wanted <= set(normalize(prediction).split()))
 
@@ -91,15 +93,28 @@ ANSWER_METRICS = {"em": exact_match, "f1": f1, "cover_em": cover_em}
 
 def answer_scores(prediction: str, answers: Sequence[str]) -> dict[str, float]:
   """All scores of an answer; see the module for their names."""
-  scores = {name: max(metric(prediction, a) for a in answers) for name, metric in ANSWER_METRICS.items()}
-  scores |= {f"{name}_first": metric(prediction, answers[0]) for name, metric in ANSWER_METRICS.items()}
-  scores |= {"squad_em": max(squad_em(prediction, a) for a in answers), "squad_f1": max(squad_f1(prediction, a) for a in answers)}
-  return scores | {"hotpot_em": squad_em(prediction, answers[0]), "hotpot_f1": hotpot_f1(prediction, answers[0])}
+  scores = {
+    name: max(metric(prediction, a) for a in answers) for name, metric in ANSWER_METRICS.items()
+  }
+  scores |= {
+    f"{name}_first": metric(prediction, answers[0]) for name, metric in ANSWER_METRICS.items()
+  }
+  scores |= {
+    "squad_em": max(squad_em(prediction, a) for a in answers),
+    "squad_f1": max(squad_f1(prediction, a) for a in answers),
+  }
+  return scores | {
+    "hotpot_em": squad_em(prediction, answers[0]),
+    "hotpot_f1": hotpot_f1(prediction, answers[0]),
+  }
 
 
-def retrieval_scores(ranked: Sequence[int], gold: Sequence[int], cutoffs: Sequence[int] = (1, 3, 5)) -> dict[str, float]:
-  """`recall_at_k` = |top-k ∩ gold| / |gold|, `precision_at_k` = |top-k ∩ gold| / k, `ndcg_at_k` (gain 1 for a gold document, discount
-  log2(place + 1)), `mrr` = 1 / place of the first gold document.
+def retrieval_scores(
+  ranked: Sequence[int], gold: Sequence[int], cutoffs: Sequence[int] = (1, 3, 5)
+) -> dict[str, float]:
+  """`recall_at_k` = |top-k ∩ gold| / |gold|, `precision_at_k` = |top-k ∩ gold| / k, `ndcg_at_k`
+  (gain 1 for a gold document, discount log2(place + 1)), `mrr` = 1 / place of the first gold
+  document.
 
   Args:
     ranked: candidates, best first.
@@ -122,11 +137,15 @@ def _gain(hits: Sequence[int]) -> float:
 
 # Scripts without spaces between words: every character is one.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[\p{{L}}\p{{M}}\p{{N}}--[{UNSPACED}]]+(?:['’][\p{{L}}\p{{M}}]+)*", regex.VERSION1)
+_WORD = regex.compile(
+  rf"[{UNSPACED}]\p{{M}}*|[\p{{L}}\p{{M}}\p{{N}}--[{UNSPACED}]]+(?:['’][\p{{L}}\p{{M}}]+)*",
+  regex.VERSION1,
+)
 
 
 def words(text: str) -> list[str]:
-  """Words of a text in any script, in lower case and one form of each letter (NFKC); of scripts without spaces, characters.
+  """Words of a text in any script, in lower case and one form of each letter (NFKC); of scripts
+  without spaces, characters.
 
   >>> words("Émile Zola's 東京 (1867)")
   ['émile', "zola's", '東', '京', '1867']
@@ -145,37 +164,53 @@ _NAME = re.compile(r"(?<![.!?]\s)(?<!^)\b[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)*"
 
 
 def entities(text: str) -> set[str]:
-  """Numbers and names (runs of capitalised words inside sentences) of a text, normalized: a rule, not a model."""
-  return {squad_normalize(found) for pattern in (_NUMBER, _NAME) for found in pattern.findall(text)} - {""}
+  """Numbers and names (runs of capitalised words inside sentences) of a text, normalized: a rule,
+  not a model."""
+  return {
+    squad_normalize(found) for pattern in (_NUMBER, _NAME) for found in pattern.findall(text)
+  } - {""}
 
 
 def entities_kept(paraphrase: str, source: str) -> float:
-  """Share of the source's `entities` whose tokens all appear in the paraphrase; 1 where it has none."""
+  """Share of the source's `entities` whose tokens all appear in the paraphrase; 1 where it has
+  none."""
   wanted, tokens = entities(source), said(paraphrase)
   return sum(set(e.split()) <= tokens for e in wanted) / len(wanted) if wanted else 1.0
 
 
 def paraphrase_scores(paraphrase: str, source: str) -> dict[str, float]:
-  """Fidelity of a text that was written from memory tokens: `rouge1`, `rouge_l` (F1, stemmed) and `entities_kept`.
+  """Fidelity of a text that was written from memory tokens: `rouge1`, `rouge_l` (F1, stemmed) and
+  `entities_kept`.
 
   Raises:
     ImportError: the library rouge-score is missing (extra 'evaluate').
   """
   found = _rouge().score(source, paraphrase)
-  return {"rouge1": found["rouge1"].fmeasure, "rouge_l": found["rougeL"].fmeasure, "entities_kept": entities_kept(paraphrase, source)}
+  return {
+    "rouge1": found["rouge1"].fmeasure,
+    "rouge_l": found["rougeL"].fmeasure,
+    "entities_kept": entities_kept(paraphrase, source),
+  }
 
 
 @functools.cache
 def _rouge():
   from rouge_score import rouge_scorer, tokenizers
+
   ascii_only = tokenizers.DefaultTokenizer(use_stemmer=True)
 
   class Tokenizer(tokenizers.Tokenizer):
-    """The library's own drops every letter that is not ASCII; words with one are kept as they are."""
+    """The library's own drops every letter that is not ASCII; words with one are kept as they
+    are."""
 
     def tokenize(self, text):
       text = text.replace("’", "'")
       if text.isascii():  # as the library has it, to the last token
         return ascii_only.tokenize(text)
-      return [token for word in words(text) for token in (ascii_only.tokenize(word) if word.isascii() else [word])]
+      return [
+        token
+        for word in words(text)
+        for token in (ascii_only.tokenize(word) if word.isascii() else [word])
+      ]
+
   return rouge_scorer.RougeScorer(["rouge1", "rougeL"], tokenizer=Tokenizer())

@@ -14,7 +14,8 @@ Encode = Callable[[Sequence[str], str], np.ndarray]
 
 
 def load(name: str) -> Encode:
-  """An encoder (`candidates.Dense`) of a sentence-transformers model; its prompts for questions and documents are its own.
+  """An encoder (`candidates.Dense`) of a sentence-transformers model; its prompts for questions and
+  documents are its own.
 
   Args:
     name: a directory, or an id in the hub's cache.
@@ -25,27 +26,38 @@ def load(name: str) -> Encode:
   try:
     directory = local_directory(name, "directory of a sentence-transformers model")
   except CheckpointError as error:
-    raise ConfigError(f"--retriever {error}; expected bm25, MODULE:FUNCTION, or such a model") from None
+    raise ConfigError(
+      f"--retriever {error}; expected bm25, MODULE:FUNCTION, or such a model"
+    ) from None
   try:
     with open(os.path.join(directory, "modules.json"), encoding="utf-8") as file:
       json.load(file)
-  except FileNotFoundError:  # without it, sentence-transformers would take the mean of any model's states
-    raise ConfigError(f"--retriever {name}: has no modules.json, which says how a sentence-transformers model pools") from None
+  except (
+    FileNotFoundError
+  ):  # without it, sentence-transformers would take the mean of any model's states
+    raise ConfigError(
+      f"--retriever {name}: has no modules.json, which says how a sentence-transformers model pools"
+    ) from None
   except (OSError, ValueError) as error:
     raise ConfigError(f"--retriever {os.path.join(directory, 'modules.json')}: {error}") from None
   try:
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
   except ImportError:
-    raise ConfigError(f"--retriever {name}: dense models need sentence-transformers: pip install -e '.[dense]'") from None
+    raise ConfigError(
+      f"--retriever {name}: dense models need sentence-transformers: pip install -e '.[dense]'"
+    ) from None
   logging.disable_progress_bar()
   try:
     model = SentenceTransformer(directory, local_files_only=True)
   except Exception as error:  # whatever its modules raise on files that are not what they say
-    raise ConfigError(f"--retriever {name}: not readable as a sentence-transformers model: {error}") from None
+    raise ConfigError(
+      f"--retriever {name}: not readable as a sentence-transformers model: {error}"
+    ) from None
 
   def encode(texts: Sequence[str], kind: str) -> np.ndarray:
     """[n, d] float32."""
     made = model.encode_query if kind == "question" else model.encode_document
     return np.asarray(made(list(texts), show_progress_bar=False, convert_to_numpy=True), np.float32)
+
   return encode

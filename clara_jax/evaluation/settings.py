@@ -11,7 +11,8 @@ class Setting:
   Attributes:
     description: the same, in words.
     form: 'memories' of documents, 'text' of documents, or 'nothing'.
-    order: who finds the K documents among the row's: BM25, or a role that reads the question; None: all of them, as given.
+    order: who finds the K documents among the row's: BM25, or a role that reads the question; None:
+      all of them, as given.
     reader: the role that answers; None: the base alone.
   """
 
@@ -27,13 +28,23 @@ class Setting:
 
 
 SETTINGS = {
-    "no_documents": Setting("the base alone, no documents", "nothing"),
-    "full_text": Setting("the base alone, the K first by BM25 as text", "text", "bm25"),
-    "full_text_generator": Setting("the generator of stage full_text, the K first by BM25 as text", "text", "bm25", "generator"),
-    "bm25": Setting("memory tokens of the K first by BM25", "memories", "bm25", "generator"),
-    "compressor": Setting("memory tokens of all documents of the row", "memories", None, "generator"),
-    "compressor_queries": Setting("memory tokens of the K best; the compressor reads the question, as before the joint stage", "memories",
-                                  "compressor", "generator"),
-    "joint": Setting("memory tokens of the K best; the query reasoner reads the question", "memories", "query_reasoner",
-                     "generator"),
+  "no_documents": Setting("the base alone, no documents", "nothing"),
+  "full_text": Setting("the base alone, the K first by BM25 as text", "text", "bm25"),
+  "full_text_generator": Setting(
+    "the generator of stage full_text, the K first by BM25 as text", "text", "bm25", "generator"
+  ),
+  "bm25": Setting("memory tokens of the K first by BM25", "memories", "bm25", "generator"),
+  "compressor": Setting("memory tokens of all documents of the row", "memories", None, "generator"),
+  "compressor_queries": Setting(
+    "memory tokens of the K best; the compressor reads the question, as before the joint stage",
+    "memories",
+    "compressor",
+    "generator",
+  ),
+  "joint": Setting(
+    "memory tokens of the K best; the query reasoner reads the question",
+    "memories",
+    "query_reasoner",
+    "generator",
+  ),
 }

@@ -24,14 +24,17 @@ def mean(values: Sequence[float], seed: int = 0) -> BootstrapMean:
   if len(data) < 2 or (data == data[0]).all():
     return BootstrapMean(float(data.mean()), float(data.mean()), float(data.mean()), len(data))
   from scipy import stats  # half a second
-  found = stats.bootstrap((data,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=seed, batch=100).confidence_interval
+
+  found = stats.bootstrap(
+    (data,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=seed, batch=100
+  ).confidence_interval
   return BootstrapMean(float(data.mean()), float(found.low), float(found.high), len(data))
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """Mean of b - a over the same rows, its bootstrap interval (95 %), and how likely one so large is where neither is better (two-sided
-  sign-flipping permutation test)."""
+  """Mean of b - a over the same rows, its bootstrap interval (95 %), and how likely one so large is
+  where neither is better (two-sided sign-flipping permutation test)."""
 
   mean: float
   low: float
@@ -45,6 +48,10 @@ def compare(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Difference
   found = mean(np.asarray(b, np.float64) - np.asarray(a, np.float64), seed)
   if found.low == found.high == found.mean == 0:
     return Difference(0.0, 0.0, 0.0, 1.0, found.n)
-  flipped = np.random.default_rng(seed).choice([-1.0, 1.0], (RESAMPLES, found.n)) @ (np.asarray(b, np.float64) - a) / found.n
+  flipped = (
+    np.random.default_rng(seed).choice([-1.0, 1.0], (RESAMPLES, found.n))
+    @ (np.asarray(b, np.float64) - a)
+    / found.n
+  )
   p = (1 + (np.abs(flipped) >= abs(found.mean) - 1e-12).sum()) / (RESAMPLES + 1)
   return Difference(found.mean, found.low, found.high, float(p), found.n)

@@ -1,6 +1,8 @@
-"""A stand-in for a language model: it knows the facts of a generated world, and errs on purpose at given rates.
+"""A stand-in for a language model: it knows the facts of a generated world, and errs on purpose at
+given rates.
 
-It understands the prompts by the name of the reply's schema and what stands between the tags; a request always gets the same reply.
+It understands the prompts by the name of the reply's schema and what stands between the tags; a
+request always gets the same reply.
 """
 
 import dataclasses
@@ -18,7 +20,8 @@ from clara_jax.synthesis.client import Usage
 
 @dataclasses.dataclass(frozen=True)
 class Faults:
-  """How often a reply is wrong: an answer, a fact that questions or a paraphrase leave out, JSON that does not parse."""
+  """How often a reply is wrong: an answer, a fact that questions or a paraphrase leave out, JSON
+  that does not parse."""
 
   wrong_answer: float = 0.0
   missing_fact: float = 0.0
@@ -42,8 +45,16 @@ class Offline:
       for page in world.side(side):
         self._pages[world.document(page)] = page
 
-  async def chat(self, messages: Sequence[Mapping[str, str]], *, schema: Mapping[str, Any] | None = None, name: str = "reply",
-                 temperature: float = 0.0, max_tokens: int = 1024, seed: int | None = None) -> str:
+  async def chat(
+    self,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    schema: Mapping[str, Any] | None = None,
+    name: str = "reply",
+    temperature: float = 0.0,
+    max_tokens: int = 1024,
+    seed: int | None = None,
+  ) -> str:
     self.usage.requests += 1
     self.usage.answered += 1
     text = self.reply(messages, name, seed)
@@ -53,11 +64,15 @@ class Offline:
 
   def reply(self, messages: Sequence[Mapping[str, str]], name: str, seed: int | None = None) -> str:
     """The reply to a chat whose schema has this name."""
-    rng = random.Random(hashlib.blake2b(json.dumps([self._seed, seed, name, list(messages)]).encode(), digest_size=8).digest())
+    rng = random.Random(
+      hashlib.blake2b(
+        json.dumps([self._seed, seed, name, list(messages)]).encode(), digest_size=8
+      ).digest()
+    )
     prompt = messages[1]["content"]
     text = json.dumps(getattr(self, f"_{name}")(prompt, rng), ensure_ascii=False)
     if len(messages) == 2 and rng.random() < self.faults.broken_json:
-      return text[:rng.randrange(1, len(text))]
+      return text[: rng.randrange(1, len(text))]
     return text
 
   def page(self, document: str) -> Page | None:
@@ -70,10 +85,13 @@ class Offline:
     page = self.page(document)
     if page is None:
       return {}
-    return {q: page.entity.facts[r] for r in page.relations for q in self.world.wordings(page.entity, r)}
+    return {
+      q: page.entity.facts[r] for r in page.relations for q in self.world.wordings(page.entity, r)
+    }
 
   def truth(self, question: str, document: str) -> str | None:
-    """The right answer to a simple or a complex question; None where it is no question about the document."""
+    """The right answer to a simple or a complex question; None where it is no question about the
+    document."""
     facts = self.facts(document)
     if question in facts:
       return facts[question]
@@ -85,12 +103,21 @@ class Offline:
   def relations(self, question: str, document: str) -> set[str]:
     """The facts that a question asks for."""
     page = self.page(document)
-    asked = {q: r for r in page.relations for q in self.world.wordings(page.entity, r)} if page else {}
+    asked = (
+      {q: r for r in page.relations for q in self.world.wordings(page.entity, r)} if page else {}
+    )
     if question in asked:
       return {asked[question]}
-    return next(({asked[a], asked[b]} for a, b in itertools.permutations(asked, 2) if question == compound(a, b)), set())
+    return next(
+      (
+        {asked[a], asked[b]}
+        for a, b in itertools.permutations(asked, 2)
+        if question == compound(a, b)
+      ),
+      set(),
+    )
 
-  # ---- replies by schema ---------------------------------------------------------------------------------------------------------
+  # ---- replies by schema -------------------------------------------------------------------------
 
   def _questions(self, prompt, rng):
     document = _last(prompt, "document")
@@ -98,7 +125,9 @@ class Offline:
     if page is None:
       return {"questions": []}
     missing = _listed(_last(prompt, "missing")) if "<missing>" in prompt else None
-    relations = [r for r in page.relations if missing is None or r in missing or "everything" in missing]
+    relations = [
+      r for r in page.relations if missing is None or r in missing or "everything" in missing
+    ]
     is_complex = "complex questions" in prompt
     if is_complex and len(page.relations) < 2:
       return {"questions": []}
@@ -115,7 +144,9 @@ class Offline:
     for question in _numbered(_last(prompt, "questions")):
       answer = self.truth(question, document) or "nobody knows"
       if rng.random() < self.faults.wrong_answer:
-        answer = rng.choice([w for w in document.replace(".", "").split() if w not in answer.split()])
+        answer = rng.choice(
+          [w for w in document.replace(".", "").split() if w not in answer.split()]
+        )
       answers.append(answer)
     return {"answers": answers}
 
@@ -123,28 +154,46 @@ class Offline:
     document = _last(prompt, "document")
     kept, pairs = (self._pairs(_numbered(_last(prompt, tag)), document) for tag in ("kept", "new"))
     correct = [self.truth(q, document) == a for q, a in pairs]
-    asked = set().union(*(self.relations(q, document) for q, _ in kept), *(self.relations(q, document) for (q, _), c in zip(
-        pairs, correct, strict=True) if c))
+    asked = set().union(
+      *(self.relations(q, document) for q, _ in kept),
+      *(self.relations(q, document) for (q, _), c in zip(pairs, correct, strict=True) if c),
+    )
     page = self.page(document)
-    return {"correct": correct, "missing": [r for r in page.relations if r not in asked] if page else ["everything"]}
+    return {
+      "correct": correct,
+      "missing": [r for r in page.relations if r not in asked] if page else ["everything"],
+    }
 
   def _verdict(self, prompt, rng):
     document = _last(prompt, "document")
     page, pairs = self.page(document), self._pairs(_numbered(_last(prompt, "pairs")), document)
     right = all(self.truth(q, document) == a for q, a in pairs)
-    covered = page is not None and set(page.relations) <= set().union(*(self.relations(q, document) for q, _ in pairs))
-    return {"correct": right, "covered": covered, "reason": "" if right and covered else "it is not"}
+    covered = page is not None and set(page.relations) <= set().union(
+      *(self.relations(q, document) for q, _ in pairs)
+    )
+    return {
+      "correct": right,
+      "covered": covered,
+      "reason": "" if right and covered else "it is not",
+    }
 
   def _paraphrase(self, prompt, rng):
     page = self.page(_last(prompt, "document"))
     if page is None:
       return {"paraphrase": ""}
-    told = [r for r in page.relations if rng.random() >= self.faults.missing_fact] or list(page.relations[:1])
+    told = [r for r in page.relations if rng.random() >= self.faults.missing_fact] or list(
+      page.relations[:1]
+    )
     return {"paraphrase": self.world.document(page, 1 + rng.randrange(50), told)}
 
   def _paraphrase_check(self, prompt, rng):
     page, written = self.page(_last(prompt, "document")), _last(prompt, "paraphrase")
-    return {"lost": [r for r in page.relations if page.entity.facts[r] not in written] if page else ["everything"], "added": []}
+    return {
+      "lost": [r for r in page.relations if page.entity.facts[r] not in written]
+      if page
+      else ["everything"],
+      "added": [],
+    }
 
   def _teacher(self, prompt, rng):
     question = _last(prompt, "question").strip()
@@ -154,8 +203,13 @@ class Offline:
     return {"answer": ""}
 
   def _pairs(self, lines, document):
-    """Question and answer of lines `QUESTION ANSWER`: the question ends with its last question mark."""
-    return [(line[:line.rindex("?") + 1], line[line.rindex("?") + 1:].strip()) for line in lines if "?" in line]
+    """Question and answer of lines `QUESTION ANSWER`: the question ends with its last question
+    mark."""
+    return [
+      (line[: line.rindex("?") + 1], line[line.rindex("?") + 1 :].strip())
+      for line in lines
+      if "?" in line
+    ]
 
 
 def compound(a: str, b: str) -> str:

@@ -39,7 +39,8 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """A retrieved document with its cosine; `tokens` is the length of its text, 0 where the store keeps none."""
+  """A retrieved document with its cosine; `tokens` is the length of its text, 0 where the store
+  keeps none."""
 
   id: str
   score: float
@@ -63,39 +64,70 @@ class Answerer:
 
   Args:
     checkpoint: with query reasoner and generator.
-    store: memory tokens made by the same compressor; what is read of each document is what it was opened for (`MemoryStore.first`).
-    index: over the store; None loads the one beside it, which may search with more or fewer memory tokens than are read.
+    store: memory tokens made by the same compressor; what is read of each document is what it was
+      opened for (`MemoryStore.first`).
+    index: over the store; None loads the one beside it, which may search with more or fewer memory
+      tokens than are read.
     top_k: K; by default the configuration's.
     max_new_tokens: longest answer.
     stream_every: tokens between two calls of `on_text`.
-    merge: whether the generator is merged into a copy of the base: faster, for the memory of a second base and its rounding.
+    merge: whether the generator is merged into a copy of the base: faster, for the memory of a
+      second base and its rounding.
 
   Raises:
     StoreError: the store was made by another compressor.
     ConfigError: K is more than there are documents.
   """
 
-  def __init__(self, checkpoint: Checkpoint, store: MemoryStore, *,
-               index: Retriever | None = None, top_k: int | None = None, max_new_tokens: int = 64, stream_every: int = 4,
-               merge: bool = False):
-    model, prompt_tokenizer, weights = checkpoint.model, checkpoint.prompt_tokenizer, checkpoint.weights
+  def __init__(
+    self,
+    checkpoint: Checkpoint,
+    store: MemoryStore,
+    *,
+    index: Retriever | None = None,
+    top_k: int | None = None,
+    max_new_tokens: int = 64,
+    stream_every: int = 4,
+    merge: bool = False,
+  ):
+    model, prompt_tokenizer, weights = (
+      checkpoint.model,
+      checkpoint.prompt_tokenizer,
+      checkpoint.weights,
+    )
     check_compressor(store, model, weights)
     read = store.manifest.num_memory_tokens
     self.search_tokens = read
     if index is None:
-      index, self.search_tokens = index_lib.load(store), index_lib.saved_settings(store)["memory_tokens"]
+      index, self.search_tokens = (
+        index_lib.load(store),
+        index_lib.saved_settings(store)["memory_tokens"],
+      )
     self._asking = prompt_tokenizer.first(self.search_tokens)
     encode = model.first(self.search_tokens).encode_query
     model, prompt_tokenizer = model.first(read), prompt_tokenizer.first(read)
-    self.model, self.prompt_tokenizer, self.weights, self.store = model, prompt_tokenizer, weights, store
+    self.model, self.prompt_tokenizer, self.weights, self.store = (
+      model,
+      prompt_tokenizer,
+      weights,
+      store,
+    )
     self.top_k, self.max_new_tokens = top_k or model.config.top_k, max_new_tokens
     if self.top_k > len(store):
       raise ConfigError(f"top_k={self.top_k} documents of a store with {len(store)}")
     self._index, self._encode = index, jax.jit(encode)
-    greedy = Greedy(model, max_new_tokens, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id, None if merge else "generator")
+    greedy = Greedy(
+      model,
+      max_new_tokens,
+      prompt_tokenizer.end_ids,
+      prompt_tokenizer.pad_id,
+      None if merge else "generator",
+    )
     self._generator = weights
     if merge:
-      merged = jax.jit(functools.partial(linear.merge, scale=model.config.lora.scale))(weights["base"], weights["generator"])
+      merged = jax.jit(functools.partial(linear.merge, scale=model.config.lora.scale))(
+        weights["base"], weights["generator"]
+      )
       self._generator = {"base": merged, "memory_embedding": weights["memory_embedding"]}
     self._prefill_prefix, self._stream = jax.jit(greedy.prefill_prefix), make_stream(greedy)
     self._instruction: KeyValues | None = None
@@ -107,16 +139,21 @@ class Answerer:
     return self._found(rows, scores)
 
   def nearest_memories(self, vectors: np.ndarray, k: int) -> np.ndarray:
-    """The memory tokens nearest to flattened queries: [Q, M·D] -> [Q, k, M·D] float32 (the released code's retrieval protocol).
+    """The memory tokens nearest to flattened queries: [Q, M·D] -> [Q, k, M·D] float32 (the released
+    code's retrieval protocol).
 
     Queries may have more memory tokens than are searched with.
     """
-    unit = unit_vectors(vectors[:, :self.search_tokens * self.store.manifest.width])
+    unit = unit_vectors(vectors[:, : self.search_tokens * self.store.manifest.width])
     rows, _ = self._index.search(unit, k)
     return self.store.memories(rows.reshape(-1)).astype(np.float32).reshape(*rows.shape, -1)
 
-  def answer(self, questions: Sequence[Question | str], on_text: Callable[[int, str], None] | None = None,
-             on_found: Callable[[int, list[Found]], None] | None = None) -> list[Answer]:
+  def answer(
+    self,
+    questions: Sequence[Question | str],
+    on_text: Callable[[int, str], None] | None = None,
+    on_found: Callable[[int, list[Found]], None] | None = None,
+  ) -> list[Answer]:
     """Answers several questions as one batch.
 
     Args:
@@ -125,7 +162,8 @@ class Answerer:
       on_found: called with the place of a question and its documents, before the answer is made.
 
     Raises:
-      ConfigError: a question names ids of which none is in the store, or more documents than there are.
+      ConfigError: a question names ids of which none is in the store, or more documents than there
+        are.
       DataError: a question does not fit the prompt.
     """
     asked = [Question(q) if isinstance(q, str) else q for q in questions]
@@ -137,22 +175,38 @@ class Answerer:
     if on_found:
       for place, documents in enumerate(found):
         on_found(place, documents)
-    memories = np.zeros((_padded(len(asked)), max(self.top_k, _padded(rows.shape[1])), self.model.num_memory_tokens,
-                         self.store.manifest.width), np.float32)
-    memories[:len(asked), :rows.shape[1]][rows >= 0] = self.store.memories(rows[rows >= 0])
+    memories = np.zeros(
+      (
+        _padded(len(asked)),
+        max(self.top_k, _padded(rows.shape[1])),
+        self.model.num_memory_tokens,
+        self.store.manifest.width,
+      ),
+      np.float32,
+    )
+    memories[: len(asked), : rows.shape[1]][rows >= 0] = self.store.memories(rows[rows >= 0])
     clock.append(time.perf_counter())
     texts = self._texts(asked, (rows >= 0).sum(1), memories, on_text)
     clock.append(time.perf_counter())
-    timings = dict(zip(("encode", "search", "generate"), np.round(np.diff(clock) * 1e3, 2).tolist(), strict=True))
-    return [Answer(q.text, text, documents, timings) for q, text, documents in zip(asked, texts, found, strict=True)]
+    timings = dict(
+      zip(("encode", "search", "generate"), np.round(np.diff(clock) * 1e3, 2).tolist(), strict=True)
+    )
+    return [
+      Answer(q.text, text, documents, timings)
+      for q, text, documents in zip(asked, texts, found, strict=True)
+    ]
 
   def _queries(self, questions: Sequence[Question]) -> np.ndarray:
     tokens = [self._asking.query(q.text) for q in questions]
     tokens += tokens[:1] * (_padded(len(tokens)) - len(tokens))
-    query = self._encode(self.weights, pad_tokens(tokens, self.prompt_tokenizer.pad_id, _QUERY_BUCKET))
-    return np.asarray(query, np.float32)[:len(questions)]
+    query = self._encode(
+      self.weights, pad_tokens(tokens, self.prompt_tokenizer.pad_id, _QUERY_BUCKET)
+    )
+    return np.asarray(query, np.float32)[: len(questions)]
 
-  def _search(self, questions: Sequence[Question], query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def _search(
+    self, questions: Sequence[Question], query: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Rows and scores [Q, K], K the largest that is asked for; -1 beyond a question's own."""
     ks = np.array([q.top_k or self.top_k for q in questions])
     if ks.max() > len(self.store):
@@ -168,26 +222,58 @@ class Answerer:
         among = self.store.locate(question.ids)
         if not (among >= 0).any():
           raise ConfigError(f"none of the {len(question.ids)} ids is in the store")
-        rows[i], scores[i] = (x[0] for x in self._index.search(vectors[i:i + 1], int(ks.max()), among[among >= 0]))
+        rows[i], scores[i] = (
+          x[0] for x in self._index.search(vectors[i : i + 1], int(ks.max()), among[among >= 0])
+        )
     rows[np.arange(ks.max()) >= ks[:, None]] = -1
     return rows, scores
 
   def _found(self, rows: np.ndarray, scores: np.ndarray) -> list[list[Found]]:
     documents = iter(self.store.documents(rows[rows >= 0]))
-    return [[Found((d := next(documents)).id, round(float(score), 4), d.title, d.text, len(self.prompt_tokenizer.ids(d.text)))
-             for row, score in zip(*pair, strict=True) if row >= 0] for pair in zip(rows, scores, strict=True)]
+    return [
+      [
+        Found(
+          (d := next(documents)).id,
+          round(float(score), 4),
+          d.title,
+          d.text,
+          len(self.prompt_tokenizer.ids(d.text)),
+        )
+        for row, score in zip(*pair, strict=True)
+        if row >= 0
+      ]
+      for pair in zip(rows, scores, strict=True)
+    ]
 
-  def _texts(self, questions: Sequence[Question], counts: np.ndarray, memories: np.ndarray,
-             on_text: Callable[[int, str], None] | None) -> list[str]:
+  def _texts(
+    self,
+    questions: Sequence[Question],
+    counts: np.ndarray,
+    memories: np.ndarray,
+    on_text: Callable[[int, str], None] | None,
+  ) -> list[str]:
     prompt_tokenizer = self.prompt_tokenizer
-    prompts = [prompt_tokenizer.answer_prompt(q.text, int(k), where=f"question {q.text!r:.60}").ids for q, k in zip(questions, counts, strict=True)]
-    same_documents = len(prompts) > 1 and len(set(counts)) == 1 and (memories[:len(prompts)] == memories[0]).all()
-    prefix_cache = self._prefix_cache(prompts[0], memories[0], int(counts[0]) if same_documents else 0)
+    prompts = [
+      prompt_tokenizer.answer_prompt(q.text, int(k), where=f"question {q.text!r:.60}").ids
+      for q, k in zip(questions, counts, strict=True)
+    ]
+    same_documents = (
+      len(prompts) > 1 and len(set(counts)) == 1 and (memories[: len(prompts)] == memories[0]).all()
+    )
+    prefix_cache = self._prefix_cache(
+      prompts[0], memories[0], int(counts[0]) if same_documents else 0
+    )
     prompts += prompts[:1] * (len(memories) - len(prompts))
     limits = [min(q.max_new_tokens or self.max_new_tokens, self.max_new_tokens) for q in questions]
     texts = [""] * len(questions)
     every = self._stream_every if on_text else self.max_new_tokens
-    for ids in self._stream(self._generator, pad_tokens(prompts, prompt_tokenizer.pad_id, _PROMPT_BUCKET), memories, every, prefix_cache):
+    for ids in self._stream(
+      self._generator,
+      pad_tokens(prompts, prompt_tokenizer.pad_id, _PROMPT_BUCKET),
+      memories,
+      every,
+      prefix_cache,
+    ):
       for place, (row, limit) in enumerate(zip(ids, limits, strict=False)):
         texts[place] = prompt_tokenizer.text(row[:limit])
         if on_text:
@@ -195,18 +281,22 @@ class Answerer:
     return texts
 
   def _prefix_cache(self, prompt: np.ndarray, memories: np.ndarray, documents: int) -> KeyValues:
-    """What all prompts begin with, read once: the instruction, for good, and then so many documents that all share."""
+    """What all prompts begin with, read once: the instruction, for good, and then so many documents
+    that all share."""
     m = self.model.num_memory_tokens
     slot = prompt - self.model.config.model.vocab_size
     places = np.flatnonzero((slot >= 0) & (slot < m))
     if documents:
-      return self._prefill_prefix(self._generator, prompt[:places[documents * m - 1] + 1], memories)
+      return self._prefill_prefix(
+        self._generator, prompt[: places[documents * m - 1] + 1], memories
+      )
     if self._instruction is None:
-      self._instruction = self._prefill_prefix(self._generator, prompt[:places[0]], None)
+      self._instruction = self._prefill_prefix(self._generator, prompt[: places[0]], None)
     return self._instruction
 
 
-# Few different shapes, few compilations: texts are padded to multiples of these, batches and more than K documents to powers of two.
+# Few different shapes, few compilations: texts are padded to multiples of these, batches and more
+# than K documents to powers of two.
 _QUERY_BUCKET, _PROMPT_BUCKET = 32, 128
 
 

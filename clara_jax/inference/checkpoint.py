@@ -15,7 +15,8 @@ from clara_jax.errors import InputError
 from clara_jax.inference.generate import make_generate
 from clara_jax.model import Clara
 
-_TEXT_BUCKET, _PROMPT_BUCKET = 32, 128  # texts are padded to multiples of these: few shapes, few compilations
+# texts are padded to multiples of these: few shapes, few compilations
+_TEXT_BUCKET, _PROMPT_BUCKET = 32, 128
 
 
 class CheckpointError(InputError):
@@ -26,8 +27,8 @@ class CheckpointError(InputError):
 class Checkpoint:
   """A model, its weights and its tokenizer.
 
-  `model` has the computations on arrays, as pure functions of `weights`; the methods here are the same on texts. Shapes: Q questions,
-  N documents, M memory tokens of width D, K selected documents.
+  `model` has the computations on arrays, as pure functions of `weights`; the methods here are the
+  same on texts. Shapes: Q questions, N documents, M memory tokens of width D, K selected documents.
 
   Attributes:
     model: the computations, in the checkpoint's configuration.
@@ -59,25 +60,32 @@ class Checkpoint:
     Raises:
       ConfigError: m is not 1 to M.
     """
-    return dataclasses.replace(self, model=self.model.first(m), prompt_tokenizer=self.prompt_tokenizer.first(m))
+    return dataclasses.replace(
+      self, model=self.model.first(m), prompt_tokenizer=self.prompt_tokenizer.first(m)
+    )
 
   def compress(self, documents: Sequence[str]) -> jax.Array:
-    """Memory tokens of documents: N texts -> [N, M, D]. Longer ones than `doc_max_length` are cut."""
+    """Memory tokens of documents: N texts -> [N, M, D]. Longer ones than `doc_max_length` are
+    cut."""
     self.require("compressor")
     return self._encode(self._compress, self.prompt_tokenizer.documents(_texts(documents)))
 
   def encode_query(self, questions: Sequence[str]) -> jax.Array:
     """Memory tokens of questions, in the documents' space: Q texts -> [Q, M, D]."""
     self.require("query_reasoner")
-    return self._encode(self._encode_query, [self.prompt_tokenizer.query(q) for q in _texts(questions)])
+    return self._encode(
+      self._encode_query, [self.prompt_tokenizer.query(q) for q in _texts(questions)]
+    )
 
   def score(self, query: jax.Array, memories: jax.Array) -> jax.Array:
     """Cosines: query [Q, M, D], memories [N, M, D] for all questions or [Q, N, M, D] -> [Q, N]."""
     return self.model.score(query, self._for_each(query, memories))
 
-  def select(self, scores: jax.Array, memories: jax.Array, k: int | None = None) -> tuple[jax.Array, jax.Array]:
-    """The K best documents of each question, in order of score: scores [Q, N], memories [N, M, D] or [Q, N, M, D]
-    -> (their memory tokens [Q, K, M, D], their indices [Q, K]).
+  def select(
+    self, scores: jax.Array, memories: jax.Array, k: int | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """The K best documents of each question, in order of score: scores [Q, N], memories [N, M, D]
+    or [Q, N, M, D] -> (their memory tokens [Q, K, M, D], their indices [Q, K]).
 
     Raises:
       ConfigError: K is more than N.
@@ -86,7 +94,9 @@ class Checkpoint:
       raise ConfigError(f"k={k or self.model.config.top_k}: there are {scores.shape[-1]} documents")
     return self.model.select(scores, self._for_each(scores, memories), k)
 
-  def answer(self, questions: Sequence[str], selected: jax.Array, max_new_tokens: int = 64) -> list[str]:
+  def answer(
+    self, questions: Sequence[str], selected: jax.Array, max_new_tokens: int = 64
+  ) -> list[str]:
     """Answers from memory tokens: Q questions, selected [Q, K, M, D] -> Q texts, decoded greedily.
 
     Raises:
@@ -94,8 +104,13 @@ class Checkpoint:
     """
     self.require("generator")
     tokenizer = self.prompt_tokenizer
-    prompts = [tokenizer.answer_prompt(q, selected.shape[1], where=f"question {q!r:.60}").ids for q in _texts(questions)]
-    ids = self._generate(max_new_tokens)(self.weights, pad_tokens(prompts, tokenizer.pad_id, _PROMPT_BUCKET), selected)
+    prompts = [
+      tokenizer.answer_prompt(q, selected.shape[1], where=f"question {q!r:.60}").ids
+      for q in _texts(questions)
+    ]
+    ids = self._generate(max_new_tokens)(
+      self.weights, pad_tokens(prompts, tokenizer.pad_id, _PROMPT_BUCKET), selected
+    )
     return [tokenizer.text(row) for row in jax.device_get(ids)]
 
   def _encode(self, encode: Any, inputs: list[Any]) -> jax.Array:
@@ -103,7 +118,11 @@ class Checkpoint:
 
   @staticmethod
   def _for_each(questions: jax.Array, memories: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(memories, (len(questions), *memories.shape)) if memories.ndim == 3 else memories
+    return (
+      jnp.broadcast_to(memories, (len(questions), *memories.shape))
+      if memories.ndim == 3
+      else memories
+    )
 
   @functools.cached_property
   def _compress(self):
@@ -115,7 +134,11 @@ class Checkpoint:
 
   @functools.cached_property
   def _generate(self):
-    return functools.cache(lambda length: make_generate(self.model, length, self.prompt_tokenizer.end_ids, self.prompt_tokenizer.pad_id))
+    return functools.cache(
+      lambda length: make_generate(
+        self.model, length, self.prompt_tokenizer.end_ids, self.prompt_tokenizer.pad_id
+      )
+    )
 
 
 def require(directory: str, weights: dict[str, Any], *groups: str) -> None:
@@ -126,8 +149,10 @@ def require(directory: str, weights: dict[str, Any], *groups: str) -> None:
   """
   for group in groups:
     if group not in weights:
-      raise CheckpointError(f"{directory}: has no {group.replace('_', ' ')}; its roles are "
-                            f"{[r for r in ROLES if r in weights] or 'none'}")
+      raise CheckpointError(
+        f"{directory}: has no {group.replace('_', ' ')}; its roles are "
+        f"{[r for r in ROLES if r in weights] or 'none'}"
+      )
 
 
 def _texts(texts: Sequence[str]) -> Sequence[str]:

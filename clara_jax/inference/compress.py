@@ -1,6 +1,7 @@
 """A corpus through the frozen compressor, once, into a store.
 
-Three things go on at once: texts are tokenized ahead, the devices compress, and what they have made is written by a thread.
+Three things go on at once: texts are tokenized ahead, the devices compress, and what they have made
+is written by a thread.
 """
 
 import collections
@@ -25,7 +26,13 @@ from clara_jax.data.schemas import Document
 from clara_jax.inference.checkpoint import Checkpoint
 from clara_jax.memory.store import Manifest, MemoryStore, fingerprint, read_manifest
 from clara_jax.model import Clara
-from clara_jax.sharding import activation_rules, batch_sharding, make_mesh, num_batch_shards, tree_shardings
+from clara_jax.sharding import (
+  activation_rules,
+  batch_sharding,
+  make_mesh,
+  num_batch_shards,
+  tree_shardings,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +41,9 @@ GROUPS = ("base", "memory_embedding", "compressor")
 
 @dataclasses.dataclass(frozen=True)
 class CompressReport:
-  """documents: in the store now; skipped: already there; replaced: there with another text; cut: of the new ones, longer than
-  doc_max_length, whose end was left out; bytes: of memory tokens on disk; documents_per_second: of the new ones."""
+  """documents: in the store now; skipped: already there; replaced: there with another text; cut: of
+  the new ones, longer than doc_max_length, whose end was left out; bytes: of memory tokens on disk;
+  documents_per_second: of the new ones."""
 
   documents: int
   skipped: int
@@ -46,11 +54,22 @@ class CompressReport:
   documents_per_second: float
 
 
-def manifest_of(model: Clara, weights: dict[str, Any], encoding: str | None = None, text: bool = True) -> Manifest:
-  """What a store made by these weights says of itself; by default its encoding is the compute dtype."""
+def manifest_of(
+  model: Clara, weights: dict[str, Any], encoding: str | None = None, text: bool = True
+) -> Manifest:
+  """What a store made by these weights says of itself; by default its encoding is the compute
+  dtype."""
   config, parts = model.config, fingerprints(model.config, weights)
-  return Manifest(hashlib.sha256("".join(parts.values()).encode()).hexdigest()[:16], model.num_memory_tokens, config.model.width,
-                  config.doc_max_length, encoding or config.model.dtype, text, parts=parts, dtype=config.model.dtype)
+  return Manifest(
+    hashlib.sha256("".join(parts.values()).encode()).hexdigest()[:16],
+    model.num_memory_tokens,
+    config.model.width,
+    config.doc_max_length,
+    encoding or config.model.dtype,
+    text,
+    parts=parts,
+    dtype=config.model.dtype,
+  )
 
 
 def check_compressor(store: MemoryStore, model: Clara, weights: dict[str, Any]) -> None:
@@ -59,7 +78,9 @@ def check_compressor(store: MemoryStore, model: Clara, weights: dict[str, Any]) 
   Raises:
     StoreError: saying what differs.
   """
-  store.manifest.same_compressor(_like(store.manifest, manifest_of(model, weights), weights), store.directory)
+  store.manifest.same_compressor(
+    _like(store.manifest, manifest_of(model, weights), weights), store.directory
+  )
 
 
 def _like(there: Manifest, manifest: Manifest, weights: dict[str, Any]) -> Manifest:
@@ -70,53 +91,87 @@ def _like(there: Manifest, manifest: Manifest, weights: dict[str, Any]) -> Manif
 
 
 def fingerprints(config: ClaraConfig, weights: dict[str, Any]) -> dict[str, str]:
-  """Hashes of the weights that shape memory tokens, by group: of the base, the words' rows of the embedding and that of `<ENC>`, and the
-  layers; the rows of the other special tokens are never read, and differ between formats."""
+  """Hashes of the weights that shape memory tokens, by group: of the base, the words' rows of the
+  embedding and that of `<ENC>`, and the layers; the rows of the other special tokens are never
+  read, and differ between formats."""
   base = weights["base"]
   table, first = np.asarray(jax.device_get(base["embedding"])), config.model.vocab_size
   encode = first + config.num_memory_tokens + 1  # after <MEM…> and <AE>
-  groups = {"embedding": {"embedding": [table[:first], table[encode]]},
-            "layers": {"layers": {k: v for k, v in base.items() if k not in ("embedding", "head")}},
-            **{name: {name: weights[name]} for name in ("memory_embedding", "compressor")}}
+  groups = {
+    "embedding": {"embedding": [table[:first], table[encode]]},
+    "layers": {"layers": {k: v for k, v in base.items() if k not in ("embedding", "head")}},
+    **{name: {name: weights[name]} for name in ("memory_embedding", "compressor")},
+  }
   return {name: fingerprint(group, tuple(group)) for name, group in groups.items()}
 
 
-def compress_corpus(checkpoint: Checkpoint, documents: Iterable[Document], directory: str, *,
-                    encoding: str | None = None, text: bool | None = None, replace: bool = False, batch_size: int = 64,
-                    shard_size: int = 4096, bucket: int = 32, workers: int = 0, process: int = 0, processes: int = 1,
-                    mesh: MeshConfig | None = None, progress: bool = True) -> CompressReport:
-  """Writes the documents' memory tokens into the store; those that it has are skipped, so that a stopped run goes on.
+def compress_corpus(
+  checkpoint: Checkpoint,
+  documents: Iterable[Document],
+  directory: str,
+  *,
+  encoding: str | None = None,
+  text: bool | None = None,
+  replace: bool = False,
+  batch_size: int = 64,
+  shard_size: int = 4096,
+  bucket: int = 32,
+  workers: int = 0,
+  process: int = 0,
+  processes: int = 1,
+  mesh: MeshConfig | None = None,
+  progress: bool = True,
+) -> CompressReport:
+  """Writes the documents' memory tokens into the store; those that it has are skipped, so that a
+  stopped run goes on.
 
-  Several processes may work on one corpus, each with devices of its own: every block of `shard_size` documents belongs to one of them.
+  Several processes may work on one corpus, each with devices of its own: every block of
+  `shard_size` documents belongs to one of them.
 
   Args:
-    checkpoint: with the compressor; a store that is there and has fewer memory tokens gets as many as it has.
+    checkpoint: with the compressor; a store that is there and has fewer memory tokens gets as many
+      as it has.
     documents: the corpus; all processes get the same.
     directory: of the store.
-    encoding: of a new store (`codecs.NAMES`, except 'pq'); by default the compute dtype, and what it is for an existing one.
-    text: whether a new store keeps the documents' text; by default yes, and what it is for one that is there.
+    encoding: of a new store (`codecs.NAMES`, except 'pq'); by default the compute dtype, and what
+      it is for an existing one.
+    text: whether a new store keeps the documents' text; by default yes, and what it is for one that
+      is there.
     replace: whether a document that is there with another title or text is compressed anew.
-    batch_size: documents in a batch; rounded up to a multiple of the parts that the mesh divides a batch into.
+    batch_size: documents in a batch; rounded up to a multiple of the parts that the mesh divides a
+      batch into.
     shard_size: documents a segment; sorted by length within.
     bucket: lengths are padded to a multiple of it.
     workers: processes that tokenize ahead; 0 does it in a thread.
     process, processes: which part of the corpus is this process's.
-    mesh: of this process's devices; by default each has the whole compressor and a part of the batch.
+    mesh: of this process's devices; by default each has the whole compressor and a part of the
+      batch.
     progress: whether lines go to standard error.
 
   Raises:
     StoreError: the store was made by another compressor or in another encoding.
   """
-  model, prompt_tokenizer, weights = checkpoint.model, checkpoint.prompt_tokenizer, checkpoint.weights
+  model, prompt_tokenizer, weights = (
+    checkpoint.model,
+    checkpoint.prompt_tokenizer,
+    checkpoint.weights,
+  )
   start = time.monotonic()
   if (there := read_manifest(directory)) is not None:
     encoding, text = encoding or there.encoding, there.text if text is None else text
     if model.memory_tokens is None and there.num_memory_tokens < model.num_memory_tokens:
-      model, prompt_tokenizer = model.first(there.num_memory_tokens), prompt_tokenizer.first(there.num_memory_tokens)
+      model, prompt_tokenizer = (
+        model.first(there.num_memory_tokens),
+        prompt_tokenizer.first(there.num_memory_tokens),
+      )
   manifest = manifest_of(model, weights, encoding, text is not False)
-  store = MemoryStore(directory, _like(there, manifest, weights) if there else manifest, writer=process)
+  store = MemoryStore(
+    directory, _like(there, manifest, weights) if there else manifest, writer=process
+  )
   if replace and not store.manifest.text:
-    raise ConfigError(f"{directory}: the store keeps no text, so that changed documents cannot be told from others")
+    raise ConfigError(
+      f"{directory}: the store keeps no text, so that changed documents cannot be told from others"
+    )
   devices = make_mesh(mesh, jax.local_devices())
   batch_size = -(-batch_size // num_batch_shards(devices)) * num_batch_shards(devices)
   sharding = batch_sharding(devices)
@@ -130,24 +185,36 @@ def compress_corpus(checkpoint: Checkpoint, documents: Iterable[Document], direc
     order = np.argsort([len(x) for x in inputs], kind="stable")
     parts = []
     for first in range(0, len(order), batch_size):
-      chosen = order[first:first + batch_size]
+      chosen = order[first : first + batch_size]
       padded = [inputs[i] for i in chosen] + [inputs[chosen[0]]] * (batch_size - len(chosen))
-      parts.append(compress(placed, jax.device_put(pad_tokens(padded, prompt_tokenizer.pad_id, bucket), sharding)))
+      parts.append(
+        compress(
+          placed, jax.device_put(pad_tokens(padded, prompt_tokenizer.pad_id, bucket), sharding)
+        )
+      )
     return order, parts
 
   def write(chunk: list[Document], order: np.ndarray, parts: list[jax.Array]) -> None:
     nonlocal made
     memories = np.empty((len(chunk), model.num_memory_tokens, config.model.width), np.float32)
     for first, part in zip(range(0, len(order), batch_size), parts, strict=True):
-      chosen = order[first:first + batch_size]
-      memories[chosen] = np.asarray(part)[:len(chosen)]
+      chosen = order[first : first + batch_size]
+      memories[chosen] = np.asarray(part)[: len(chosen)]
     store.upsert(chunk, memories)
     made += len(chunk)
     if progress:
-      log.info(f"compress: {made} new documents, {chunks.skipped} were there, {made / (time.monotonic() - start):.0f} documents/s")
+      log.info(
+        f"compress: {made} new documents, {chunks.skipped} were there, "
+        f"{made / (time.monotonic() - start):.0f} documents/s"
+      )
 
   writing: concurrent.futures.Future | None = None
-  with contextlib.closing(store), jax.set_mesh(devices), activation_rules(), concurrent.futures.ThreadPoolExecutor(1) as writer:
+  with (
+    contextlib.closing(store),
+    jax.set_mesh(devices),
+    activation_rules(),
+    concurrent.futures.ThreadPoolExecutor(1) as writer,
+  ):
     placed = _place(model, weights, devices)
     for chunk, inputs in _tokenized(chunks, prompt_tokenizer, workers):
       cut += sum(prompt_tokenizer.is_cut(x) for x in inputs)
@@ -161,9 +228,20 @@ def compress_corpus(checkpoint: Checkpoint, documents: Iterable[Document], direc
     store = MemoryStore(directory)  # with what the others have written
   seconds = time.monotonic() - start
   if cut and progress:
-    log.warning(f"compress: {cut} of {made} documents are longer than doc_max_length={config.doc_max_length} tokens; their ends are "
-          "left out")
-  return CompressReport(len(store), chunks.skipped, chunks.replaced, cut, store.nbytes(), seconds, made / max(seconds, 1e-9))
+    log.warning(
+      f"compress: {cut} of {made} documents are longer than "
+      f"doc_max_length={config.doc_max_length} tokens; their ends are "
+      "left out"
+    )
+  return CompressReport(
+    len(store),
+    chunks.skipped,
+    chunks.replaced,
+    cut,
+    store.nbytes(),
+    seconds,
+    made / max(seconds, 1e-9),
+  )
 
 
 def _place(model: Clara, weights: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -176,7 +254,15 @@ def _place(model: Clara, weights: dict[str, Any], mesh: jax.sharding.Mesh) -> di
 class _Chunks:
   """Lists of `size` documents that the store lacks, in this process's part of the corpus."""
 
-  def __init__(self, documents: Iterable[Document], store: MemoryStore, size: int, replace: bool, process: int, processes: int):
+  def __init__(
+    self,
+    documents: Iterable[Document],
+    store: MemoryStore,
+    size: int,
+    replace: bool,
+    process: int,
+    processes: int,
+  ):
     self._documents, self._store, self._size, self._replace = iter(documents), store, size, replace
     self._process, self._processes = process, processes
     # Rows as they were at the start: the writer adds to the store meanwhile.
@@ -193,8 +279,8 @@ class _Chunks:
         continue
       waiting += self._lacking(block)
       while len(waiting) >= self._size:
-        yield waiting[:self._size]
-        waiting = waiting[self._size:]
+        yield waiting[: self._size]
+        waiting = waiting[self._size :]
     if waiting:
       yield waiting
 
@@ -210,11 +296,15 @@ class _Chunks:
     return [d for i, d in enumerate(block) if rows[i] < 0 or i in changed]
 
 
-def _tokenized(chunks: Iterable[list[Document]], prompt_tokenizer: PromptTokenizer, workers: int) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
+def _tokenized(
+  chunks: Iterable[list[Document]], prompt_tokenizer: PromptTokenizer, workers: int
+) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
   """Chunks with their encoder inputs, made ahead by processes or by a thread."""
   if workers:
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads of JAX
-    pool: Any = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (prompt_tokenizer,))
+    pool: Any = concurrent.futures.ProcessPoolExecutor(
+      workers, context, _start_worker, (prompt_tokenizer,)
+    )
     task = _encode_in_worker
   else:
     pool, task = concurrent.futures.ThreadPoolExecutor(1), prompt_tokenizer.documents

@@ -1,4 +1,5 @@
-"""How a store encodes memory tokens: as they are, in eight bits, or product-quantized. A document is a row of bytes.
+"""How a store encodes memory tokens: as they are, in eight bits, or product-quantized. A document
+is a row of bytes.
 
 | encoding   | bytes a document    |                                                              |
 |------------|---------------------|--------------------------------------------------------------|
@@ -72,11 +73,15 @@ class Plain:
 
   def encode(self, memories: np.ndarray) -> np.ndarray:
     """See `Codec`."""
-    return np.ascontiguousarray(memories.astype(self._dtype)).reshape(len(memories), -1).view(np.uint8)
+    return (
+      np.ascontiguousarray(memories.astype(self._dtype)).reshape(len(memories), -1).view(np.uint8)
+    )
 
   def decode(self, codes: np.ndarray) -> np.ndarray:
     """See `Codec`."""
-    return np.ascontiguousarray(codes).view(self._dtype).reshape(-1, self.num_memory_tokens, self.width)
+    return (
+      np.ascontiguousarray(codes).view(self._dtype).reshape(-1, self.num_memory_tokens, self.width)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +111,8 @@ class Int8:
   def decode(self, codes: np.ndarray) -> np.ndarray:
     """See `Codec`."""
     parts = codes.reshape(len(codes), self.num_memory_tokens, self.width + 2)
-    scale = np.ascontiguousarray(parts[..., self.width:]).view(np.float16).astype(np.float32)
-    return parts[..., :self.width].view(np.int8) * scale
+    scale = np.ascontiguousarray(parts[..., self.width :]).view(np.float16).astype(np.float32)
+    return parts[..., : self.width].view(np.int8) * scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +133,13 @@ class ProductQuantized:
     """See `Codec`."""
     sub_width = self.codebook.shape[2]
     if m * self.width % sub_width:
-      raise ConfigError(f"memory tokens {m}: {m}·{self.width} is not a multiple of the store's sub-width {sub_width}")
-    return dataclasses.replace(self, num_memory_tokens=m, codebook=self.codebook[:m * self.width // sub_width])
+      raise ConfigError(
+        f"memory tokens {m}: {m}·{self.width} is not a multiple of the store's sub-width "
+        f"{sub_width}"
+      )
+    return dataclasses.replace(
+      self, num_memory_tokens=m, codebook=self.codebook[: m * self.width // sub_width]
+    )
 
   def encode(self, memories: np.ndarray) -> np.ndarray:
     """See `Codec`."""
@@ -140,7 +150,9 @@ class ProductQuantized:
 
   def decode(self, codes: np.ndarray) -> np.ndarray:
     """See `Codec`."""
-    return self.codebook[np.arange(len(self.codebook)), codes].reshape(len(codes), self.num_memory_tokens, self.width)
+    return self.codebook[np.arange(len(self.codebook)), codes].reshape(
+      len(codes), self.num_memory_tokens, self.width
+    )
 
   def to_bytes(self) -> bytes:
     """The codebook as a .npy file."""
@@ -166,12 +178,15 @@ def learn_pq(memories: np.ndarray, sub_width: int) -> ProductQuantized:
     raise ConfigError(f"pq learns {CENTERS} centers and needs as many documents at least, got {n}")
   quantizer = _quantizer(m * d, sub_width)
   quantizer.train(_flat(memories))
-  centers = _faiss().vector_to_array(quantizer.centroids).reshape(m * d // sub_width, CENTERS, sub_width)
+  centers = (
+    _faiss().vector_to_array(quantizer.centroids).reshape(m * d // sub_width, CENTERS, sub_width)
+  )
   return ProductQuantized(m, d, np.ascontiguousarray(centers))
 
 
 def training_sample(num_memory_tokens: int, width: int) -> int:
-  """How many documents the centers are learned on: 256 for each center, or as many as fit 2 GiB, but never fewer than faiss wants."""
+  """How many documents the centers are learned on: 256 for each center, or as many as fit 2 GiB,
+  but never fewer than faiss wants."""
   return min(256 * CENTERS, max(39 * CENTERS, 2**29 // (num_memory_tokens * width)))
 
 

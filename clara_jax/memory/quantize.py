@@ -17,7 +17,9 @@ from clara_jax.memory.store import BLOCK, VERSION, Manifest, MemoryStore, StoreE
 _COPY = ("copy", "quantizes or truncates it")
 
 
-def quantize(store: MemoryStore, directory: str, encoding: str, sub_width: int = 4, segment_size: int = BLOCK) -> MemoryStore:
+def quantize(
+  store: MemoryStore, directory: str, encoding: str, sub_width: int = 4, segment_size: int = BLOCK
+) -> MemoryStore:
   """Copies a store into another encoding.
 
   Args:
@@ -40,10 +42,19 @@ def quantize(store: MemoryStore, directory: str, encoding: str, sub_width: int =
       sample = np.sort(np.random.default_rng(0).permutation(store.rows)[:count])
       codebook = codecs.learn_pq(store.memories(sample), sub_width)
     to = codebook or codecs.make(encoding, manifest.num_memory_tokens, manifest.width)
-    return _copied(store, directory, manifest, codebook, lambda rows: to.encode(np.asarray(store.memories(rows), np.float32)), segment_size)
+    return _copied(
+      store,
+      directory,
+      manifest,
+      codebook,
+      lambda rows: to.encode(np.asarray(store.memories(rows), np.float32)),
+      segment_size,
+    )
 
 
-def truncate(store: MemoryStore, directory: str, memory_tokens: int, segment_size: int = BLOCK) -> MemoryStore:
+def truncate(
+  store: MemoryStore, directory: str, memory_tokens: int, segment_size: int = BLOCK
+) -> MemoryStore:
   """Copies the first memory tokens of each document into a store of their own; no number changes.
 
   Args:
@@ -60,7 +71,14 @@ def truncate(store: MemoryStore, directory: str, memory_tokens: int, segment_siz
   kept = store.first(memory_tokens)
   codebook = kept.codec if isinstance(kept.codec, codecs.ProductQuantized) else None
   with kept.reading(*_COPY):
-    return _copied(kept, directory, dataclasses.replace(kept.manifest, generation=0, version=VERSION), codebook, kept.codes, segment_size)
+    return _copied(
+      kept,
+      directory,
+      dataclasses.replace(kept.manifest, generation=0, version=VERSION),
+      codebook,
+      kept.codes,
+      segment_size,
+    )
 
 
 def _check_free(directory: str) -> None:
@@ -71,19 +89,29 @@ def _check_free(directory: str) -> None:
     raise StoreError(f"{directory}: {what}; choose another directory")
 
 
-def _copied(store: MemoryStore, directory: str, manifest: Manifest, codebook: codecs.ProductQuantized | None,
-            codes_of: Callable[[np.ndarray], np.ndarray], segment_size: int) -> MemoryStore:
+def _copied(
+  store: MemoryStore,
+  directory: str,
+  manifest: Manifest,
+  codebook: codecs.ProductQuantized | None,
+  codes_of: Callable[[np.ndarray], np.ndarray],
+  segment_size: int,
+) -> MemoryStore:
   part = f"{directory.rstrip('/')}.part"
   if os.path.exists(part):
     if os.path.samefile(part, store.directory) or not (
-        os.path.exists(os.path.join(part, "writer-000.lock")) or os.path.exists(os.path.join(part, "manifest.json"))):
-      raise StoreError(f"{part}: is in the way; remove it, or choose another directory than {directory}")
+      os.path.exists(os.path.join(part, "writer-000.lock"))
+      or os.path.exists(os.path.join(part, "manifest.json"))
+    ):
+      raise StoreError(
+        f"{part}: is in the way; remove it, or choose another directory than {directory}"
+      )
     if who := io.holder(os.path.join(part, "writer-000.lock")):
       raise StoreError(f"{part}: another process writes there ({who})")
     shutil.rmtree(part)  # of a run that was stopped
   new = MemoryStore(part, manifest, codebook=codebook)
   for start in range(0, len(store), segment_size):
-    rows = store.rows[start:start + segment_size]
+    rows = store.rows[start : start + segment_size]
     new.upsert_codes(store.documents(rows), codes_of(rows))
   new.close()
   os.rename(part, directory)

@@ -11,17 +11,20 @@
     DIR/damaged/                             what `repair` has moved there
     DIR/store.lock, writer-003.lock, index.lock, copy.lock   who is at work
 
-A segment is written by one process (003 is its number) and never changed. It counts when its segment.json is there, which is written
-last: a store that was interrupted goes on with the documents that it lacks. The ledger tells what must be there. The order of the
-segments is the order of time: an id that comes again replaces the earlier document, an id that a later segment deletes is gone.
-`compact` writes what is left into the segments of the next generation and then changes the manifest, which makes it the one that counts.
+A segment is written by one process (003 is its number) and never changed. It counts when its
+segment.json is there, which is written last: a store that was interrupted goes on with the
+documents that it lacks. The ledger tells what must be there. The order of the segments is the order
+of time: an id that comes again replaces the earlier document, an id that a later segment deletes is
+gone. `compact` writes what is left into the segments of the next generation and then changes the
+manifest, which makes it the one that counts.
 
-A document's *row* is its place in that order; once nobody else writes, it stays the same until `compact` or `repair`. Ids are known by a
-128-bit hash.
+A document's *row* is its place in that order; once nobody else writes, it stays the same until
+`compact` or `repair`. Ids are known by a 128-bit hash.
 
-All who add segments, or read a store at length (`index`, `quantize`, `truncate`), share store.lock; `delete` and `compact` hold it alone.
-Whoever does not get it is refused, and told who has it. What another has written in the meantime is read before anything is added.
-"""
+All who add segments, or read a store at length (`index`, `quantize`, `truncate`), share store.lock;
+`delete` and `compact` hold it alone. Whoever does not get it is refused, and told who has it. What
+another has written in the meantime is read before anything is added.
+"""  # noqa: E501
 
 import collections
 import contextlib
@@ -50,7 +53,8 @@ log = logging.getLogger(__name__)
 
 VERSION = 3
 BLOCK = 4096  # documents that are read at once when a whole store is walked through
-_GROUP = 8192  # bytes that are compressed, checked and read together; a larger document stands alone
+# bytes that are compressed, checked and read together; a larger document stands alone
+_GROUP = 8192
 _OPEN_FILES = 128
 _MAX_RUNS = 32
 _FILES = ("documents.array_record", "memories.array_record", "keys.npy")
@@ -107,11 +111,19 @@ class Manifest:
     """
     if self.compressor == other.compressor:
       return
-    said = f"{directory}: the store was made by compressor {self.compressor}, this checkpoint's is {other.compressor}"
+    said = (
+      f"{directory}: the store was made by compressor {self.compressor}, this checkpoint's "
+      f"is {other.compressor}"
+    )
     if self.dtype and other.dtype and self.dtype != other.dtype:
-      raise StoreError(f"{said}: it was computed in {self.dtype}, this one computes in {other.dtype}; name --dtype {self.dtype}, or make "
-                       "a store with this one")
-    differing = [name for name in other.parts if self.parts and self.parts.get(name) != other.parts[name]]
+      raise StoreError(
+        f"{said}: it was computed in {self.dtype}, this one computes in {other.dtype}; name "
+        f"--dtype {self.dtype}, or make "
+        "a store with this one"
+      )
+    differing = [
+      name for name in other.parts if self.parts and self.parts.get(name) != other.parts[name]
+    ]
     raise StoreError(said + (f": other weights in {', '.join(differing)}" if differing else ""))
 
 
@@ -142,19 +154,30 @@ class MemoryStore:
 
   Args:
     directory: where it is.
-    manifest: what the store must hold, to create or extend it: it is locked for this writer until `close`. None opens an existing store
-      as it is; a change locks it for as long as the change takes.
+    manifest: what the store must hold, to create or extend it: it is locked for this writer until
+      `close`. None opens an existing store as it is; a change locks it for as long as the change
+      takes.
     writer: number of this process among those that write at the same time.
     codebook: of a new product-quantized store.
-    memory_tokens: m; opens an existing store to read the first m memory tokens of each document, as if it had no more.
+    memory_tokens: m; opens an existing store to read the first m memory tokens of each document, as
+      if it had no more.
     damaged: opens an existing store without its segments, for `repair`.
 
   Raises:
-    StoreError: there is no store, its manifest is another, segments of it are missing, or another process is at work on it.
+    StoreError: there is no store, its manifest is another, segments of it are missing, or another
+      process is at work on it.
   """
 
-  def __init__(self, directory: str, manifest: Manifest | None = None, *, writer: int = 0,
-               codebook: codecs.ProductQuantized | None = None, memory_tokens: int | None = None, damaged: bool = False):
+  def __init__(
+    self,
+    directory: str,
+    manifest: Manifest | None = None,
+    *,
+    writer: int = 0,
+    codebook: codecs.ProductQuantized | None = None,
+    memory_tokens: int | None = None,
+    damaged: bool = False,
+  ):
     self.directory = directory
     self._folder, self._writer = epath.Path(directory), writer
     self._locks: list[io.Lock] = []  # a name of one's own, a share in the store
@@ -173,21 +196,30 @@ class MemoryStore:
           _same(found, manifest, directory)
         manifest = found
       elif manifest is None:
-        raise StoreError(f"{directory}: not a memory store (no manifest.json); make one with clara compress")
+        raise StoreError(
+          f"{directory}: not a memory store (no manifest.json); make one with clara compress"
+        )
       else:
         (self._folder / f"segments-{manifest.generation}").mkdir(exist_ok=True)
         centers = codebook.to_bytes() if codebook is not None else b""
         if codebook is not None:
           io.write(self._folder / "codebook.npy", centers)
-        manifest = dataclasses.replace(manifest, codebook=hashlib.sha256(centers).hexdigest() if codebook is not None else "")
+        manifest = dataclasses.replace(
+          manifest, codebook=hashlib.sha256(centers).hexdigest() if codebook is not None else ""
+        )
         _write_manifest(file, manifest)
       centers = self._codebook(manifest)
-      self.codec = codecs.make(manifest.encoding, manifest.num_memory_tokens, manifest.width, centers)
+      self.codec = codecs.make(
+        manifest.encoding, manifest.num_memory_tokens, manifest.width, centers
+      )
       self.manifest = manifest
       self._whole = manifest.num_memory_tokens
       if memory_tokens is not None:
         if not 1 <= memory_tokens <= self._whole:
-          raise StoreError(f"{directory}: memory tokens {memory_tokens}: expected 1 to {self._whole}, which the store has")
+          raise StoreError(
+            f"{directory}: memory tokens {memory_tokens}: expected 1 to {self._whole}, which the "
+            f"store has"
+          )
         self.codec = self.codec.first(memory_tokens)
         self.manifest = dataclasses.replace(manifest, num_memory_tokens=memory_tokens)
       if not damaged:
@@ -203,7 +235,9 @@ class MemoryStore:
 
   def __reduce__(self):  # opened again in worker processes
     m = self.manifest.num_memory_tokens
-    return functools.partial(MemoryStore, memory_tokens=None if m == self._whole else m), (self.directory,)
+    return functools.partial(MemoryStore, memory_tokens=None if m == self._whole else m), (
+      self.directory,
+    )
 
   @property
   def whole(self) -> Manifest:
@@ -220,7 +254,7 @@ class MemoryStore:
       return self
     return MemoryStore(self.directory, memory_tokens=m)
 
-  # ---- what is there ---------------------------------------------------------------------------------------------------------
+  # ---- what is there -----------------------------------------------------------------------------
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -284,7 +318,7 @@ class MemoryStore:
   def blocks(self, size: int = BLOCK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Walks through the store: (rows [n], memory tokens [n, M, D])."""
     for start in range(0, len(self), size):
-      rows = self.rows[start:start + size]
+      rows = self.rows[start : start + size]
       yield rows, self.memories(rows)
 
   @property
@@ -294,8 +328,12 @@ class MemoryStore:
 
   def identity(self, segments: int | None = None) -> str:
     """A hash of what the store holds, or of its first segments."""
-    held = [(s.folder.name, s.deleted, sorted(s.checksums.items())) for s in self._segments[:segments]]
-    return hashlib.sha256(repr((self.manifest.compressor, self.manifest.generation, held)).encode()).hexdigest()
+    held = [
+      (s.folder.name, s.deleted, sorted(s.checksums.items())) for s in self._segments[:segments]
+    ]
+    return hashlib.sha256(
+      repr((self.manifest.compressor, self.manifest.generation, held)).encode()
+    ).hexdigest()
 
   def nbytes(self) -> int:
     """Bytes of the memory tokens' files."""
@@ -314,18 +352,28 @@ class MemoryStore:
     if self.manifest.version > 2:
       for writer in sorted({int(s.folder.name.split("-")[1]) for s in self._segments}):
         if not (ledger := self._segment_folder().ledger(writer)).exists():
-          raise StoreError(f"{ledger}: is missing: whether all segments of writer {writer} are there cannot be told")
+          raise StoreError(
+            f"{ledger}: is missing: whether all segments of writer {writer} are there cannot be "
+            f"told"
+          )
     for segment in self._segments:
       segment.verify()
     for start in range(0, len(self), BLOCK):
-      rows = self.rows[start:start + BLOCK]
+      rows = self.rows[start : start + BLOCK]
       ids = [d.id for d in self.documents(rows)]
       if not np.array_equal(self.locate(ids), rows):
-        raise StoreError(f"{self.directory}: the ids of rows {rows[0]} to {rows[-1]} are not those of their keys")
+        raise StoreError(
+          f"{self.directory}: the ids of rows {rows[0]} to {rows[-1]} are not those of their keys"
+        )
       self.codes(rows)
-    return {"documents": len(self), "segments": len(self._segments), "dead": self.dead, "bytes": self.nbytes()}
+    return {
+      "documents": len(self),
+      "segments": len(self._segments),
+      "dead": self.dead,
+      "bytes": self.nbytes(),
+    }
 
-  # ---- changes ---------------------------------------------------------------------------------------------------------------
+  # ---- changes -----------------------------------------------------------------------------------
 
   def append(self, documents: Sequence[Document], memories: np.ndarray) -> np.ndarray:
     """Adds documents, all or none.
@@ -343,20 +391,29 @@ class MemoryStore:
     with self._writing():
       there = np.flatnonzero(self.locate([d.id for d in documents]) >= 0)
       if len(there):
-        raise StoreError(f"{self.directory}: the id {documents[there[0]].id!r} already exists; upsert replaces a document")
+        raise StoreError(
+          f"{self.directory}: the id {documents[there[0]].id!r} already exists; upsert replaces a "
+          f"document"
+        )
       return self.upsert(documents, memories)
 
   def upsert(self, documents: Sequence[Document], memories: np.ndarray) -> np.ndarray:
     """As `append`; an id that is there is replaced."""
     expected = (len(documents), self.manifest.num_memory_tokens, self.manifest.width)
     if memories.shape != expected:
-      raise StoreError(f"{self.directory}: expected memory tokens of shape {expected}, got {memories.shape}")
+      raise StoreError(
+        f"{self.directory}: expected memory tokens of shape {expected}, got {memories.shape}"
+      )
     return self.upsert_codes(documents, self.codec.encode(memories))
 
   def upsert_codes(self, documents: Sequence[Document], codes: np.ndarray) -> np.ndarray:
-    """As `upsert`, with memory tokens that are in the store's encoding already: [n, nbytes] uint8."""
+    """As `upsert`, with memory tokens that are in the store's encoding already: [n, nbytes]
+    uint8."""
     if codes.shape != (len(documents), self.codec.nbytes):
-      raise StoreError(f"{self.directory}: expected codes of shape {(len(documents), self.codec.nbytes)}, got {codes.shape}")
+      raise StoreError(
+        f"{self.directory}: expected codes of shape {(len(documents), self.codec.nbytes)}, got "
+        f"{codes.shape}"
+      )
     if len({d.id for d in documents}) < len(documents):
       raise StoreError(f"{self.directory}: a duplicate id in one call")
     if not self.manifest.text:
@@ -371,11 +428,14 @@ class MemoryStore:
     with self._writing(alone=True):
       there = [i for i, row in zip(ids, self.locate(ids), strict=True) if row >= 0]
       if there:
-        self._write_segment((), np.zeros((0, self.codec.nbytes), np.uint8), keys_of(()), deleted=there)
+        self._write_segment(
+          (), np.zeros((0, self.codec.nbytes), np.uint8), keys_of(()), deleted=there
+        )
     return len(there)
 
   def compact(self, segment_size: int = BLOCK) -> None:
-    """Writes the documents that are left, in order, into new segments, and removes the old ones. Rows are counted anew.
+    """Writes the documents that are left, in order, into new segments, and removes the old ones.
+    Rows are counted anew.
 
     A process that reads the store has to open it again.
 
@@ -384,14 +444,19 @@ class MemoryStore:
     """
     with self._writing(alone=True):
       rows = self.rows
-      new = dataclasses.replace(self.manifest, generation=self.manifest.generation + 1, version=VERSION)
+      new = dataclasses.replace(
+        self.manifest, generation=self.manifest.generation + 1, version=VERSION
+      )
       self._remove_other_generations()
       target = self._segment_folder(new.generation)
       target.path.mkdir()
       target.begin()
       for start in range(0, len(rows), segment_size):
-        chosen = rows[start:start + segment_size]
-        records = [json.dumps(dataclasses.asdict(d), ensure_ascii=False).encode() for d in self.documents(chosen)]
+        chosen = rows[start : start + segment_size]
+        records = [
+          json.dumps(dataclasses.asdict(d), ensure_ascii=False).encode()
+          for d in self.documents(chosen)
+        ]
         target.write(records, self.codes(chosen), keys_of(json.loads(r)["id"] for r in records))
       _write_manifest(self._folder / "manifest.json", new)
       self.manifest = new
@@ -400,8 +465,9 @@ class MemoryStore:
       self._read_segments()
 
   def repair(self) -> dict[str, int]:
-    """Moves segments that are damaged to DIR/damaged, takes those that are missing off the ledger, and compacts what is left, so that their
-    documents can be compressed again. A document that such a segment deleted is back, one that it replaced is the earlier one.
+    """Moves segments that are damaged to DIR/damaged, takes those that are missing off the ledger,
+    and compacts what is left, so that their documents can be compressed again. A document that such
+    a segment deleted is back, one that it replaced is the earlier one.
 
     Returns:
       `lost`: documents of these segments; `segments`: how many they were.
@@ -415,16 +481,21 @@ class MemoryStore:
         if entry.folder.exists():
           aside = self._folder / "damaged"
           aside.mkdir(exist_ok=True)
-          shutil.move(os.fspath(entry.folder), os.fspath(aside / f"{entry.folder.name}-{int(time.time())}"))
+          shutil.move(
+            os.fspath(entry.folder), os.fspath(aside / f"{entry.folder.name}-{int(time.time())}")
+          )
       self._close_readers()
       folder.rewrite_ledgers()
       self._read_segments()
-      self.compact()  # rows are others now: a new generation says so to all who have the store open, and to its index
+      # rows are others now: a new generation says so to all who have the store open, and to its
+      # index
+      self.compact()
     return {"lost": lost, "segments": segments}
 
   @contextlib.contextmanager
   def reading(self, name: str, what: str) -> Iterator[None]:
-    """Keeps others from compacting or deleting, for a reader that takes long; it first reads what was written meanwhile.
+    """Keeps others from compacting or deleting, for a reader that takes long; it first reads what
+    was written meanwhile.
 
     Args:
       name: of the reader; two of one name do not work at the same time.
@@ -433,7 +504,8 @@ class MemoryStore:
     Raises:
       StoreError: another process compacts, or reads under this name.
     """
-    if "://" in self.directory or not os.access(self.directory, os.W_OK):  # nobody writes there from here
+    # nobody writes there from here
+    if "://" in self.directory or not os.access(self.directory, os.W_OK):
       yield
       return
     locks = self._lock(f"{name}.lock", f"{self.directory}: another process {what}")
@@ -444,10 +516,15 @@ class MemoryStore:
       for lock in locks:
         lock.release()
 
-  # ---- files -----------------------------------------------------------------------------------------------------------------
+  # ---- files -------------------------------------------------------------------------------------
 
   def _segment_folder(self, generation: int | None = None) -> "_Folder":
-    return _Folder(self._folder, self.manifest.generation if generation is None else generation, self._writer, self.manifest.version)
+    return _Folder(
+      self._folder,
+      self.manifest.generation if generation is None else generation,
+      self._writer,
+      self.manifest.version,
+    )
 
   def _remove_other_generations(self) -> None:
     """What a compaction left that was stopped, or has left behind."""
@@ -477,14 +554,20 @@ class MemoryStore:
       except (StoreError, OSError):
         if (found := _read_manifest(file)).generation == self.manifest.generation:
           raise
-        self.manifest = dataclasses.replace(self.manifest, generation=found.generation, version=found.version)
+        self.manifest = dataclasses.replace(
+          self.manifest, generation=found.generation, version=found.version
+        )
 
   def _refresh(self) -> None:
     """Takes in what others have written since this store was opened."""
     found = _read_manifest(self._folder / "manifest.json")
-    if found.generation != self.manifest.generation or self._segment_folder().names() != [s.folder.name for s in self._segments]:
+    if found.generation != self.manifest.generation or self._segment_folder().names() != [
+      s.folder.name for s in self._segments
+    ]:
       self._close_readers()
-      self.manifest = dataclasses.replace(self.manifest, generation=found.generation, version=found.version)
+      self.manifest = dataclasses.replace(
+        self.manifest, generation=found.generation, version=found.version
+      )
       self._read_segments()
 
   def _codebook(self, manifest: Manifest) -> bytes | None:
@@ -499,12 +582,16 @@ class MemoryStore:
       raise StoreError(f"{file}: its checksum is {found}, expected {manifest.codebook}")
     return content
 
-  # ---- locks -----------------------------------------------------------------------------------------------------------------
+  # ---- locks -------------------------------------------------------------------------------------
 
   def _lock(self, name: str | None = None, what: str = "") -> list[io.Lock]:
     """A name of one's own, and a share in the store."""
     name = name or f"writer-{self._writer:03}.lock"
-    what = what or f"{self.directory}: another process writes to this store with this number; give each a --process of its own"
+    what = (
+      what
+      or f"{self.directory}: another process writes to this store with this number; give each a "
+      f"--process of its own"
+    )
     try:
       own = io.Lock(self._folder / name)
     except io.LockedError as error:
@@ -513,13 +600,19 @@ class MemoryStore:
       return [own, io.Lock(self._folder / "store.lock", shared=True)]
     except io.LockedError as error:
       own.release()
-      raise StoreError(f"{self.directory}: the store is being changed ({error}); try again when that has ended") from None
+      raise StoreError(
+        f"{self.directory}: the store is being changed ({error}); try again when that has ended"
+      ) from None
 
   @contextlib.contextmanager
   def _writing(self, alone: bool = False, damaged: bool = False) -> Iterator[None]:
-    """Around every change: locked, and with what others have written. `damaged`: what is there need not be whole."""
+    """Around every change: locked, and with what others have written. `damaged`: what is there need
+    not be whole."""
     if self.manifest.num_memory_tokens < self._whole:
-      raise StoreError(f"{self.directory}: opened for the first {self.manifest.num_memory_tokens} of {self._whole} memory tokens, to read")
+      raise StoreError(
+        f"{self.directory}: opened for the first {self.manifest.num_memory_tokens} of "
+        f"{self._whole} memory tokens, to read"
+      )
     if "://" in self.directory:
       raise StoreError(f"{self.directory}: a store is written to a local or mounted directory")
     alone = alone or self.manifest.version < VERSION  # ledgers are written while nobody else writes
@@ -538,10 +631,16 @@ class MemoryStore:
         try:
           exclusive = io.Lock(self._folder / "store.lock")
         except io.LockedError as error:
-          others = [who for f in sorted(self._folder.glob("*.lock"), key=lambda f: f.name)
-                    if f.name != os.path.basename(own.path) and (who := io.holder(f))]
-          raise StoreError(f"{self.directory}: another process is at work on this store ({'; '.join(others) or error}); try again when "
-                           "that has ended") from None
+          others = [
+            who
+            for f in sorted(self._folder.glob("*.lock"), key=lambda f: f.name)
+            if f.name != os.path.basename(own.path) and (who := io.holder(f))
+          ]
+          raise StoreError(
+            f"{self.directory}: another process is at work on this store "
+            f"({'; '.join(others) or error}); try again when "
+            "that has ended"
+          ) from None
         self._alone = True
       if (alone or not kept) and not damaged:
         self._refresh()
@@ -572,22 +671,31 @@ class MemoryStore:
     rows = np.arange(self._end, self._end + segment.documents)
     self._end += segment.documents
     self._rows = None
-    return (np.concatenate([keys_of(segment.deleted), segment.keys()]),
-            np.concatenate([np.full(len(segment.deleted), -1), rows]))
+    return (
+      np.concatenate([keys_of(segment.deleted), segment.keys()]),
+      np.concatenate([np.full(len(segment.deleted), -1), rows]),
+    )
 
-  def _write_segment(self, records: Iterable[bytes], codes: np.ndarray, keys: np.ndarray, deleted: Sequence[str] = ()) -> np.ndarray:
+  def _write_segment(
+    self, records: Iterable[bytes], codes: np.ndarray, keys: np.ndarray, deleted: Sequence[str] = ()
+  ) -> np.ndarray:
     changed = self._add(self._segment_folder().write(records, codes, keys, deleted))
     self._keys.put(*changed)
-    return changed[1][len(deleted):]
+    return changed[1][len(deleted) :]
 
   def _parts(self, rows: np.ndarray) -> Iterator[tuple["_Segment", np.ndarray, np.ndarray]]:
     """Groups rows by segment: (segment, places among `rows`, rows within the segment)."""
     rows = np.asarray(rows, np.int64)
     if len(rows) and not 0 <= rows.min() <= rows.max() < self._end:
-      raise IndexError(f"{self.directory}: expected rows from 0 to {self._end - 1}, got {rows.min()} … {rows.max()}")
+      raise IndexError(
+        f"{self.directory}: expected rows from 0 to {self._end - 1}, got {rows.min()} … "
+        f"{rows.max()}"
+      )
     segments = np.searchsorted(self._starts, rows, side="right") - 1
     order = np.argsort(segments, kind="stable")
-    for places in np.split(order, np.flatnonzero(np.diff(segments[order])) + 1) if len(rows) else ():
+    for places in (
+      np.split(order, np.flatnonzero(np.diff(segments[order])) + 1) if len(rows) else ()
+    ):
       number = segments[places[0]]
       yield self._segments[number], places, rows[places] - self._starts[number]
 
@@ -601,7 +709,10 @@ class MemoryStore:
       self._readers.move_to_end(path)
       return self._readers[path].read(local.tolist())
     except (RuntimeError, ValueError, IndexError) as error:
-      raise StoreError(f"{path}: not readable: {error}; a store that was compacted meanwhile has to be opened again") from None
+      raise StoreError(
+        f"{path}: not readable: {error}; a store that was compacted meanwhile has to be opened "
+        f"again"
+      ) from None
 
   def _close_readers(self) -> None:
     for reader in self._readers.values():
@@ -631,7 +742,9 @@ class _Segment:
       self._check(_FILES[2])
       keys = np.load(os.fspath(path))
     except (OSError, ValueError) as error:
-      raise StoreError(str(error) if isinstance(error, StoreError) else f"{path}: not readable: {error}") from None
+      raise StoreError(
+        str(error) if isinstance(error, StoreError) else f"{path}: not readable: {error}"
+      ) from None
     if keys.shape != (self.documents, 2):
       raise StoreError(f"{path}: expected shape {(self.documents, 2)}, got {keys.shape}")
     return keys
@@ -646,7 +759,9 @@ class _Segment:
     except OSError as error:
       raise StoreError(f"{self.folder / name}: not readable: {error.strerror}") from None
     if found != self.checksums[name]:
-      raise StoreError(f"{self.folder / name}: its checksum is {found}, expected {self.checksums[name]}")
+      raise StoreError(
+        f"{self.folder / name}: its checksum is {found}, expected {self.checksums[name]}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -682,8 +797,11 @@ class _Folder:
     entries = self._entries()
     names = self.names()
     for name in sorted(set(entries) - set(names)):
-      raise StoreError(f"{self.path / name}: is missing: {entries[name]['documents']} documents of this store are gone; clara store repair "
-                       "takes it off the books, so that they can be compressed again")
+      raise StoreError(
+        f"{self.path / name}: is missing: {entries[name]['documents']} documents of this store "
+        f"are gone; clara store repair "
+        "takes it off the books, so that they can be compressed again"
+      )
     return [self._read(name, entries.get(name)) for name in names]
 
   def problems(self) -> Iterator[tuple[_Segment, str]]:
@@ -704,7 +822,9 @@ class _Folder:
     lines: dict[int, list[bytes]] = {}
     for name in self.names():
       segment = self._read(name, None)
-      lines.setdefault(int(name.split("-")[1]), []).append(self._entry(segment, io.checksum(self.path / name / "segment.json")))
+      lines.setdefault(int(name.split("-")[1]), []).append(
+        self._entry(segment, io.checksum(self.path / name / "segment.json"))
+      )
     for file in self.store.glob(f"ledger-{self.generation}-*.jsonl"):
       if int(file.name.removesuffix(".jsonl").split("-")[2]) not in lines:
         file.unlink()
@@ -712,7 +832,8 @@ class _Folder:
       io.write(self.ledger(writer), b"".join(entries))
 
   def _entries(self, damaged: bool = False) -> dict[str, dict[str, Any]]:
-    """What the ledgers say, by segment. A line that a kill has cut tells of a segment that may be there or not."""
+    """What the ledgers say, by segment. A line that a kill has cut tells of a segment that may be
+    there or not."""
     found = {}
     for file in self.store.glob(f"ledger-{self.generation}-*.jsonl"):
       for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
@@ -721,8 +842,10 @@ class _Folder:
           found[entry["segment"]] = entry
         except (io.DamagedError, ValueError) as error:
           if not damaged:
-            raise StoreError(f"{file}:{number}: the ledger is damaged ({error}); clara store repair writes it anew from what is there"
-                             ) from None
+            raise StoreError(
+              f"{file}:{number}: the ledger is damaged ({error}); clara store repair writes it "
+              f"anew from what is there"
+            ) from None
     return found
 
   def _read(self, name: str, entry: Mapping[str, Any] | None) -> _Segment:
@@ -731,13 +854,26 @@ class _Folder:
     try:
       if entry is not None and hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise io.DamagedError("is not what the ledger says")
-      values = io.unsealed(content) if self.version > 2 and (entry is None or io.is_sealed(content)) else io.parse_json(content)
-      return _Segment(file.parent, values["documents"], tuple(values["deleted"]), values["checksums"])
+      values = (
+        io.unsealed(content)
+        if self.version > 2 and (entry is None or io.is_sealed(content))
+        else io.parse_json(content)
+      )
+      return _Segment(
+        file.parent, values["documents"], tuple(values["deleted"]), values["checksums"]
+      )
     except (ValueError, KeyError, TypeError) as error:
       raise StoreError(f"{file}: damaged: {error}") from None
 
   def _entry(self, segment: _Segment, sha256: str) -> bytes:
-    return io.sealed({"segment": segment.folder.name, "documents": segment.documents, "deleted": len(segment.deleted), "sha256": sha256})
+    return io.sealed(
+      {
+        "segment": segment.folder.name,
+        "documents": segment.documents,
+        "deleted": len(segment.deleted),
+        "sha256": sha256,
+      }
+    )
 
   def begin(self) -> None:
     """The writer's ledger is there before its first segment, and tells of all of them."""
@@ -746,7 +882,8 @@ class _Folder:
       io.write(ledger, b"")
     io.cut_back(os.fspath(ledger))
     entries, own = self._entries(), f"-{self.writer:03}"
-    for name in [n for n in self.names() if n.endswith(own) and n not in entries]:  # a kill came between it and its entry
+    # a kill came between it and its entry
+    for name in [n for n in self.names() if n.endswith(own) and n not in entries]:
       self._append(self._read(name, None), io.checksum(self.path / name / "segment.json"))
 
   def _append(self, segment: _Segment, sha256: str) -> None:
@@ -756,7 +893,9 @@ class _Folder:
     finally:
       os.close(descriptor)
 
-  def write(self, records: Iterable[bytes], codes: np.ndarray, keys: np.ndarray, deleted: Sequence[str] = ()) -> _Segment:
+  def write(
+    self, records: Iterable[bytes], codes: np.ndarray, keys: np.ndarray, deleted: Sequence[str] = ()
+  ) -> _Segment:
     """One more segment; the folder has begun (`begin`)."""
     numbers = [int(name.split("-")[0]) for name in self.names()]
     folder = self.path / f"{max(numbers, default=-1) + 1:06}-{self.writer:03}"
@@ -767,10 +906,14 @@ class _Folder:
       checksums = {}
       if len(codes):
         _write_records(folder / _FILES[0], records, 1)
-        _write_records(folder / _FILES[1], (code.tobytes() for code in codes), max(1, _GROUP // codes.shape[1]))
+        _write_records(
+          folder / _FILES[1], (code.tobytes() for code in codes), max(1, _GROUP // codes.shape[1])
+        )
         np.save(os.fspath(folder / _FILES[2]), keys)
         checksums = {name: io.checksum(folder / name) for name in _FILES}
-      content = io.sealed({"documents": len(codes), "deleted": list(deleted), "checksums": checksums})
+      content = io.sealed(
+        {"documents": len(codes), "deleted": list(deleted), "checksums": checksums}
+      )
       segment = _Segment(folder, len(codes), tuple(deleted), checksums)
       io.write(folder / "segment.json", content)
       self._append(segment, hashlib.sha256(content).hexdigest())
@@ -789,7 +932,8 @@ class _Keys:
 
   def put(self, keys: np.ndarray, rows: np.ndarray) -> None:
     """keys: [n, 2] uint64, rows: [n], -1 for an id that is gone; of equal keys the last counts."""
-    self._runs = [_last_of_each(keys, rows), *self._runs]  # a new list: another thread may be searching the old one
+    # a new list: another thread may be searching the old one
+    self._runs = [_last_of_each(keys, rows), *self._runs]
     if len(self._runs) > _MAX_RUNS:
       self._merge()
 
@@ -829,7 +973,7 @@ class _Keys:
 def _last_of_each(keys: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   order = np.lexsort((np.arange(len(keys)), keys[:, 1], keys[:, 0]))
   keys, rows = keys[order], rows[order]
-  is_last = np.append((keys[1:] != keys[:-1]).any(1), True)[:len(keys)]
+  is_last = np.append((keys[1:] != keys[:-1]).any(1), True)[: len(keys)]
   return keys[is_last], rows[is_last]
 
 
@@ -868,7 +1012,9 @@ class MemoryLookup:
     if self._row_of_text is None:
       if not self.store.manifest.text:
         raise StoreError(f"{self.store.directory}: the store keeps no text; rows need doc_ids")
-      self._row_of_text = {d.text: int(row) for row, d in zip(self.store.rows, self.store.documents(), strict=True)}
+      self._row_of_text = {
+        d.text: int(row) for row, d in zip(self.store.rows, self.store.documents(), strict=True)
+      }
     return np.array([self._row_of_text.get(t, -1) for t in texts], np.int64)
 
 
@@ -887,7 +1033,9 @@ def _read_manifest(file: Any) -> Manifest:
   except (ValueError, AttributeError) as error:
     raise StoreError(f"{file}: damaged: {error}") from None
   if version not in (2, VERSION):
-    raise StoreError(f"{file}: a store of version {version}, expected {VERSION}; compress the corpus again")
+    raise StoreError(
+      f"{file}: a store of version {version}, expected {VERSION}; compress the corpus again"
+    )
   try:
     return Manifest(**{_FROM_FILE.get(name, name): value for name, value in values.items()})
   except TypeError as error:
@@ -895,7 +1043,12 @@ def _read_manifest(file: Any) -> Manifest:
 
 
 def _write_manifest(file: Any, manifest: Manifest) -> None:
-  io.write(file, io.sealed({_IN_FILE.get(name, name): value for name, value in dataclasses.asdict(manifest).items()}))
+  io.write(
+    file,
+    io.sealed(
+      {_IN_FILE.get(name, name): value for name, value in dataclasses.asdict(manifest).items()}
+    ),
+  )
 
 
 def _same(found: Manifest, wanted: Manifest, directory: str) -> None:
@@ -903,8 +1056,11 @@ def _same(found: Manifest, wanted: Manifest, directory: str) -> None:
   found.same_compressor(wanted, directory)
   for name in ("num_memory_tokens", "width", "doc_max_length", "encoding", "text"):
     if getattr(found, name) != getattr(wanted, name):
-      raise StoreError(f"{directory}: the store has {name}={getattr(found, name)!r}, this run would write {getattr(wanted, name)!r}; "
-                       "choose another --store")
+      raise StoreError(
+        f"{directory}: the store has {name}={getattr(found, name)!r}, this run would write "
+        f"{getattr(wanted, name)!r}; "
+        "choose another --store"
+      )
 
 
 def _write_records(path: Any, records: Iterable[bytes], group: int) -> None:

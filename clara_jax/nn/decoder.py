@@ -1,7 +1,9 @@
-"""The decoder of Mistral and its relatives: grouped-query attention, rotary positions, RMSNorm, SwiGLU; layers are scanned.
+"""The decoder of Mistral and its relatives: grouped-query attention, rotary positions, RMSNorm,
+SwiGLU; layers are scanned.
 
-Every linear layer may carry LoRA (`linear.py`). The module reads token embeddings and gives last hidden states, *after* the final
-norm; embedding tokens and reading logits are methods of their own, because CLaRa splices memory tokens in between.
+Every linear layer may carry LoRA (`linear.py`). The module reads token embeddings and gives last
+hidden states, *after* the final norm; embedding tokens and reading logits are methods of their own,
+because CLaRa splices memory tokens in between.
 """
 
 import functools
@@ -18,8 +20,8 @@ from clara_jax.ops.attention import attend, attend_cached
 from clara_jax.ops.rope import rotary_angles, rotate
 
 REMAT_POLICIES = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": None,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -27,8 +29,8 @@ EMPTY = 2**30  # the position of a slot that holds no token: after every other
 
 
 class KeyValues(NamedTuple):
-  """What a decoder has read: slots with keys and values of every layer, [Y, B, G, S, P] each, and the positions of their tokens, [B, S]
-  int32 (`EMPTY`: none)."""
+  """What a decoder has read: slots with keys and values of every layer, [Y, B, G, S, P] each, and
+  the positions of their tokens, [B, S] int32 (`EMPTY`: none)."""
 
   keys: jax.Array
   values: jax.Array
@@ -36,7 +38,8 @@ class KeyValues(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-  """x / sqrt(mean(x²) + ε) · scale (arXiv 1910.07467), in float32, returned in x's type. x: [..., D]."""
+  """x / sqrt(mean(x²) + ε) · scale (arXiv 1910.07467), in float32, returned in x's type. x: [...,
+  D]."""
 
   epsilon: float
   param_dtype: jnp.dtype
@@ -44,23 +47,41 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), x.shape[-1:],
-                       self.param_dtype)
+    scale = self.param(
+      "scale",
+      nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)),
+      x.shape[-1:],
+      self.param_dtype,
+    )
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
     return scale.astype(x.dtype) * normed.astype(x.dtype)
 
 
-def _linear(config: ModelConfig, lora: LoraConfig | None, name: str, features: int, kernel_axes: tuple[str, str],
-            use_bias: bool = False) -> Linear:
+def _linear(
+  config: ModelConfig,
+  lora: LoraConfig | None,
+  name: str,
+  features: int,
+  kernel_axes: tuple[str, str],
+  use_bias: bool = False,
+) -> Linear:
   return Linear(
-      features, kernel_axes, lora=lora if lora and name in lora.targets else None, dtype=jnp.dtype(config.dtype),
-      param_dtype=jnp.dtype(config.param_dtype), initializer_range=config.initializer_range, use_bias=use_bias,
-      quantized=config.base_quantization == "int8", name=name)
+    features,
+    kernel_axes,
+    lora=lora if lora and name in lora.targets else None,
+    dtype=jnp.dtype(config.dtype),
+    param_dtype=jnp.dtype(config.param_dtype),
+    initializer_range=config.initializer_range,
+    use_bias=use_bias,
+    quantized=config.base_quantization == "int8",
+    name=name,
+  )
 
 
 class Attention(nn.Module):
-  """Grouped-query attention; x: [B, T, D] -> ([B, T, D], keys and values of x [B, G, T, P] where they are kept)."""
+  """Grouped-query attention; x: [B, T, D] -> ([B, T, D], keys and values of x [B, G, T, P] where
+  they are kept)."""
 
   config: ModelConfig
   lora: LoraConfig | None
@@ -71,36 +92,61 @@ class Attention(nn.Module):
     batch, length, width = x.shape
 
     def project(name, count, axis):
-      return _linear(config, self.lora, name, count * config.head_dim, (axes.WIDTH, axis), config.qkv_bias)(x, deterministic)
+      return _linear(
+        config, self.lora, name, count * config.head_dim, (axes.WIDTH, axis), config.qkv_bias
+      )(x, deterministic)
 
     num_q, num_kv = config.num_heads, config.num_kv_heads
     if config.fused_projections:
       fused = project("qkv", num_q + 2 * num_kv, axes.HEADS)
-      q, k, v = jnp.split(fused, [num_q * config.head_dim, (num_q + num_kv) * config.head_dim], axis=-1)
+      q, k, v = jnp.split(
+        fused, [num_q * config.head_dim, (num_q + num_kv) * config.head_dim], axis=-1
+      )
     else:
-      q, k, v = project("q", num_q, axes.HEADS), project("k", num_kv, axes.KV_HEADS), project("v", num_kv, axes.KV_HEADS)
+      q, k, v = (
+        project("q", num_q, axes.HEADS),
+        project("k", num_kv, axes.KV_HEADS),
+        project("v", num_kv, axes.KV_HEADS),
+      )
     q, k, v = (z.reshape(batch, length, -1, config.head_dim) for z in (q, k, v))
     if config.qk_norm:
-      q, k = (RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), axis=None, name=name)(z)
-              for name, z in (("q_norm", q), ("k_norm", k)))
+      q, k = (
+        RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), axis=None, name=name)(z)
+        for name, z in (("q_norm", q), ("k_norm", k))
+      )
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    self.sow("queries", "rotated", q)  # kept where a caller asks for the collection (evaluation/explain.py)
+    # kept where a caller asks for the collection (evaluation/explain.py)
+    self.sow("queries", "rotated", q)
     q = nn.with_logical_constraint(q, (axes.BATCH, axes.LENGTH, axes.HEADS, None))
-    k, v = (nn.with_logical_constraint(z, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, None)) for z in (k, v))
+    k, v = (
+      nn.with_logical_constraint(z, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, None)) for z in (k, v)
+    )
     if cache is None:
       partition = nn.logical_to_mesh_axes((axes.BATCH, axes.LENGTH, axes.HEADS, None))
-      backend = "xla" if self.is_initializing() else config.attention  # a kernel's mesh does not divide the one token of `init`
+      # a kernel's mesh does not divide the one token of `init`
+      backend = "xla" if self.is_initializing() else config.attention
       mix = functools.partial(attend, backend=backend, partition=partition)
     else:
       mix = lambda q, k, v, window: attend_cached(q, k, v, positions, *cache, window=window)
-    if config.full_attention_layers:  # kernels want to know their window, the layers are one program: both, of which one runs
-      mixed = jax.lax.cond(windowed, functools.partial(mix, window=config.sliding_window), functools.partial(mix, window=None), q, k, v)
+    # kernels want to know their window, the layers are one program: both, of which one runs
+    if config.full_attention_layers:
+      mixed = jax.lax.cond(
+        windowed,
+        functools.partial(mix, window=config.sliding_window),
+        functools.partial(mix, window=None),
+        q,
+        k,
+        v,
+      )
     else:
       mixed = mix(q, k, v, window=config.sliding_window)
     mixed = mixed.reshape(batch, length, config.num_heads * config.head_dim)
-    # Only what is new leaves the loop over layers: the cache is read there and written once, after it.
+    # Only what is new leaves the loop over layers: the cache is read there and written once, after
+    # it.
     new = (jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)) if return_kv else None
-    return _linear(config, self.lora, "o", width, (axes.HEADS, axes.WIDTH))(mixed, deterministic), new
+    return _linear(config, self.lora, "o", width, (axes.HEADS, axes.WIDTH))(
+      mixed, deterministic
+    ), new
 
 
 class Mlp(nn.Module):
@@ -121,11 +167,14 @@ class Mlp(nn.Module):
     else:
       gate, up = project("gate", config.mlp_dim), project("up", config.mlp_dim)
     hidden = nn.with_logical_constraint(nn.silu(gate) * up, (axes.BATCH, axes.LENGTH, axes.MLP))
-    return _linear(config, self.lora, "down", x.shape[-1], (axes.MLP, axes.WIDTH))(hidden, deterministic)
+    return _linear(config, self.lora, "down", x.shape[-1], (axes.MLP, axes.WIDTH))(
+      hidden, deterministic
+    )
 
 
 class Layer(nn.Module):
-  """One pre-norm transformer layer, in the form `nn.scan` wants: (carry, what is its own) -> (carry, its keys and values)."""
+  """One pre-norm transformer layer, in the form `nn.scan` wants: (carry, what is its own) ->
+  (carry, its keys and values)."""
 
   config: ModelConfig
   lora: LoraConfig | None
@@ -142,7 +191,15 @@ class Layer(nn.Module):
       return RMSNorm(config.norm_eps, jnp.dtype(config.param_dtype), name=name)
 
     mixed, new = Attention(config, self.lora, name="attention")(
-        norm("attention_norm")(x), cos, sin, positions, cache, self.deterministic, self.return_kv, windowed)
+      norm("attention_norm")(x),
+      cos,
+      sin,
+      positions,
+      cache,
+      self.deterministic,
+      self.return_kv,
+      windowed,
+    )
     x = x + mixed
     x = x + Mlp(config, self.lora, name="mlp")(norm("mlp_norm")(x), self.deterministic)
     return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.WIDTH)), new
@@ -167,10 +224,18 @@ class Decoder(nn.Module):
     init = nn.initializers.normal(config.initializer_range)
     rows = config.table_size(self.vocab_size)
     self.embedding = self.param(
-        "embedding", nn.with_logical_partitioning(init, (axes.VOCAB, axes.WIDTH)), (rows, config.width), dtype)
+      "embedding",
+      nn.with_logical_partitioning(init, (axes.VOCAB, axes.WIDTH)),
+      (rows, config.width),
+      dtype,
+    )
     if not config.tie_embeddings:
       self.head = self.param(
-          "head", nn.with_logical_partitioning(init, (axes.WIDTH, axes.VOCAB)), (config.width, rows), dtype)
+        "head",
+        nn.with_logical_partitioning(init, (axes.WIDTH, axes.VOCAB)),
+        (config.width, rows),
+        dtype,
+      )
     self.final_norm = RMSNorm(config.norm_eps, dtype)
 
   def embed(self, tokens: jax.Array) -> jax.Array:
@@ -178,22 +243,36 @@ class Decoder(nn.Module):
     return self.embedding[tokens].astype(self.config.dtype)
 
   def output_matrix(self) -> jax.Array:
-    """[D, V] in the compute type, gathered along D once, so that no logits or their gradients are gathered instead."""
+    """[D, V] in the compute type, gathered along D once, so that no logits or their gradients are
+    gathered instead."""
     head = self.embedding.T if self.config.tie_embeddings else self.head
     return nn.with_logical_constraint(head.astype(self.config.dtype), (axes.WIDTH, axes.VOCAB))
 
   def logits(self, hidden: jax.Array, output_matrix: jax.Array | None = None) -> jax.Array:
-    """hidden: [..., D], after the final norm -> [..., V] float32. padding vocabulary entries (`vocab_multiple`) get a logit
-    that no softmax sees. `output_matrix` may be given where many calls share it."""
+    """hidden: [..., D], after the final norm -> [..., V] float32. padding vocabulary entries
+    (`vocab_multiple`) get a logit that no softmax sees. `output_matrix` may be given where many
+    calls share it."""
     matrix = self.output_matrix() if output_matrix is None else output_matrix
     logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32)
-    logits = nn.with_logical_constraint(logits, (axes.BATCH, *[None] * (logits.ndim - 2), axes.VOCAB))
+    logits = nn.with_logical_constraint(
+      logits, (axes.BATCH, *[None] * (logits.ndim - 2), axes.VOCAB)
+    )
     words = logits.shape[-1]
-    return logits if words == self.vocab_size else jnp.where(jnp.arange(words) < self.vocab_size, logits, -1e30)
+    return (
+      logits
+      if words == self.vocab_size
+      else jnp.where(jnp.arange(words) < self.vocab_size, logits, -1e30)
+    )
 
   @nn.compact
-  def __call__(self, x: jax.Array, positions: jax.Array | None = None, cache: KeyValues | None = None,
-               deterministic: bool = True, return_kv: bool = False) -> tuple[jax.Array, KeyValues | None]:
+  def __call__(
+    self,
+    x: jax.Array,
+    positions: jax.Array | None = None,
+    cache: KeyValues | None = None,
+    deterministic: bool = True,
+    return_kv: bool = False,
+  ) -> tuple[jax.Array, KeyValues | None]:
     """Token embeddings to last hidden states.
 
     Args:
@@ -204,7 +283,8 @@ class Decoder(nn.Module):
       return_kv: whether the keys and values of x are returned; with a cache they always are.
 
     Returns:
-      ([B, T, D] hidden states after the final norm, keys and values of x or None; `extend` puts them into a cache).
+      ([B, T, D] hidden states after the final norm, keys and values of x or None; `extend` puts
+      them into a cache).
     """
     config = self.config
     if positions is None:
@@ -214,30 +294,39 @@ class Decoder(nn.Module):
     if config.remat != "none":
       layer = nn.remat(Layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
     layers = nn.scan(
-        layer,
-        variable_axes={"params": 0, "lora": 0, "queries": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-        out_axes=0,
-        length=config.num_layers,
-        unroll=config.scan_unroll,
-        metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+      layer,
+      variable_axes={"params": 0, "lora": 0, "queries": 0},
+      split_rngs={"params": True, "dropout": True},
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+      out_axes=0,
+      length=config.num_layers,
+      unroll=config.scan_unroll,
+      metadata_params={nn.PARTITION_NAME: axes.LAYERS},
     )(config, self.lora, deterministic, return_kv or cache is not None, name="layers")
     x = nn.with_logical_constraint(x.astype(config.dtype), (axes.BATCH, axes.LENGTH, axes.WIDTH))
     cached, cached_positions = (None, None) if cache is None else (cache[:2], cache.positions)
-    windowed = jnp.isin(jnp.arange(config.num_layers), jnp.array(config.full_attention_layers, jnp.int32), invert=True)
+    windowed = jnp.isin(
+      jnp.arange(config.num_layers), jnp.array(config.full_attention_layers, jnp.int32), invert=True
+    )
     x, new = layers(x, (cached, windowed), cos, sin, positions, cached_positions)
     return self.final_norm(x), None if new is None else KeyValues(*new, positions)
 
 
 def extend(cache: KeyValues, new: KeyValues, slot: jax.Array | int) -> KeyValues:
-  """Writes T tokens into slots slot … slot + T - 1, the same of every row; `new` with one row is written to all."""
+  """Writes T tokens into slots slot … slot + T - 1, the same of every row; `new` with one row is
+  written to all."""
+
   def write(slots, values, axis):
-    values = jnp.broadcast_to(values, (*slots.shape[:axis], values.shape[axis], *slots.shape[axis + 1:])).astype(slots.dtype)
+    values = jnp.broadcast_to(
+      values, (*slots.shape[:axis], values.shape[axis], *slots.shape[axis + 1 :])
+    ).astype(slots.dtype)
     return jax.lax.dynamic_update_slice_in_dim(slots, values, slot, axis)
+
   return KeyValues(*(write(a, b, axis) for a, b, axis in zip(cache, new, (3, 3, 1), strict=True)))
 
 
 def first_slots(cache: KeyValues, count: int) -> KeyValues:
   """The first `count` slots of a cache."""
-  return KeyValues(cache.keys[..., :count, :], cache.values[..., :count, :], cache.positions[:, :count])
+  return KeyValues(
+    cache.keys[..., :count, :], cache.values[..., :count, :], cache.positions[:, :count]
+  )

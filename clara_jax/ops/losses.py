@@ -7,10 +7,14 @@ from jaxtyping import Bool, Float, Int
 from clara_jax.axes import Array
 
 
-def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> tuple[Float[Array, "*B"], Bool[Array, "*B"]]:
-  """Cross entropy of each token, and whether its target is the greedy choice (the first of the largest logits).
+def cross_entropy(
+  logits: Float[Array, "*B V"], targets: Int[Array, "*B"]
+) -> tuple[Float[Array, "*B"], Bool[Array, "*B"]]:
+  """Cross entropy of each token, and whether its target is the greedy choice (the first of the
+  largest logits).
 
-  Only sums, maxima and comparisons run along V, so that logits whose V is divided over devices stay where they are.
+  Only sums, maxima and comparisons run along V, so that logits whose V is divided over devices stay
+  where they are.
 
   Args:
     logits: [..., V], computed in float32.
@@ -28,20 +32,25 @@ def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> tu
   return log_sum - picked, greedy == targets
 
 
-def masked_mean(x: Float[Array, "*B L D"], mask: Bool[Array, "*B L"] | Float[Array, "*B L"]) -> Float[Array, "*B D"]:
+def masked_mean(
+  x: Float[Array, "*B L D"], mask: Bool[Array, "*B L"] | Float[Array, "*B L"]
+) -> Float[Array, "*B D"]:
   """Mean of x: [..., L, D] over the positions where mask: [..., L] is true; float32, [..., D]."""
   mask = mask.astype(jnp.float32)[..., None]
   return (x.astype(jnp.float32) * mask).sum(-2) / jnp.maximum(mask.sum(-2), 1)
 
 
-def alignment_mse(hidden: Float[Array, "B L D"], is_document: Bool[Array, "B L"], is_memory: Bool[Array, "B L"]) -> Float[Array, " B"]:
+def alignment_mse(
+  hidden: Float[Array, "B L D"], is_document: Bool[Array, "B L"], is_memory: Bool[Array, "B L"]
+) -> Float[Array, " B"]:
   """Distance between the mean document state and the mean memory state (paper §3.1, L_MSE).
 
   Mean over width, as in the released code; the paper writes the squared norm, D times larger.
 
   Args:
     hidden: [B, L, D], last hidden states of the compressor.
-    is_document: [B, L] bool, document tokens with `<ENC>`, `<s>` and `</s>`, without padding and memory tokens.
+    is_document: [B, L] bool, document tokens with `<ENC>`, `<s>` and `</s>`, without padding and
+      memory tokens.
     is_memory: [B, L] bool.
 
   Returns:
@@ -51,7 +60,9 @@ def alignment_mse(hidden: Float[Array, "B L D"], is_document: Bool[Array, "B L"]
   return jnp.square(difference).mean(-1)
 
 
-def contrastive(scores: Float[Array, "B N"], is_gold: Bool[Array, "B N"], temperature: float) -> Float[Array, ""]:
+def contrastive(
+  scores: Float[Array, "B N"], is_gold: Bool[Array, "B N"], temperature: float
+) -> Float[Array, ""]:
   """-log(Σ_gold e^{s/τ} / Σ_all e^{s/τ}), mean over rows (Sup-Instruct baseline).
 
   Args:

@@ -1,7 +1,8 @@
 """Exact nearest neighbors by inner product, over vectors that are divided along a mesh.
 
-Each device finds the k best of its own vectors, block by block, and only those travel: k numbers and k places a device and query, never
-a row of scores over the corpus. Ties go to the lower slot, on any number of devices.
+Each device finds the k best of its own vectors, block by block, and only those travel: k numbers
+and k places a device and query, never a row of scores over the corpus. Ties go to the lower slot,
+on any number of devices.
 """
 
 import functools
@@ -22,11 +23,17 @@ def slots_needed(count: int, ways: int) -> int:
   return ways * (each if each <= BLOCK else -(-each // BLOCK) * BLOCK)
 
 
-def nearest(vectors: Shaped[Array, "S d"], scale: Float[Array, " S"], queries: Float[Array, "Q d"], k: int, recall_target: float = 1.0
-            ) -> tuple[Int[Array, "Q k"], Float[Array, "Q k"]]:
+def nearest(
+  vectors: Shaped[Array, "S d"],
+  scale: Float[Array, " S"],
+  queries: Float[Array, "Q d"],
+  k: int,
+  recall_target: float = 1.0,
+) -> tuple[Int[Array, "Q k"], Float[Array, "Q k"]]:
   """The k vectors with the largest scale · ⟨query, vector⟩.
 
-  Call it under `jax.set_mesh`; vectors and scale are divided over all axes of the mesh (`slots_needed`), queries are on every device.
+  Call it under `jax.set_mesh`; vectors and scale are divided over all axes of the mesh
+  (`slots_needed`), queries are on every device.
 
   Args:
     vectors: [S, d].
@@ -52,12 +59,14 @@ def nearest(vectors: Shaped[Array, "S d"], scale: Float[Array, " S"], queries: F
     return jnp.take_along_axis(slots, places, axis=1), scores
 
   rows = PartitionSpec(axes)
-  return jax.shard_map(merge, in_specs=(rows, rows, PartitionSpec()), out_specs=PartitionSpec(), check_vma=False)(
-      vectors, scale, queries)
+  return jax.shard_map(
+    merge, in_specs=(rows, rows, PartitionSpec()), out_specs=PartitionSpec(), check_vma=False
+  )(vectors, scale, queries)
 
 
 def take(vectors: Shaped[Array, "S d"], slots: Int[Array, "*B"]) -> Shaped[Array, "*B d"]:
-  """Vectors [..., d] of slots [...], on every device; only these travel. See `nearest` for where vectors [S, d] lie."""
+  """Vectors [..., d] of slots [...], on every device; only these travel. See `nearest` for where
+  vectors [S, d] lie."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return vectors[slots]
@@ -69,7 +78,12 @@ def take(vectors: Shaped[Array, "S d"], slots: Int[Array, "*B"]) -> Shaped[Array
     found = vectors[jnp.where(mine, local, 0)]
     return jax.lax.psum(jnp.where(mine[..., None], found, 0), axes)
 
-  return jax.shard_map(here, in_specs=(PartitionSpec(axes), PartitionSpec()), out_specs=PartitionSpec(), check_vma=False)(vectors, slots)
+  return jax.shard_map(
+    here,
+    in_specs=(PartitionSpec(axes), PartitionSpec()),
+    out_specs=PartitionSpec(),
+    check_vma=False,
+  )(vectors, slots)
 
 
 def _nearest_here(vectors, scale, queries, k, recall_target):
@@ -88,7 +102,9 @@ def _nearest_here(vectors, scale, queries, k, recall_target):
       scores, places = jax.lax.top_k(scores, count)
     return places + number * size, scores
 
-  slots, scores = jax.lax.map(best, (jnp.arange(blocks), vectors.reshape(blocks, size, -1), scale.reshape(blocks, size)))
+  slots, scores = jax.lax.map(
+    best, (jnp.arange(blocks), vectors.reshape(blocks, size, -1), scale.reshape(blocks, size))
+  )
   slots, scores = (jnp.moveaxis(x, 0, 1).reshape(len(queries), -1) for x in (slots, scores))
   scores, places = jax.lax.top_k(scores, min(k, scores.shape[1]))
   slots = jnp.take_along_axis(slots, places, axis=1)

@@ -1,4 +1,5 @@
-"""Rotary position embeddings (arXiv 2104.09864), in the half-split layout of Hugging Face checkpoints."""
+"""Rotary position embeddings (arXiv 2104.09864), in the half-split layout of Hugging Face
+checkpoints."""
 
 import math
 
@@ -10,8 +11,9 @@ from clara_jax.axes import Array
 from clara_jax.config import RopeScaling
 
 
-def rotary_angles(positions: Int[Array, "B T"], rotary_dim: int, theta: float, scaling: RopeScaling | None = None
-                  ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
+def rotary_angles(
+  positions: Int[Array, "B T"], rotary_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
   """Cosines and sines of the rotation angles.
 
   Args:
@@ -23,7 +25,9 @@ def rotary_angles(positions: Int[Array, "B T"], rotary_dim: int, theta: float, s
   Returns:
     (cos, sin), each [B, T, 1, rotary_dim/2] float32, ready to broadcast over heads.
   """
-  plain = (theta ** (-np.arange(0, rotary_dim, 2, dtype=np.float32) / rotary_dim)).astype(np.float32)
+  plain = (theta ** (-np.arange(0, rotary_dim, 2, dtype=np.float32) / rotary_dim)).astype(
+    np.float32
+  )
   frequencies, amplitude = plain, 1.0
   if scaling is None:
     pass
@@ -35,27 +39,43 @@ def rotary_angles(positions: Int[Array, "B T"], rotary_dim: int, theta: float, s
     frequencies, amplitude = _yarn(plain, rotary_dim, theta, scaling)
   else:
     # As in transformers, the longest sequence of the call decides for all of it.
-    short, long = (plain / np.asarray(f, np.float32) for f in (scaling.short_factor, scaling.long_factor))
+    short, long = (
+      plain / np.asarray(f, np.float32) for f in (scaling.short_factor, scaling.long_factor)
+    )
     frequencies = jnp.where(positions.max() < scaling.original_max_positions, short, long)
     amplitude = scaling.attention_factor
     if amplitude is None:
-      amplitude = math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_max_positions)) if scaling.factor > 1 else 1.0
+      amplitude = (
+        math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_max_positions))
+        if scaling.factor > 1
+        else 1.0
+      )
   angles = positions[..., None, None].astype(jnp.float32) * frequencies
   return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 
 def llama3_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-  """Long wavelengths are stretched, short ones kept, those between interpolated. [P/2] -> [P/2] float32."""
+  """Long wavelengths are stretched, short ones kept, those between interpolated. [P/2] -> [P/2]
+  float32."""
   low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  turns = scaling.original_max_positions * frequencies / (2 * math.pi)  # of a frequency within the original context
+  # of a frequency within the original context
+  turns = scaling.original_max_positions * frequencies / (2 * math.pi)
   kept = np.clip((turns - low) / (high - low), 0, 1)
   return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
 
 
-def _yarn(frequencies: np.ndarray, rotary_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
-  """Frequencies by parts (arXiv 2309.00071 §3.2), with a ramp over dimensions as in the paper's code, and the attention factor (§3.4)."""
+def _yarn(
+  frequencies: np.ndarray, rotary_dim: int, theta: float, scaling: RopeScaling
+) -> tuple[np.ndarray, float]:
+  """Frequencies by parts (arXiv 2309.00071 §3.2), with a ramp over dimensions as in the paper's
+  code, and the attention factor (§3.4)."""
+
   def dimension(turns: float) -> float:  # that turns so often within the original context
-    return rotary_dim * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    return (
+      rotary_dim
+      * math.log(scaling.original_max_positions / (turns * 2 * math.pi))
+      / (2 * math.log(theta))
+    )
 
   def temperature(weight: float = 1.0) -> float:
     return 0.1 * weight * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
@@ -69,11 +89,17 @@ def _yarn(frequencies: np.ndarray, rotary_dim: int, theta: float, scaling: RopeS
   amplitude = scaling.attention_factor
   if amplitude is None:
     both = scaling.mscale and scaling.mscale_all_dim
-    amplitude = temperature(scaling.mscale) / temperature(scaling.mscale_all_dim) if both else temperature()
-  return (frequencies / scaling.factor * divided + frequencies * (1 - divided)).astype(np.float32), amplitude
+    amplitude = (
+      temperature(scaling.mscale) / temperature(scaling.mscale_all_dim) if both else temperature()
+    )
+  return (frequencies / scaling.factor * divided + frequencies * (1 - divided)).astype(
+    np.float32
+  ), amplitude
 
 
-def rotate(x: Float[Array, "B T H P"], cos: Float[Array, "#B T 1 half"], sin: Float[Array, "#B T 1 half"]) -> Float[Array, "B T H P"]:
+def rotate(
+  x: Float[Array, "B T H P"], cos: Float[Array, "#B T 1 half"], sin: Float[Array, "#B T 1 half"]
+) -> Float[Array, "B T H P"]:
   """Rotates the two halves of each head's first rotary_dim dimensions; the rest stays.
 
   x: [B, T, H, P], any float type; computed in float32, returned in x's type.

@@ -20,7 +20,9 @@ class Retriever(Protocol):
   def remove(self, rows: np.ndarray) -> None:
     """Removes documents."""
 
-  def search(self, queries: np.ndarray, k: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+  def search(
+    self, queries: np.ndarray, k: int, among: np.ndarray | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
     """The nearest documents, best first.
 
     Args:
@@ -29,7 +31,8 @@ class Retriever(Protocol):
       among: rows that may be found; None for all.
 
     Returns:
-      (rows [Q, k] int64, scores [Q, k] float32); where there are fewer than k, row -1 and score -inf.
+      (rows [Q, k] int64, scores [Q, k] float32); where there are fewer than k, row -1 and score
+      -inf.
     """
 
   def save(self, directory: str) -> None:

@@ -1,4 +1,5 @@
-"""Exact search in JAX: all cosines, block by block, over vectors that are divided along the devices (`ops/nearest.py`)."""
+"""Exact search in JAX: all cosines, block by block, over vectors that are divided along the devices
+(`ops/nearest.py`)."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +16,8 @@ GROWTH = 1.3
 
 
 class ExactIndex:
-  """All vectors on the devices, [S, d] float32, divided evenly. Slots beyond the documents are free.
+  """All vectors on the devices, [S, d] float32, divided evenly. Slots beyond the documents are
+  free.
 
   Args:
     dimension: d.
@@ -24,7 +26,13 @@ class ExactIndex:
     recall_target: see `nearest`.
   """
 
-  def __init__(self, dimension: int, capacity: int = 0, mesh: jax.sharding.Mesh | None = None, recall_target: float = 1.0):
+  def __init__(
+    self,
+    dimension: int,
+    capacity: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
+    recall_target: float = 1.0,
+  ):
     self._mesh = mesh or make_mesh()
     self._by_row = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
     self._recall_target = recall_target
@@ -41,17 +49,19 @@ class ExactIndex:
     return int((self._row_of_slot >= 0).sum())
 
   def fill(self, rows: np.ndarray, vectors_of: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Puts the vectors of rows into an empty index, read shard by shard: no host holds more than one."""
+    """Puts the vectors of rows into an empty index, read shard by shard: no host holds more than
+    one."""
     self._row_of_slot = np.full(slots_needed(len(rows), self._mesh.size), -1, np.int64)
-    self._row_of_slot[:len(rows)] = rows
+    self._row_of_slot[: len(rows)] = rows
 
     def shard(index):
       here = self._row_of_slot[index[0]]
       values = np.zeros((len(here), self._dimension), np.float32)
       taken = here[here >= 0]
       for start in range(0, len(taken), 4096):
-        values[start:start + 4096][:len(taken) - start] = vectors_of(taken[start:start + 4096])
+        values[start : start + 4096][: len(taken) - start] = vectors_of(taken[start : start + 4096])
       return values
+
     shape = (len(self._row_of_slot), self._dimension)
     self._vectors = jax.make_array_from_callback(shape, self._by_row, shard)
 
@@ -61,9 +71,11 @@ class ExactIndex:
     if self._vectors is None or len(free) < len(rows):
       self._grow(len(self) + len(rows))
       free = np.flatnonzero(self._row_of_slot < 0)
-    slots = free[:len(rows)]
+    slots = free[: len(rows)]
     self._row_of_slot[slots] = rows
-    put = jax.jit(lambda old, slots, new: old.at[slots].set(new), donate_argnums=0, out_shardings=self._by_row)
+    put = jax.jit(
+      lambda old, slots, new: old.at[slots].set(new), donate_argnums=0, out_shardings=self._by_row
+    )
     self._vectors = put(self._vectors, slots, np.asarray(vectors, np.float32))
 
   def _grow(self, count: int) -> None:
@@ -71,23 +83,43 @@ class ExactIndex:
     want = slots_needed(count if self._vectors is None else round(count * GROWTH), self._mesh.size)
     missing = max(0, want - have)
     self._row_of_slot = np.concatenate([self._row_of_slot, np.full(missing, -1, np.int64)])
-    old = self._vectors if self._vectors is not None else jnp.zeros((have, self._dimension), jnp.float32)
-    self._vectors = jax.jit(lambda x: jnp.pad(x, ((0, missing), (0, 0))), out_shardings=self._by_row)(old)
+    old = (
+      self._vectors
+      if self._vectors is not None
+      else jnp.zeros((have, self._dimension), jnp.float32)
+    )
+    self._vectors = jax.jit(
+      lambda x: jnp.pad(x, ((0, missing), (0, 0))), out_shardings=self._by_row
+    )(old)
 
   def remove(self, rows: np.ndarray) -> None:
     """See `base.Retriever`."""
     self._row_of_slot[np.isin(self._row_of_slot, rows)] = -1
 
-  def search(self, queries: np.ndarray, k: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+  def search(
+    self, queries: np.ndarray, k: int, among: np.ndarray | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
     """See `base.Retriever`."""
-    there = self._row_of_slot >= 0 if among is None else np.isin(self._row_of_slot, among) & (self._row_of_slot >= 0)
+    there = (
+      self._row_of_slot >= 0
+      if among is None
+      else np.isin(self._row_of_slot, among) & (self._row_of_slot >= 0)
+    )
     k_found = min(k, int(there.sum()))
-    rows, scores = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
+    rows, scores = (
+      np.full((len(queries), k), -1, np.int64),
+      np.full((len(queries), k), -np.inf, np.float32),
+    )
     if k_found:
       scale = jax.device_put(there.astype(np.float32), self._by_row)
       with jax.set_mesh(self._mesh):
-        slots, found = _search(self._vectors, scale, np.asarray(queries, np.float32), k_found, self._recall_target)
-      rows[:, :k_found], scores[:, :k_found] = self._row_of_slot[np.asarray(slots)], np.asarray(found)
+        slots, found = _search(
+          self._vectors, scale, np.asarray(queries, np.float32), k_found, self._recall_target
+        )
+      rows[:, :k_found], scores[:, :k_found] = (
+        self._row_of_slot[np.asarray(slots)],
+        np.asarray(found),
+      )
     return rows, scores
 
   def save(self, directory: str) -> None:

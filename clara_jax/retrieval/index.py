@@ -1,11 +1,11 @@
 """The index of a store: built, saved beside it, loaded, kept up to date.
 
-Vectors are flattened memory tokens, normalized; the inner product is then the score of the paper (Eq. 3.1). An index lies beside its
-store and says of which rows it is:
+Vectors are flattened memory tokens, normalized; the inner product is then the score of the paper
+(Eq. 3.1). An index lies beside its store and says of which rows it is:
 
     DIR/index/index.json      kind, settings, a digest of the rows, the folder of its files with their checksums
              /000003/         that folder; a new index gets the next one, and counts when index.json names it
-"""
+"""  # noqa: E501
 
 import hashlib
 import importlib.util
@@ -54,7 +54,8 @@ def build(store: MemoryStore, kind: str = "exact", dimensions: int | None = None
   if dimensions is None:
     return _build(kind, store, None)
   from clara_jax.retrieval import projection as projections
-  sample = np.random.default_rng(0).permutation(store.rows)[:projections.SAMPLE]
+
+  sample = np.random.default_rng(0).permutation(store.rows)[: projections.SAMPLE]
   projection = projections.learn(_vectors_of(store)(np.sort(sample)), dimensions)
   return projections.ProjectedIndex(_build(kind, store, projection), projection, _vectors_of(store))
 
@@ -69,19 +70,21 @@ def _build(kind: str, store: MemoryStore, projection) -> Retriever:
   dimension = dimension if projection is None else len(projection.components)
   if kind == "exact":
     from clara_jax.retrieval import exact
+
     index = exact.ExactIndex(dimension)
     index.fill(store.rows, vectors_of)
     return index
   from clara_jax.retrieval import scann
+
   vectors = np.empty((len(store), dimension), np.float32)
   for start in range(0, len(store), 4096):
-    vectors[start:start + 4096] = vectors_of(store.rows[start:start + 4096])
+    vectors[start : start + 4096] = vectors_of(store.rows[start : start + 4096])
   return scann.build(store.rows, vectors)
 
 
 def save(index: Retriever, kind: str, store: MemoryStore, dimensions: int | None = None) -> None:
-  """Saves an index beside its store, in the place of the one that is there; `store` is opened for the memory tokens that it searches
-  (`MemoryStore.first`)."""
+  """Saves an index beside its store, in the place of the one that is there; `store` is opened for
+  the memory tokens that it searches (`MemoryStore.first`)."""
   top = epath.Path(store.directory) / FOLDER
   top.mkdir(exist_ok=True)
   number = max((int(f.name) for f in top.iterdir() if f.name.isdigit()), default=-1) + 1
@@ -89,11 +92,23 @@ def save(index: Retriever, kind: str, store: MemoryStore, dimensions: int | None
   folder.mkdir()
   try:
     index.save(str(folder))
-    io.write(top / "index.json", io.sealed({
-        "kind": kind, "dimensions": dimensions, "memory_tokens": store.manifest.num_memory_tokens, "documents": len(index),
-        "generation": store.manifest.generation, "rows": _digest(index.rows), "folder": folder.name,
-        "segments": store.segments, "identity": store.identity(),
-        "checksums": {f.name: io.checksum(f) for f in io.files(folder)}}))
+    io.write(
+      top / "index.json",
+      io.sealed(
+        {
+          "kind": kind,
+          "dimensions": dimensions,
+          "memory_tokens": store.manifest.num_memory_tokens,
+          "documents": len(index),
+          "generation": store.manifest.generation,
+          "rows": _digest(index.rows),
+          "folder": folder.name,
+          "segments": store.segments,
+          "identity": store.identity(),
+          "checksums": {f.name: io.checksum(f) for f in io.files(folder)},
+        }
+      ),
+    )
   except BaseException:
     shutil.rmtree(str(folder), ignore_errors=True)
     raise
@@ -117,7 +132,9 @@ def _files(store: MemoryStore, saved: dict) -> str:
   for name, expected in saved["checksums"].items():
     file = folder / name
     if not file.exists() or io.checksum(file) != expected:
-      raise MissingIndexError(f"{file}: is {'damaged' if file.exists() else 'missing'}; run clara index again")
+      raise MissingIndexError(
+        f"{file}: is {'damaged' if file.exists() else 'missing'}; run clara index again"
+      )
   return str(folder)
 
 
@@ -129,12 +146,19 @@ def load(store: MemoryStore) -> Retriever:
   """
   saved = _saved(store)
   if saved is None:
-    raise MissingIndexError(f"{store.directory}: has no index; make one with clara index --store {store.directory}")
+    raise MissingIndexError(
+      f"{store.directory}: has no index; make one with clara index --store {store.directory}"
+    )
   if saved["generation"] != store.manifest.generation:
-    raise MissingIndexError(f"{store.directory}: the store was compacted since its index was made; run clara index again")
+    raise MissingIndexError(
+      f"{store.directory}: the store was compacted since its index was made; run clara index again"
+    )
   if not _is_current(store, saved):
-    raise MissingIndexError(f"{store.directory}: the store has changed since its index was made ({saved['documents']} documents then, "
-                            f"{len(store)} now); run clara index again")
+    raise MissingIndexError(
+      f"{store.directory}: the store has changed since its index was made ({saved['documents']} "
+      f"documents then, "
+      f"{len(store)} now); run clara index again"
+    )
   return _load(store, saved)
 
 
@@ -143,7 +167,11 @@ def state(store: MemoryStore) -> str:
   saved = _saved(store)
   if saved is None:
     return "none"
-  return "current" if saved["generation"] == store.manifest.generation and _is_current(store, saved) else "out of date"
+  return (
+    "current"
+    if saved["generation"] == store.manifest.generation and _is_current(store, saved)
+    else "out of date"
+  )
 
 
 def _is_current(store: MemoryStore, saved: dict) -> bool:
@@ -151,13 +179,19 @@ def _is_current(store: MemoryStore, saved: dict) -> bool:
 
 
 def _has_grown(store: MemoryStore, saved: dict) -> bool:
-  """Whether the store begins with what the index was made of: writers that work at the same time may put segments between others."""
+  """Whether the store begins with what the index was made of: writers that work at the same time
+  may put segments between others."""
   return saved["identity"] == store.identity(saved["segments"])
 
 
 def saved_settings(store: MemoryStore) -> dict:
-  """`kind`, `dimensions` and `memory_tokens` (how many of each document it searches) of the saved index; empty where there is none."""
-  return {name: value for name, value in (_saved(store) or {}).items() if name in ("kind", "dimensions", "memory_tokens")}
+  """`kind`, `dimensions` and `memory_tokens` (how many of each document it searches) of the saved
+  index; empty where there is none."""
+  return {
+    name: value
+    for name, value in (_saved(store) or {}).items()
+    if name in ("kind", "dimensions", "memory_tokens")
+  }
 
 
 def _load(store: MemoryStore, saved: dict) -> Retriever:
@@ -166,17 +200,24 @@ def _load(store: MemoryStore, saved: dict) -> Retriever:
   projection = None
   if saved["dimensions"] is not None:
     from clara_jax.retrieval import projection as projections
+
     projection = projections.load(folder)
   if saved["kind"] == "exact":
     index = _build("exact", store, projection)  # the store has the vectors
   else:
     from clara_jax.retrieval import scann
+
     index = scann.load(folder)
-  return index if projection is None else projections.ProjectedIndex(index, projection, _vectors_of(store))
+  return (
+    index
+    if projection is None
+    else projections.ProjectedIndex(index, projection, _vectors_of(store))
+  )
 
 
 def update(store: MemoryStore, kind: str, dimensions: int | None = None) -> tuple[Retriever, int]:
-  """Brings the saved index up to date, or builds it, and saves it; nobody else changes the store meanwhile.
+  """Brings the saved index up to date, or builds it, and saves it; nobody else changes the store
+  meanwhile.
 
   Returns:
     (index, number of documents that were added or removed; all of them for a new one).
@@ -192,14 +233,19 @@ def update(store: MemoryStore, kind: str, dimensions: int | None = None) -> tupl
 
 
 def refresh(store: MemoryStore, kind: str, dimensions: int | None = None) -> tuple[Retriever, int]:
-  """The saved index with the store's changes, or a new one where there is none, it is damaged, or much has changed.
+  """The saved index with the store's changes, or a new one where there is none, it is damaged, or
+  much has changed.
 
   Returns:
     (index, number of documents that were added or removed; all of them for a new one).
   """
   saved = _saved(store)
-  like = saved is not None and (saved["kind"], saved["dimensions"], saved["memory_tokens"], saved["generation"]) == (
-      kind, dimensions, store.manifest.num_memory_tokens, store.manifest.generation)
+  like = saved is not None and (
+    saved["kind"],
+    saved["dimensions"],
+    saved["memory_tokens"],
+    saved["generation"],
+  ) == (kind, dimensions, store.manifest.num_memory_tokens, store.manifest.generation)
   if not like or kind == "exact" or not _has_grown(store, saved):
     return build(store, kind, dimensions), len(store)
   try:
@@ -212,12 +258,13 @@ def refresh(store: MemoryStore, kind: str, dimensions: int | None = None) -> tup
   if len(gone):
     index.remove(gone)
   for start in range(0, len(new), 4096):
-    index.add(new[start:start + 4096], _vectors_of(store)(new[start:start + 4096]))
+    index.add(new[start : start + 4096], _vectors_of(store)(new[start : start + 4096]))
   return index, len(gone) + len(new)
 
 
 def _saved(store: MemoryStore) -> dict[str, Any] | None:
-  """What index.json says; None where there is none, or it is damaged or has no checksum: an index can be made again."""
+  """What index.json says; None where there is none, or it is damaged or has no checksum: an index
+  can be made again."""
   file = epath.Path(store.directory) / FOLDER / "index.json"
   try:
     return io.unsealed(file.read_bytes()) if file.exists() else None
@@ -230,8 +277,8 @@ def _digest(rows: np.ndarray) -> str:
 
 
 class Index:
-  """The search index of a store, as one name: `Index.build(store)`, `Index.update(store, kind)`, `Index.load(store)`; what they return is a
-  `base.Retriever`."""
+  """The search index of a store, as one name: `Index.build(store)`, `Index.update(store, kind)`,
+  `Index.load(store)`; what they return is a `base.Retriever`."""
 
   build = staticmethod(build)
   update = staticmethod(update)

@@ -1,7 +1,8 @@
 """Search in fewer dimensions, re-ranked on the full memory tokens.
 
-The projection is learned on the corpus (PCA). With A its components and μ the mean, ⟨q, v⟩ = ⟨q, v - μ⟩ + ⟨q, μ⟩, whose last term is
-the same for every document: documents are searched as A (v - μ), queries as A q.
+The projection is learned on the corpus (PCA). With A its components and μ the mean, ⟨q, v⟩ = ⟨q, v
+- μ⟩ + ⟨q, μ⟩, whose last term is the same for every document: documents are searched as A (v - μ),
+queries as A q.
 """
 
 import dataclasses
@@ -15,7 +16,9 @@ from clara_jax.retrieval.base import Retriever
 
 FILE = "projection.npz"
 RERANKED = 10  # times k
-SAMPLE = 8_192  # documents that it is learned on: as many as PCA by their inner products takes, whatever their dimension
+# documents that it is learned on: as many as PCA by their inner products takes, whatever their
+# dimension
+SAMPLE = 8_192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +48,18 @@ def learn(sample: np.ndarray, dimensions: int) -> Projection:
     ConfigError: d' is not in 1 … min(n, d), or faiss is missing.
   """
   if not 1 <= dimensions <= min(sample.shape):
-    raise ConfigError(f"dimensions={dimensions}: expected 1 to {min(sample.shape)} ({sample.shape[0]} documents of dimension "
-                      f"{sample.shape[1]})")
+    raise ConfigError(
+      f"dimensions={dimensions}: expected 1 to {min(sample.shape)} ({sample.shape[0]} documents "
+      f"of dimension "
+      f"{sample.shape[1]})"
+    )
   try:
     import faiss
   except ImportError:
     raise ConfigError("a projection is learned by faiss: pip install -e '.[compact]'") from None
   pca = faiss.PCAMatrix(sample.shape[1], dimensions)
   pca.train(np.ascontiguousarray(sample, np.float32))
-  components = faiss.vector_to_array(pca.A)[:dimensions * sample.shape[1]].reshape(dimensions, -1)
+  components = faiss.vector_to_array(pca.A)[: dimensions * sample.shape[1]].reshape(dimensions, -1)
   return Projection(components.copy(), faiss.vector_to_array(pca.b)[:dimensions].copy())
 
 
@@ -66,7 +72,9 @@ class ProjectedIndex:
     vectors_of: rows [n] -> full unit vectors [n, d], from the store.
   """
 
-  def __init__(self, inner: Retriever, projection: Projection, vectors_of: Callable[[np.ndarray], np.ndarray]):
+  def __init__(
+    self, inner: Retriever, projection: Projection, vectors_of: Callable[[np.ndarray], np.ndarray]
+  ):
     self._inner, self._projection, self._vectors_of = inner, projection, vectors_of
 
   @property
@@ -85,10 +93,14 @@ class ProjectedIndex:
     """See `base.Retriever`."""
     self._inner.remove(rows)
 
-  def search(self, queries: np.ndarray, k: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+  def search(
+    self, queries: np.ndarray, k: int, among: np.ndarray | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
     """See `base.Retriever`."""
     queries = np.asarray(queries, np.float32)
-    rows, _ = self._inner.search(self._projection.of_queries(queries), min(len(self), RERANKED * k), among)
+    rows, _ = self._inner.search(
+      self._projection.of_queries(queries), min(len(self), RERANKED * k), among
+    )
     needed, place = np.unique(rows, return_inverse=True)
     vectors = np.zeros((len(needed), queries.shape[1]), np.float32)
     vectors[needed >= 0] = self._vectors_of(needed[needed >= 0])
@@ -96,8 +108,10 @@ class ProjectedIndex:
     scores = np.where(rows >= 0, scores, -np.inf)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     missing = ((0, 0), (0, k - order.shape[1]))
-    return (np.pad(np.take_along_axis(rows, order, 1), missing, constant_values=-1),
-            np.pad(np.take_along_axis(scores, order, 1), missing, constant_values=-np.inf))
+    return (
+      np.pad(np.take_along_axis(rows, order, 1), missing, constant_values=-1),
+      np.pad(np.take_along_axis(scores, order, 1), missing, constant_values=-np.inf),
+    )
 
   def save(self, directory: str) -> None:
     """Beside the inner index's files."""

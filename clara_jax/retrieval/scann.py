@@ -8,11 +8,13 @@ import numpy as np
 
 from clara_jax.config import ConfigError
 
-# ScaNN's docs/algorithms.md: brute force below 20,000 vectors, quantized scores of all of them below 100,000, a tree from there on.
+# ScaNN's docs/algorithms.md: brute force below 20,000 vectors, quantized scores of all of them
+# below 100,000, a tree from there on.
 BRUTE_FORCE_BELOW = 20_000
 TREE_FROM = 100_000
 NEIGHBOURS = 10
-# The share of leaves that is searched, and how many of what they hold is re-ranked with exact scores.
+# The share of leaves that is searched, and how many of what they hold is re-ranked with exact
+# scores.
 LEAVES_SEARCHED = 0.03
 REORDERED = 200
 # A filter keeps whatever it lets through of that many times as many neighbors.
@@ -23,7 +25,9 @@ def _library():
   try:
     from scann.scann_ops.py import scann_ops_pybind
   except ImportError:
-    raise ConfigError("ScaNN is not installed here: pip install 'clara_jax[scann]', or use clara index --kind exact") from None
+    raise ConfigError(
+      "ScaNN is not installed here: pip install 'clara_jax[scann]', or use clara index --kind exact"
+    ) from None
   return scann_ops_pybind
 
 
@@ -42,7 +46,8 @@ class ScannIndex:
     return len(self._rows)
 
   def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-    """See `base.Retriever`; the partition stays as it was trained, so build anew after the corpus has changed much."""
+    """See `base.Retriever`; the partition stays as it was trained, so build anew after the corpus
+    has changed much."""
     self._searcher.searcher.upsert([None] * len(rows), np.asarray(vectors, np.float32), len(rows))
     self._rows = np.concatenate([self._rows, rows])
 
@@ -55,10 +60,16 @@ class ScannIndex:
       self._rows = self._rows[:-1]
     self._searcher.searcher.delete(places.tolist())
 
-  def search(self, queries: np.ndarray, k: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """See `base.Retriever`. With a filter, more and more neighbors are asked for until enough of them pass."""
+  def search(
+    self, queries: np.ndarray, k: int, among: np.ndarray | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """See `base.Retriever`. With a filter, more and more neighbors are asked for until enough of
+    them pass."""
     queries = np.asarray(queries, np.float32)
-    rows, scores = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
+    rows, scores = (
+      np.full((len(queries), k), -1, np.int64),
+      np.full((len(queries), k), -np.inf, np.float32),
+    )
     if among is None:
       found = min(k, len(self))
       if found:
@@ -71,7 +82,7 @@ class ScannIndex:
       passed = np.isin(found, among)
       for query, keep, r, s in zip(unfinished, passed, found, cosines, strict=True):
         r, s = r[keep][:k], s[keep][:k]
-        rows[query, :len(r)], scores[query, :len(s)] = r, s
+        rows[query, : len(r)], scores[query, : len(s)] = r, s
       unfinished = unfinished[(rows[unfinished] >= 0).sum(1) < min(k, possible)]
       if asked == len(self):
         break
@@ -82,13 +93,17 @@ class ScannIndex:
     # Where much is asked for, all leaves are searched and everything found is re-ranked.
     much = {"leaves_to_search": 1 << 20} if k > REORDERED else {}
     places, scores = self._searcher.search_batched_parallel(
-        queries, final_num_neighbors=k, pre_reorder_num_neighbors=max(k, REORDERED), **much)
+      queries, final_num_neighbors=k, pre_reorder_num_neighbors=max(k, REORDERED), **much
+    )
     places, scores = np.asarray(places, np.int64), np.asarray(scores)
     there = np.isfinite(scores) & (places < len(self._rows)) & (places >= 0)
-    return np.where(there, self._rows[np.where(there, places, 0)], -1), np.where(there, scores, -np.inf)
+    return np.where(there, self._rows[np.where(there, places, 0)], -1), np.where(
+      there, scores, -np.inf
+    )
 
   def save(self, directory: str) -> None:
-    """ScaNN's own files; they name each other relative to the directory, so that a store can be moved."""
+    """ScaNN's own files; they name each other relative to the directory, so that a store can be
+    moved."""
     self._searcher.serialize(directory, relative_path=True)
     np.save(os.path.join(directory, "rows.npy"), self._rows)
 
@@ -106,11 +121,19 @@ def build(rows: np.ndarray, vectors: np.ndarray) -> ScannIndex:
     return ScannIndex(builder.score_brute_force().build(), rows)
   if n >= TREE_FROM:
     leaves = round(math.sqrt(n))
-    builder = builder.tree(num_leaves=leaves, num_leaves_to_search=max(1, round(LEAVES_SEARCHED * leaves)),
-                           training_sample_size=min(n, 250_000), soar_lambda=1.5)
-  return ScannIndex(builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(REORDERED).build(), rows)
+    builder = builder.tree(
+      num_leaves=leaves,
+      num_leaves_to_search=max(1, round(LEAVES_SEARCHED * leaves)),
+      training_sample_size=min(n, 250_000),
+      soar_lambda=1.5,
+    )
+  return ScannIndex(
+    builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(REORDERED).build(), rows
+  )
 
 
 def load(directory: str) -> ScannIndex:
   """A saved searcher."""
-  return ScannIndex(_library().load_searcher(directory), np.load(os.path.join(directory, "rows.npy")))
+  return ScannIndex(
+    _library().load_searcher(directory), np.load(os.path.join(directory, "rows.npy"))
+  )

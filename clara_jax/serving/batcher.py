@@ -25,11 +25,13 @@ class _Item:
 class Batcher:
   """Collects values for a moment and gives them to a function as one batch.
 
-  The first value of a batch waits `wait_ms` for others, at most; while a batch is being worked on, the next one collects.
+  The first value of a batch waits `wait_ms` for others, at most; while a batch is being worked on,
+  the next one collects.
 
   Args:
-    work: (values, emits) -> results, in order; an exception in place of a result is raised for that value alone. It runs in
-      `executor`; each emit sends something to its caller before the result is there.
+    work: (values, emits) -> results, in order; an exception in place of a result is raised for that
+      value alone. It runs in `executor`; each emit sends something to its caller before the result
+      is there.
     executor: one thread, shared by all who use the devices.
     size: values a batch.
     wait_ms: see above.
@@ -38,9 +40,24 @@ class Batcher:
     delays: records how long values waited, in seconds.
   """
 
-  def __init__(self, work: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]], executor: concurrent.futures.Executor, *,
-               size: int, wait_ms: float, waiting: int, sizes: prometheus_client.Histogram, delays: prometheus_client.Histogram):
-    self._work, self._executor, self._size, self._wait, self._waiting = work, executor, size, wait_ms / 1e3, waiting
+  def __init__(
+    self,
+    work: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]],
+    executor: concurrent.futures.Executor,
+    *,
+    size: int,
+    wait_ms: float,
+    waiting: int,
+    sizes: prometheus_client.Histogram,
+    delays: prometheus_client.Histogram,
+  ):
+    self._work, self._executor, self._size, self._wait, self._waiting = (
+      work,
+      executor,
+      size,
+      wait_ms / 1e3,
+      waiting,
+    )
     self._queue: asyncio.Queue[_Item] = asyncio.Queue()
     self._sizes, self._delays = sizes, delays
     self._task: asyncio.Task | None = None
@@ -77,7 +94,9 @@ class Batcher:
     while len(items) < self._size:
       try:
         left = end - time.monotonic()
-        items.append(self._queue.get_nowait() if left <= 0 else await asyncio.wait_for(self._queue.get(), left))
+        items.append(
+          self._queue.get_nowait() if left <= 0 else await asyncio.wait_for(self._queue.get(), left)
+        )
       except (asyncio.QueueEmpty, TimeoutError):
         break
     return items
@@ -93,7 +112,9 @@ class Batcher:
           self._delays.observe(time.monotonic() - item.since)
         emits = [_in_loop(loop, i.emit) for i in live]
         try:
-          results = await loop.run_in_executor(self._executor, self._work, [i.value for i in live], emits)
+          results = await loop.run_in_executor(
+            self._executor, self._work, [i.value for i in live], emits
+          )
         except Exception as error:
           results = [error] * len(live)
         for item, result in zip(live, results, strict=True):
@@ -107,5 +128,7 @@ class Batcher:
         self._queue.task_done()
 
 
-def _in_loop(loop: asyncio.AbstractEventLoop, emit: Callable[[Any], None] | None) -> Callable[[Any], None] | None:
+def _in_loop(
+  loop: asyncio.AbstractEventLoop, emit: Callable[[Any], None] | None
+) -> Callable[[Any], None] | None:
   return None if emit is None else lambda value: loop.call_soon_threadsafe(emit, value)

@@ -30,7 +30,10 @@ def read_token(path: str) -> str:
   except (OSError, UnicodeDecodeError) as error:
     raise ConfigError(f"--token-file {path}: {getattr(error, 'strerror', None) or error}") from None
   if not token or not token.isascii() or not token.isprintable() or " " in token:
-    raise ConfigError(f"--token-file {path}: expected one token of printable ASCII characters, got {len(token)} characters")
+    raise ConfigError(
+      f"--token-file {path}: expected one token of printable ASCII characters, got {len(token)} "
+      f"characters"
+    )
   return token
 
 
@@ -38,8 +41,9 @@ def read_token(path: str) -> str:
 class Access:
   """Who may ask.
 
-  A page of another site can make a browser send requests to this server under a name of its own (DNS rebinding). Addresses, localhost and
-  this machine's names are therefore accepted, and no other name that is not listed.
+  A page of another site can make a browser send requests to this server under a name of its own
+  (DNS rebinding). Addresses, localhost and this machine's names are therefore accepted, and no
+  other name that is not listed.
 
   Attributes:
     hosts: more host names; `.example.com` is all below; `*` is every name.
@@ -58,19 +62,26 @@ class Access:
     except ValueError:
       pass
     known = {"localhost", socket.gethostname().lower(), *(h.lower() for h in self.hosts)}
-    return "*" in known or name in known or any(h.startswith(".") and name.endswith(h) for h in known)
+    return (
+      "*" in known or name in known or any(h.startswith(".") and name.endswith(h) for h in known)
+    )
 
   def has_token(self, header: str) -> bool:
     """Whether the Authorization header of a request has the token; compared in constant time."""
     scheme, _, given = header.partition(" ")
-    return self.token is None or scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.token.encode())
+    return (
+      self.token is None
+      or scheme.lower() == "bearer"
+      and hmac.compare_digest(given.strip().encode(), self.token.encode())
+    )
 
 
 ANYBODY = Access()
 
 
 class Guard:
-  """ASGI middleware: refuses other hosts (421) and requests without the token (401); no response may be framed or sniffed."""
+  """ASGI middleware: refuses other hosts (421) and requests without the token (401); no response
+  may be framed or sniffed."""
 
   def __init__(self, app: Any, access: Access):
     self._app, self._access = app, access
@@ -83,37 +94,73 @@ class Guard:
     async def guarded(message):
       if message["type"] == "http.response.start":
         there = {name.lower() for name, _ in message.get("headers", ())}
-        message = {**message, "headers": [*message.get("headers", ()), *((n, v) for n, v in _HEADERS if n not in there)]}
+        message = {
+          **message,
+          "headers": [
+            *message.get("headers", ()),
+            *((n, v) for n, v in _HEADERS if n not in there),
+          ],
+        }
       await send(message)
+
     if not self._access.has_host(headers.get(b"host", "")):
       host = headers.get(b"host", "none")[:100]
-      return await _refuse(guarded, 421, f"the host {host!r} is not a name of this server; clara serve --allowed-host adds one")
+      return await _refuse(
+        guarded,
+        421,
+        f"the host {host!r} is not a name of this server; clara serve --allowed-host adds one",
+      )
     if scope["path"] not in OPEN and not self._access.has_token(headers.get(b"authorization", "")):
-      return await _refuse(guarded, 401, "expected Authorization: Bearer with this server's token", [(b"www-authenticate", b"Bearer")])
+      return await _refuse(
+        guarded,
+        401,
+        "expected Authorization: Bearer with this server's token",
+        [(b"www-authenticate", b"Bearer")],
+      )
     return await self._app(scope, receive, guarded)
 
 
-_HEADERS = ((b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'; base-uri 'none'"), (b"x-frame-options", b"DENY"),
-            (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
+_HEADERS = (
+  (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'; base-uri 'none'"),
+  (b"x-frame-options", b"DENY"),
+  (b"x-content-type-options", b"nosniff"),
+  (b"referrer-policy", b"no-referrer"),
+)
 
 
 async def _refuse(send: Any, status: int, text: str, headers: Any = ()) -> None:
   body = json.dumps({"error": text}).encode()
-  await send({"type": "http.response.start", "status": status, "headers": [
-      (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close"), *headers]})
+  await send(
+    {
+      "type": "http.response.start",
+      "status": status,
+      "headers": [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+        *headers,
+      ],
+    }
+  )
   await send({"type": "http.response.body", "body": body})
 
 
 def page_policy(page: str) -> str:
   """A Content-Security-Policy under which the scripts of a page run, and no other."""
   scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
-  sums = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
-  return (f"default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src {sums}; base-uri 'none'; "
-          "form-action 'none'; frame-ancestors 'none'")
+  sums = " ".join(
+    f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
+  )
+  return (
+    f"default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; "
+    f"script-src {sums}; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+  )
 
 
 class Protocol(H11Protocol):
-  """A connection with deadlines. A client that has closed its half after a whole request still gets its answer."""
+  """A connection with deadlines. A client that has closed its half after a whole request still gets
+  its answer."""
 
   read_seconds = 20.0  # for all of a request; also between two requests
   write_seconds = 30.0  # without the client taking anything of an answer
@@ -124,7 +171,7 @@ class Protocol(H11Protocol):
     self._since, self._unsent, self._unsent_since = self.loop.time(), 0, self.loop.time()
     self._timer = self.loop.call_later(1, self._tick)
     waiting = sorted((c for c in self.connections if not c.is_busy), key=lambda c: c._since)
-    for connection in waiting[:max(0, len(self.connections) - self.most)]:
+    for connection in waiting[: max(0, len(self.connections) - self.most)]:
       connection.transport.abort()
 
   def connection_lost(self, exc: Exception | None) -> None:

@@ -1,4 +1,5 @@
-"""What clients may send and what they get, as pydantic models; the OpenAPI description is made from them."""
+"""What clients may send and what they get, as pydantic models; the OpenAPI description is made from
+them."""
 
 from typing import Annotated, Any
 
@@ -24,11 +25,17 @@ class SearchRequest(_Strict):
 
   question: Text
   k: Count | None = None
-  ids: Annotated[list[Id], Field(min_length=1, max_length=IDS, description="only these documents may be found")] | None = None
+  ids: (
+    Annotated[
+      list[Id], Field(min_length=1, max_length=IDS, description="only these documents may be found")
+    ]
+    | None
+  ) = None
 
 
 class AnswerRequest(SearchRequest):
-  """An answer from the documents that a question finds; `stream`: as lines of JSON while it grows."""
+  """An answer from the documents that a question finds; `stream`: as lines of JSON while it
+  grows."""
 
   max_new_tokens: Annotated[int, Field(ge=1, le=4_096)] | None = None
   stream: bool = False
@@ -45,8 +52,14 @@ class QueriesRequest(_Strict):
   """The released code's retrieval protocol: flattened query memory tokens, [B][M·D]."""
 
   # The numbers are checked as an array and not one by one: `server.Service._vectors`.
-  queries: Annotated[list[list[Any]], Field(min_length=1, max_length=QUERIES, json_schema_extra={"items": {
-      "type": "array", "items": {"type": "number"}}})]
+  queries: Annotated[
+    list[list[Any]],
+    Field(
+      min_length=1,
+      max_length=QUERIES,
+      json_schema_extra={"items": {"type": "array", "items": {"type": "number"}}},
+    ),
+  ]
   k: Count
 
 
@@ -94,33 +107,61 @@ class Error(pydantic.BaseModel):
 
 
 ENDPOINTS = {
-    "/queries": (QueriesRequest, QueriesResponse),
-    "/search": (SearchRequest, SearchResponse),
-    "/answer": (AnswerRequest, AnswerResponse),
-    "/lens": (LensRequest, LensResponse),
+  "/queries": (QueriesRequest, QueriesResponse),
+  "/search": (SearchRequest, SearchResponse),
+  "/answer": (AnswerRequest, AnswerResponse),
+  "/lens": (LensRequest, LensResponse),
 }
-ERRORS = {400: "no JSON", 401: "the server's token is missing or another", 413: "too large", 415: "another type than application/json",
-          421: "another host's name", 422: "a field is missing, unknown or out of bounds", 429: "too many requests are waiting",
-          503: "took longer than the server allows, or it is stopping"}
+ERRORS = {
+  400: "no JSON",
+  401: "the server's token is missing or another",
+  413: "too large",
+  415: "another type than application/json",
+  421: "another host's name",
+  422: "a field is missing, unknown or out of bounds",
+  429: "too many requests are waiting",
+  503: "took longer than the server allows, or it is stopping",
+}
 
 
 def openapi(version: str) -> dict[str, Any]:
   """The OpenAPI 3.1 description."""
   models = [m for pair in ENDPOINTS.values() for m in pair] + [Error]
   _, definitions = pydantic.json_schema.models_json_schema(
-      [(m, "validation") for m in models], ref_template="#/components/schemas/{model}")
+    [(m, "validation") for m in models], ref_template="#/components/schemas/{model}"
+  )
 
   def content(model):
-    return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}}
+    return {
+      "content": {
+        "application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+      }
+    }
 
   paths: dict[str, Any] = {}
   for path, (request, response) in ENDPOINTS.items():
-    responses = {str(status): {"description": text, **content(Error)} for status, text in ERRORS.items()}
-    paths[path] = {"post": {
-        "summary": request.__doc__, "requestBody": {"required": True, **content(request)},
-        "responses": {"200": {"description": response.__doc__, **content(response)}, **responses}}}
-  paths["/healthz"] = {"get": {"summary": "Whether the server takes requests.", "responses": {
-      "200": {"description": "it does"}, "503": {"description": "it is stopping"}}}}
-  paths["/metrics"] = {"get": {"summary": "For Prometheus.", "responses": {"200": {"description": "metrics"}}}}
-  return {"openapi": "3.1.0", "info": {"title": "clara_jax", "version": version}, "paths": paths,
-          "components": {"schemas": definitions["$defs"]}}
+    responses = {
+      str(status): {"description": text, **content(Error)} for status, text in ERRORS.items()
+    }
+    paths[path] = {
+      "post": {
+        "summary": request.__doc__,
+        "requestBody": {"required": True, **content(request)},
+        "responses": {"200": {"description": response.__doc__, **content(response)}, **responses},
+      }
+    }
+  paths["/healthz"] = {
+    "get": {
+      "summary": "Whether the server takes requests.",
+      "responses": {"200": {"description": "it does"}, "503": {"description": "it is stopping"}},
+    }
+  }
+  paths["/metrics"] = {
+    "get": {"summary": "For Prometheus.", "responses": {"200": {"description": "metrics"}}}
+  }
+  return {
+    "openapi": "3.1.0",
+    "info": {"title": "clara_jax", "version": version},
+    "paths": paths,
+    "components": {"schemas": definitions["$defs"]},
+  }

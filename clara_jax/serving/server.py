@@ -1,7 +1,7 @@
 """The HTTP server: Starlette routes over one `Answerer`; uvicorn runs them.
 
-Bound to this machine unless told otherwise; `guard.py` says who may ask. Nothing that a client sends is opened as a path, unpickled or
-used as a template.
+Bound to this machine unless told otherwise; `guard.py` says who may ask. Nothing that a client
+sends is opened as a path, unpickled or used as a template.
 """
 
 import asyncio
@@ -79,11 +79,22 @@ class _Metrics:
   def __init__(self):
     self.registry = prometheus_client.CollectorRegistry()
     common = {"registry": self.registry, "namespace": "clara"}
-    self.requests = prometheus_client.Counter("requests", "Requests by path and status.", ["path", "status"], **common)
-    self.seconds = prometheus_client.Histogram("request_seconds", "Time from a request to the end of its answer.", ["path"],
-                                               buckets=_SECONDS, **common)
-    self.sizes = prometheus_client.Histogram("batch_size", "Questions a pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), **common)
-    self.delays = prometheus_client.Histogram("queue_seconds", "Time that a question waits for its pass.", buckets=_SECONDS, **common)
+    self.requests = prometheus_client.Counter(
+      "requests", "Requests by path and status.", ["path", "status"], **common
+    )
+    self.seconds = prometheus_client.Histogram(
+      "request_seconds",
+      "Time from a request to the end of its answer.",
+      ["path"],
+      buckets=_SECONDS,
+      **common,
+    )
+    self.sizes = prometheus_client.Histogram(
+      "batch_size", "Questions a pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), **common
+    )
+    self.delays = prometheus_client.Histogram(
+      "queue_seconds", "Time that a question waits for its pass.", buckets=_SECONDS, **common
+    )
     self.documents = prometheus_client.Gauge("documents", "Documents in the store.", **common)
 
 
@@ -97,17 +108,28 @@ class Service:
     whole = answerer.store.whole
     self._dimension = whole.num_memory_tokens * whole.width
     # A number takes up to 25 characters, escaped text 6 bytes each.
-    self._most_bytes = {schema.QueriesRequest: 4096 + schema.QUERIES * (self._dimension * 25 + 2),
-                        schema.LensRequest: 4096 + 6 * schema.TEXT}
+    self._most_bytes = {
+      schema.QueriesRequest: 4096 + schema.QUERIES * (self._dimension * 25 + 2),
+      schema.LensRequest: 4096 + 6 * schema.TEXT,
+    }
     self._reading = 0
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "devices")
     self._parser = concurrent.futures.ThreadPoolExecutor(1, "parser")
-    options = {"size": limits.batch, "wait_ms": limits.wait_ms, "waiting": limits.waiting, "sizes": self.metrics.sizes,
-               "delays": self.metrics.delays}
+    options = {
+      "size": limits.batch,
+      "wait_ms": limits.wait_ms,
+      "waiting": limits.waiting,
+      "sizes": self.metrics.sizes,
+      "delays": self.metrics.delays,
+    }
     self.answers = Batcher(self._answer, self._thread, **options)
     self.searches = Batcher(self._search, self._thread, **options)
     # Whole batches come in one request; they are not joined.
-    self.others = Batcher(lambda calls, _: [_attempt(call) for call in calls], self._thread, **{**options, "size": 1, "wait_ms": 0})
+    self.others = Batcher(
+      lambda calls, _: [_attempt(call) for call in calls],
+      self._thread,
+      **{**options, "size": 1, "wait_ms": 0},
+    )
     self._batchers = (self.answers, self.searches, self.others)
 
   @contextlib.asynccontextmanager
@@ -132,14 +154,21 @@ class Service:
         break
       size = min(2 * size, self.limits.batch)
 
-  def _answer(self, questions: Sequence[Question], emits: Sequence[Any]) -> list[Answer | Exception]:
+  def _answer(
+    self, questions: Sequence[Question], emits: Sequence[Any]
+  ) -> list[Answer | Exception]:
     streamed = any(emits)
 
     def emit(place, **line):
       if emits[place]:
         emits[place](line)
+
     on_text = (lambda place, text: emit(place, answer=text)) if streamed else None
-    on_found = (lambda place, found: emit(place, documents=[dataclasses.asdict(f) for f in found])) if streamed else None
+    on_found = (
+      (lambda place, found: emit(place, documents=[dataclasses.asdict(f) for f in found]))
+      if streamed
+      else None
+    )
     try:
       return list(self.answerer.answer(questions, on_text, on_found))
     except (ConfigError, DataError) as error:
@@ -148,13 +177,15 @@ class Service:
       # One that does not fit must not harm the others.
       return [self._answer([q], [e])[0] for q, e in zip(questions, emits, strict=True)]
 
-  def _search(self, questions: Sequence[Question], emits: Sequence[Any]) -> list[list[Found] | Exception]:
+  def _search(
+    self, questions: Sequence[Question], emits: Sequence[Any]
+  ) -> list[list[Found] | Exception]:
     try:
       return self.answerer.search(questions)
     except (ConfigError, DataError) as error:
       return [error] if len(questions) == 1 else [self._search([q], [None])[0] for q in questions]
 
-  # ---- routes ----------------------------------------------------------------------------------------------------------------
+  # ---- routes ------------------------------------------------------------------------------------
 
   async def answer(self, request: Request) -> Response:
     """POST /answer."""
@@ -168,15 +199,22 @@ class Service:
     """POST /search."""
     wanted = await self._read(request, schema.SearchRequest)
     found = await self._within_time(self.searches.submit(self._question(wanted)))
-    return JSONResponse({"question": wanted.question, "documents": [dataclasses.asdict(f) for f in found]})
+    return JSONResponse(
+      {"question": wanted.question, "documents": [dataclasses.asdict(f) for f in found]}
+    )
 
   async def queries(self, request: Request) -> Response:
     """POST /queries: the released code's protocol."""
     wanted, vectors = await self._read(request, schema.QueriesRequest, self._vectors)
     self._check_count(wanted.k)
-    found = await self._within_time(self.others.submit(
-        lambda: orjson.dumps({"retrieved_embeddings": self.answerer.nearest_memories(vectors, wanted.k)},
-                             option=orjson.OPT_SERIALIZE_NUMPY)))
+    found = await self._within_time(
+      self.others.submit(
+        lambda: orjson.dumps(
+          {"retrieved_embeddings": self.answerer.nearest_memories(vectors, wanted.k)},
+          option=orjson.OPT_SERIALIZE_NUMPY,
+        )
+      )
+    )
     return Response(found, media_type="application/json")
 
   def _vectors(self, wanted: schema.QueriesRequest) -> tuple[schema.QueriesRequest, np.ndarray]:
@@ -185,8 +223,12 @@ class Service:
     lengths = {len(q) for q in wanted.queries}
     if len(lengths) > 1 or not lengths <= {self._dimension, searched * whole.width}:
       fewer = f", or of the first {searched}" if searched < whole.num_memory_tokens else ""
-      raise _RefusedError(422, f"queries: expected vectors of M·D = {whole.num_memory_tokens}·{whole.width} = {self._dimension} numbers"
-                               f"{fewer}, got {sorted(lengths)}")
+      raise _RefusedError(
+        422,
+        f"queries: expected vectors of M·D = {whole.num_memory_tokens}·{whole.width} = "
+        f"{self._dimension} numbers"
+        f"{fewer}, got {sorted(lengths)}",
+      )
     if not all(type(x) in (float, int) for q in wanted.queries for x in q):
       raise _RefusedError(422, "queries: expected numbers")
     with np.errstate(over="ignore"):
@@ -199,19 +241,25 @@ class Service:
     """POST /lens."""
     wanted = await self._read(request, schema.LensRequest)
     a = self.answerer
-    found = await self._within_time(self.others.submit(
-        lambda: logit_lens.queries(a, [wanted.question], wanted.top)[0]["tokens"]))
+    found = await self._within_time(
+      self.others.submit(lambda: logit_lens.queries(a, [wanted.question], wanted.top)[0]["tokens"])
+    )
     return JSONResponse({"tokens": found})
 
   async def health(self, request: Request) -> Response:
     """GET /healthz."""
     status = "stopping" if self.stopping else "ok"
-    return JSONResponse({"status": status, "documents": len(self.answerer.store), "version": clara_jax.__version__},
-                        503 if self.stopping else 200)
+    return JSONResponse(
+      {"status": status, "documents": len(self.answerer.store), "version": clara_jax.__version__},
+      503 if self.stopping else 200,
+    )
 
   async def metrics_page(self, request: Request) -> Response:
     """GET /metrics."""
-    return Response(prometheus_client.generate_latest(self.metrics.registry), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+    return Response(
+      prometheus_client.generate_latest(self.metrics.registry),
+      media_type=prometheus_client.CONTENT_TYPE_LATEST,
+    )
 
   async def description(self, request: Request) -> Response:
     """GET /openapi.json."""
@@ -221,13 +269,20 @@ class Service:
     """GET /."""
     return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _PAGE_POLICY})
 
-  # ---- parts of them ---------------------------------------------------------------------------------------------------------
+  # ---- parts of them -----------------------------------------------------------------------------
 
-  async def _read(self, request: Request, model: type[pydantic.BaseModel], then: Callable[[Any], Any] = lambda wanted: wanted) -> Any:
+  async def _read(
+    self,
+    request: Request,
+    model: type[pydantic.BaseModel],
+    then: Callable[[Any], Any] = lambda wanted: wanted,
+  ) -> Any:
     """The checked body; what is large is checked beside the loop, by `then` as well."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
-      raise _RefusedError(415, f"expected content-type application/json, got {kind or 'none'!r:.60}")
+      raise _RefusedError(
+        415, f"expected content-type application/json, got {kind or 'none'!r:.60}"
+      )
     most = min(self.limits.body, self._most_bytes.get(model, 4 << 20))
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > most:
@@ -243,7 +298,9 @@ class Service:
           raise _RefusedError(503, "too much is being sent; try again later")
       if len(body) < _SMALL:
         return then(self._parsed(body, model))
-      return await asyncio.get_running_loop().run_in_executor(self._parser, lambda: then(self._parsed(body, model)))
+      return await asyncio.get_running_loop().run_in_executor(
+        self._parser, lambda: then(self._parsed(body, model))
+      )
     finally:
       self._reading -= len(body)
 
@@ -255,7 +312,10 @@ class Service:
     try:
       return model.model_validate(values)
     except pydantic.ValidationError as error:
-      problems = [f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors(include_url=False, include_input=False)[:5]]
+      problems = [
+        f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}"
+        for e in error.errors(include_url=False, include_input=False)[:5]
+      ]
       raise _RefusedError(422, "; ".join(problems)) from None
 
   def _check_count(self, k: int | None) -> None:
@@ -266,7 +326,9 @@ class Service:
     self._check_count(wanted.k)
     if max_new_tokens is not None and max_new_tokens > self.answerer.max_new_tokens:
       raise _RefusedError(422, f"max_new_tokens: at most {self.answerer.max_new_tokens} here")
-    return Question(wanted.question, wanted.k, tuple(wanted.ids) if wanted.ids else None, max_new_tokens)
+    return Question(
+      wanted.question, wanted.k, tuple(wanted.ids) if wanted.ids else None, max_new_tokens
+    )
 
   async def _within_time(self, result: Any) -> Any:
     try:
@@ -280,10 +342,14 @@ class Service:
       raise _RefusedError(422, str(error)) from None
 
   def _whole(self, answer: Answer) -> dict[str, Any]:
-    return {**dataclasses.asdict(answer), "memory_tokens": self.answerer.store.manifest.num_memory_tokens}
+    return {
+      **dataclasses.asdict(answer),
+      "memory_tokens": self.answerer.store.manifest.num_memory_tokens,
+    }
 
   async def _stream_answer(self, question: Question) -> Response:
-    """Lines of JSON: documents, then answers that grow, then the whole response with `done`. A refusal comes before the first line."""
+    """Lines of JSON: documents, then answers that grow, then the whole response with `done`. A
+    refusal comes before the first line."""
     lines: asyncio.Queue = asyncio.Queue()
     task = asyncio.create_task(self._within_time(self.answers.submit(question, lines.put_nowait)))
     task.add_done_callback(lambda _: lines.put_nowait(None))
@@ -300,6 +366,7 @@ class Service:
         yield orjson.dumps({**self._whole(task.result()), "done": True}) + b"\n"
       except _RefusedError as error:
         yield orjson.dumps({"error": str(error)}) + b"\n"
+
     return StreamingResponse(body(), media_type="application/x-ndjson")
 
 
@@ -311,7 +378,11 @@ def _attempt(call: Any) -> Any:
 
 
 _SMALL = 1 << 16  # bytes that the loop itself parses
-_PAGE = importlib.resources.files("clara_jax.serving").joinpath("page/index.html").read_text(encoding="utf-8")
+_PAGE = (
+  importlib.resources.files("clara_jax.serving")
+  .joinpath("page/index.html")
+  .read_text(encoding="utf-8")
+)
 _PAGE_POLICY = page_policy(_PAGE)
 
 
@@ -331,6 +402,7 @@ class _Counted:
       if message["type"] == "http.response.start":
         status = message["status"]
       await send(message)
+
     try:
       return await self._app(scope, receive, sent)
     finally:
@@ -354,18 +426,31 @@ def make_app(answerer: Answerer, limits: Limits = Limits(), access: Access = ANY
     return Response(status_code=499)
 
   async def no_such(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": f"{error.status_code}: {request.method} {request.url.path:.100}; see /openapi.json"}, error.status_code,
-                        error.headers)
+    return JSONResponse(
+      {
+        "error": f"{error.status_code}: {request.method} {request.url.path:.100}; see /openapi.json"
+      },
+      error.status_code,
+      error.headers,
+    )
 
   def route(path, handler, method):
     return Route(path, handler, methods=[method])
+
   app = Starlette(
-      routes=[route("/queries", service.queries, "POST"), route("/search", service.search, "POST"),
-              route("/answer", service.answer, "POST"), route("/lens", service.lens, "POST"), route("/healthz", service.health, "GET"),
-              route("/metrics", service.metrics_page, "GET"), route("/openapi.json", service.description, "GET"),
-              route("/", service.page, "GET")],
-      exception_handlers={_RefusedError: refused, ClientDisconnect: gone, 404: no_such, 405: no_such},
-      lifespan=service.lifespan)
+    routes=[
+      route("/queries", service.queries, "POST"),
+      route("/search", service.search, "POST"),
+      route("/answer", service.answer, "POST"),
+      route("/lens", service.lens, "POST"),
+      route("/healthz", service.health, "GET"),
+      route("/metrics", service.metrics_page, "GET"),
+      route("/openapi.json", service.description, "GET"),
+      route("/", service.page, "GET"),
+    ],
+    exception_handlers={_RefusedError: refused, ClientDisconnect: gone, 404: no_such, 405: no_such},
+    lifespan=service.lifespan,
+  )
   app.state.service = service
   app.add_middleware(Guard, access=access)
   app.add_middleware(_Counted, service=service)
@@ -374,16 +459,34 @@ def make_app(answerer: Answerer, limits: Limits = Limits(), access: Access = ANY
 
 def configured(app: Starlette, limits: Limits, **options: Any) -> uvicorn.Server:
   """The server that runs an application."""
-  protocol = type("Connection", (Protocol,), {"read_seconds": limits.read_seconds, "most": limits.connections})
-  return uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", log_level="error", backlog=2048, **{
-      "timeout_keep_alive": int(limits.read_seconds), "timeout_graceful_shutdown": int(limits.seconds) + 5, **options}))
+  protocol = type(
+    "Connection", (Protocol,), {"read_seconds": limits.read_seconds, "most": limits.connections}
+  )
+  return uvicorn.Server(
+    uvicorn.Config(
+      app,
+      http=protocol,
+      ws="none",
+      log_level="error",
+      backlog=2048,
+      **{
+        "timeout_keep_alive": int(limits.read_seconds),
+        "timeout_graceful_shutdown": int(limits.seconds) + 5,
+        **options,
+      },
+    )
+  )
 
 
-def run(answerer: Answerer, host: str, port: int, limits: Limits = Limits(), access: Access = ANYBODY) -> None:
+def run(
+  answerer: Answerer, host: str, port: int, limits: Limits = Limits(), access: Access = ANYBODY
+) -> None:
   """Serves until SIGTERM or SIGINT; what was accepted is answered first."""
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 2 * limits.connections)), hard))
-  with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as listener:
+  with socket.socket(
+    socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM
+  ) as listener:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
       listener.bind((host, port))  # before anything is compiled
@@ -399,9 +502,14 @@ def _serve(answerer: Answerer, listener: socket.socket, limits: Limits, access: 
   server = configured(app, limits)
   host, port = listener.getsockname()[:2]
   log.info(f"serve: http://{f'[{host}]' if ':' in host else host}:{port}")
-  signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn, having stopped, raises the signal once more
+  # uvicorn, having stopped, raises the signal once more
+  signal.signal(signal.SIGTERM, lambda *_: None)
   with contextlib.suppress(KeyboardInterrupt):
     server.run(sockets=[listener])
   metrics = app.state.service.metrics.requests.collect()[0].samples
-  counts = {f"{s.labels['path']} {s.labels['status']}": int(s.value) for s in metrics if s.name.endswith("_total")}
+  counts = {
+    f"{s.labels['path']} {s.labels['status']}": int(s.value)
+    for s in metrics
+    if s.name.endswith("_total")
+  }
   log.info(f"serve: stopped; requests by path and status: {json.dumps(counts)}")

@@ -1,1 +1,2 @@
-"""The SCP data factory: questions, answers and paraphrases of documents, written and checked by a language model."""
+"""The SCP data factory: questions, answers and paraphrases of documents, written and checked by a
+language model."""

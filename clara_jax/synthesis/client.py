@@ -1,10 +1,12 @@
 """Many requests at once to an OpenAI-compatible server (vLLM, SGLang, llama.cpp, a cloud).
 
-How many are in flight adapts: it grows by one for every round of answers, and shrinks by a quarter when the server says 429 or does not
-answer in time (additive increase, multiplicative decrease). What may pass is tried again, later each time.
+How many are in flight adapts: it grows by one for every round of answers, and shrinks by a quarter
+when the server says 429 or does not answer in time (additive increase, multiplicative decrease).
+What may pass is tried again, later each time.
 
-Servers differ in what they take. `DIALECTS` are the differences that a server names in its refusal, and how a request is then written.
-Nothing is sent anywhere but to the endpoint: redirects are not followed. What a server sends is bounded in bytes and in time.
+Servers differ in what they take. `DIALECTS` are the differences that a server names in its refusal,
+and how a request is then written. Nothing is sent anywhere but to the endpoint: redirects are not
+followed. What a server sends is bounded in bytes and in time.
 """
 
 import asyncio
@@ -41,7 +43,8 @@ class FatalError(RequestError):
 
 
 class ReplyError(RequestError):
-  """The fault of one request, not of the server: it was refused, or its reply does not parse, nor does the repair."""
+  """The fault of one request, not of the server: it was refused, or its reply does not parse, nor
+  does the repair."""
 
 
 class BudgetError(Exception):
@@ -53,15 +56,17 @@ class Endpoint:
   """A server and how to treat it.
 
   Attributes:
-    url: up to and without `/chat/completions`, as `http://localhost:8000/v1`; a query (`?api-version=…`) goes to its end.
+    url: up to and without `/chat/completions`, as `http://localhost:8000/v1`; a query
+      (`?api-version=…`) goes to its end.
     model: its name there.
     api_key: sent as a bearer token, and as `api-key` where the URL has an `api-version` (Azure).
     in_flight: requests at once, at most.
     seconds: that a request may take.
     attempts: tries of a request.
-    max_requests, max_tokens: budgets; tokens are those that the server counts, when it has answered, or a fourth of the bytes where it
-      does not. None: no limit.
-    json_schema: whether the server is asked for JSON by schema (`response_format`); it is taken from the reply either way.
+    max_requests, max_tokens: budgets; tokens are those that the server counts, when it has
+      answered, or a fourth of the bytes where it does not. None: no limit.
+    json_schema: whether the server is asked for JSON by schema (`response_format`); it is taken
+      from the reply either way.
     seed: whether requests have a seed.
   """
 
@@ -88,7 +93,9 @@ class Endpoint:
     """With the key."""
     if not self.api_key:
       return {}
-    azure = {"api-key": self.api_key} if "api-version=" in urllib.parse.urlsplit(self.url).query else {}
+    azure = (
+      {"api-key": self.api_key} if "api-version=" in urllib.parse.urlsplit(self.url).query else {}
+    )
     return {"Authorization": f"Bearer {self.api_key}", **azure}
 
   @property
@@ -98,10 +105,17 @@ class Endpoint:
     with contextlib.suppress(ValueError):
       if parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname).is_loopback:
         return None
-    return None if urllib.request.proxy_bypass(parts.netloc) else urllib.request.getproxies().get(parts.scheme)
+    return (
+      None
+      if urllib.request.proxy_bypass(parts.netloc)
+      else urllib.request.getproxies().get(parts.scheme)
+    )
 
   def __post_init__(self):
-    if not self.url.startswith(("http://", "https://")) or not urllib.parse.urlsplit(self.url).hostname:
+    if (
+      not self.url.startswith(("http://", "https://"))
+      or not urllib.parse.urlsplit(self.url).hostname
+    ):
       raise ConfigError(f"--endpoint {self.url}: expected http://… or https://…, up to /v1")
     for name in ("in_flight", "attempts"):
       if getattr(self, name) < 1:
@@ -142,28 +156,50 @@ def _without(body: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _merged_system(body: dict[str, Any]) -> dict[str, Any]:
   first, second, *rest = body["messages"]
-  return {**body, "messages": [{**second, "content": f"{first['content']}\n\n{second['content']}"}, *rest]}
+  return {
+    **body,
+    "messages": [{**second, "content": f"{first['content']}\n\n{second['content']}"}, *rest],
+  }
 
 
-# Name of the difference, what a refusal (400, 422) says of it, and how the request is written instead; None: it does not apply.
+# Name of the difference, what a refusal (400, 422) says of it, and how the request is written
+# instead; None: it does not apply.
 DIALECTS: dict[str, tuple[re.Pattern, Callable[[dict[str, Any]], dict[str, Any] | None]]] = {
-    "max_completion_tokens": (
-        re.compile(r"max_completion_tokens"),
-        lambda b: {**_without(b, "max_tokens"), "max_completion_tokens": b["max_tokens"]} if "max_tokens" in b else None),
-    "temperature of its own": (
-        re.compile(r"temperature", re.IGNORECASE),
-        lambda b: _without(b, "temperature") if "temperature" in b else None),
-    "no system role": (
-        re.compile(r"system (?:role|message|prompt)|role.{0,20}system|roles must alternate", re.IGNORECASE),
-        lambda b: _merged_system(b) if len(b["messages"]) > 1 and b["messages"][0]["role"] == "system" else None),
+  "max_completion_tokens": (
+    re.compile(r"max_completion_tokens"),
+    lambda b: (
+      {**_without(b, "max_tokens"), "max_completion_tokens": b["max_tokens"]}
+      if "max_tokens" in b
+      else None
+    ),
+  ),
+  "temperature of its own": (
+    re.compile(r"temperature", re.IGNORECASE),
+    lambda b: _without(b, "temperature") if "temperature" in b else None,
+  ),
+  "no system role": (
+    re.compile(
+      r"system (?:role|message|prompt)|role.{0,20}system|roles must alternate", re.IGNORECASE
+    ),
+    lambda b: (
+      _merged_system(b) if len(b["messages"]) > 1 and b["messages"][0]["role"] == "system" else None
+    ),
+  ),
 }
-_REFUSES = re.compile(r"unsupported|not support|only .{0,60}(?:support|allow)|must alternate|not (?:allowed|permitted)|\buse\b",
-                      re.IGNORECASE)
-_QUOTA = re.compile(r"insufficient_quota|exceeded your current quota|billing|credit balance|out of credits", re.IGNORECASE)
+_REFUSES = re.compile(
+  r"unsupported|not support|only .{0,60}(?:support|allow)|must alternate|not "
+  r"(?:allowed|permitted)|\buse\b",
+  re.IGNORECASE,
+)
+_QUOTA = re.compile(
+  r"insufficient_quota|exceeded your current quota|billing|credit balance|out of credits",
+  re.IGNORECASE,
+)
 
 
 class _Again(Exception):
-  """What may pass: its kind for the count, what was said, how long to wait at least, and whether it counts as a try."""
+  """What may pass: its kind for the count, what was said, how long to wait at least, and whether it
+  counts as a try."""
 
   def __init__(self, reason: str, said: str = "", after: float = 0.0, counts: bool = True):
     super().__init__(reason)
@@ -189,24 +225,40 @@ class Client:
 
   async def __aenter__(self) -> "Client":
     if (proxy := self.endpoint.proxy) and not proxy.startswith(("http://", "https://")):
-      raise ConfigError(f"{self.endpoint.url}: the environment names the proxy {proxy}; expected http://… or https://…")
+      raise ConfigError(
+        f"{self.endpoint.url}: the environment names the proxy {proxy}; expected http://… or "
+        f"https://…"
+      )
     if proxy:
-      log.info(f"{self.endpoint.url}: asked through the proxy {urllib.parse.urlsplit(proxy).hostname}")
+      log.info(
+        f"{self.endpoint.url}: asked through the proxy {urllib.parse.urlsplit(proxy).hostname}"
+      )
     try:
       import aiohttp
     except ImportError:
       raise ConfigError("an endpoint needs aiohttp: pip install -e '.[synthesize]'") from None
     self._session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), headers={**self.endpoint.headers, "Accept-Encoding": "identity"}, auto_decompress=False,
-        timeout=aiohttp.ClientTimeout(total=self.endpoint.seconds))
+      connector=aiohttp.TCPConnector(limit=0),
+      headers={**self.endpoint.headers, "Accept-Encoding": "identity"},
+      auto_decompress=False,
+      timeout=aiohttp.ClientTimeout(total=self.endpoint.seconds),
+    )
     self._errors = (aiohttp.ClientError, ConnectionError)
     return self
 
   async def __aexit__(self, *_: Any) -> None:
     await self._session.close()
 
-  async def chat(self, messages: Sequence[Mapping[str, str]], *, schema: Mapping[str, Any] | None = None, name: str = "reply",
-                 temperature: float = 0.0, max_tokens: int = 1024, seed: int | None = None) -> str:
+  async def chat(
+    self,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    schema: Mapping[str, Any] | None = None,
+    name: str = "reply",
+    temperature: float = 0.0,
+    max_tokens: int = 1024,
+    seed: int | None = None,
+  ) -> str:
     """The text of a reply.
 
     Args:
@@ -216,14 +268,23 @@ class Client:
       temperature, max_tokens, seed: sampling.
 
     Raises:
-      RequestError: refused, or tried `attempts` times. ReplyError: it is this request's fault. FatalError: no request will pass.
+      RequestError: refused, or tried `attempts` times. ReplyError: it is this request's fault.
+        FatalError: no request will pass.
       BudgetError: there is none left for it.
     """
-    body: dict[str, Any] = {"model": self.endpoint.model, "messages": list(messages), "temperature": temperature, "max_tokens": max_tokens}
+    body: dict[str, Any] = {
+      "model": self.endpoint.model,
+      "messages": list(messages),
+      "temperature": temperature,
+      "max_tokens": max_tokens,
+    }
     if seed is not None and self.endpoint.seed:
       body["seed"] = seed
     if schema is not None and self.endpoint.json_schema:
-      body["response_format"] = {"type": "json_schema", "json_schema": {"name": name, "schema": schema, "strict": True}}
+      body["response_format"] = {
+        "type": "json_schema",
+        "json_schema": {"name": name, "schema": schema, "strict": True},
+      }
     wait, attempt, dialects, began = 0.0, 0, list(self._dialects), time.monotonic()
     while attempt < self.endpoint.attempts:
       await asyncio.sleep(max(wait, self._not_before - time.monotonic()))
@@ -239,15 +300,25 @@ class Client:
       except _Again as problem:
         attempt += problem.counts or time.monotonic() - began > LOADING_SECONDS
         self.usage.retries[problem.reason] = self.usage.retries.get(problem.reason, 0) + 1
-        wait = max(problem.after, min(30.0, self._backoff * 2**(attempt - 1)) * (0.5 + self._random.random()) if problem.counts else 0.0)
+        wait = max(
+          problem.after,
+          min(30.0, self._backoff * 2 ** (attempt - 1)) * (0.5 + self._random.random())
+          if problem.counts
+          else 0.0,
+        )
         reason = f"{problem.reason}: {problem.said}" if problem.said else problem.reason
-    raise RequestError(f"{self.endpoint.url}: no answer in {self.endpoint.attempts} tries; the last one: {reason}")
+    raise RequestError(
+      f"{self.endpoint.url}: no answer in {self.endpoint.attempts} tries; the last one: {reason}"
+    )
 
   def _spend(self) -> None:
     endpoint, usage = self.endpoint, self.usage
     if endpoint.max_requests is not None and usage.requests >= endpoint.max_requests:
       raise BudgetError(f"max_requests={endpoint.max_requests} are spent")
-    if endpoint.max_tokens is not None and usage.prompt_tokens + usage.completion_tokens >= endpoint.max_tokens:
+    if (
+      endpoint.max_tokens is not None
+      and usage.prompt_tokens + usage.completion_tokens >= endpoint.max_tokens
+    ):
       raise BudgetError(f"max_tokens={endpoint.max_tokens} are spent")
     usage.requests += 1
 
@@ -256,7 +327,9 @@ class Client:
       body = DIALECTS[name][1](body) or body
     endpoint = self.endpoint
     try:
-      async with self._session.post(endpoint.target, json=body, allow_redirects=False, proxy=endpoint.proxy) as response:
+      async with self._session.post(
+        endpoint.target, json=body, allow_redirects=False, proxy=endpoint.proxy
+      ) as response:
         status, headers = response.status, response.headers
         data = await self._read(response)
     except TimeoutError:
@@ -274,7 +347,12 @@ class Client:
     choice = choices[0] if isinstance(choices, list) and choices else None
     self._count(value, body, len(data) if isinstance(choice, dict) else 0)
     if not isinstance(choice, dict):
-      raise _Again("reply", f"{value['error']!r:.200}" if isinstance(value, dict) and "error" in value else "no choices")
+      raise _Again(
+        "reply",
+        f"{value['error']!r:.200}"
+        if isinstance(value, dict) and "error" in value
+        else "no choices",
+      )
     try:
       text = text_of(choice)
     except ReplyTextError as error:
@@ -297,8 +375,16 @@ class Client:
         raise ReplyError(f"{self.endpoint.url}: a reply of more than {REPLY_BYTES >> 20} MiB")
     return bytes(data)
 
-  def _refused(self, status: int, headers: Mapping[str, str], said: str, body: dict[str, Any], dialects: list[str]) -> None:
-    """Raises what a status other than 200 means; a dialect that the refusal names is added to `dialects`."""
+  def _refused(
+    self,
+    status: int,
+    headers: Mapping[str, str],
+    said: str,
+    body: dict[str, Any],
+    dialects: list[str],
+  ) -> None:
+    """Raises what a status other than 200 means; a dialect that the refusal names is added to
+    `dialects`."""
     url, said = self.endpoint.url, " ".join(said.split())
     after = _seconds(headers.get("Retry-After"))
     if status in (402, 429) and _QUOTA.search(said):
@@ -315,25 +401,41 @@ class Client:
     if status >= 500 or status == 408:
       raise _Again("5xx" if status >= 500 else "timeout", f"{status}: {said[:200]}")
     if 300 <= status < 400:
-      raise FatalError(f"{url}: {status}: redirects to {headers.get('Location', 'nowhere')!r:.200}; nothing is sent there; name it as the "
-                       "endpoint if it is meant")
+      raise FatalError(
+        f"{url}: {status}: redirects to {headers.get('Location', 'nowhere')!r:.200}; nothing is "
+        f"sent there; name it as the "
+        "endpoint if it is meant"
+      )
     if status in (400, 422):
       for name, (pattern, rewrite) in DIALECTS.items():
         if _REFUSES.search(said) and pattern.search(said) and rewrite(body) is not None:
           dialects.append(name)
           raise _Again("dialect", said[:200], counts=False)
-    hints = [option for word, option in (("response_format", "--no-json-schema"), ("json_schema", "--no-json-schema"),
-                                         ("seed", "--no-seed")) if word in said]
+    hints = [
+      option
+      for word, option in (
+        ("response_format", "--no-json-schema"),
+        ("json_schema", "--no-json-schema"),
+        ("seed", "--no-seed"),
+      )
+      if word in said
+    ]
     hint = f"; see {hints[0]}" if hints else ""
     if status in (404, 405) and not re.search(r"/v\d|api-version=", url):
       hint = f"; is it {url.rstrip('/')}/v1?"
     # 400, 413, 422: this request is at fault (too long, say), not the server.
-    raise (ReplyError if status in (400, 413, 422) else RequestError)(f"{url}: {status}: {said[:300]}{hint}")
+    raise (ReplyError if status in (400, 413, 422) else RequestError)(
+      f"{url}: {status}: {said[:300]}{hint}"
+    )
 
   def _count(self, value: Any, body: Mapping[str, Any], received: int) -> None:
-    """Adds what the server counts; where it does not, or not credibly, a fourth of the bytes of a reply that is one."""
+    """Adds what the server counts; where it does not, or not credibly, a fourth of the bytes of a
+    reply that is one."""
     spent = value.get("usage") if isinstance(value, dict) else None
-    for name, size in (("prompt_tokens", len(json.dumps(body["messages"], ensure_ascii=False).encode())), ("completion_tokens", received)):
+    for name, size in (
+      ("prompt_tokens", len(json.dumps(body["messages"], ensure_ascii=False).encode())),
+      ("completion_tokens", received),
+    ):
       count = spent.get(name) if isinstance(spent, dict) else None
       if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 1 << 32:
         count = -(-size // 4) if received else 0
@@ -372,7 +474,13 @@ def _seconds(text: str | None) -> float:
   return min(60.0, max(0.0, seconds)) if math.isfinite(seconds) else 0.0
 
 
-async def ask_json(client: Client, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any], name: str, **sampling: Any) -> Any:
+async def ask_json(
+  client: Client,
+  messages: Sequence[Mapping[str, str]],
+  schema: Mapping[str, Any],
+  name: str,
+  **sampling: Any,
+) -> Any:
   """A reply by schema. What does not parse is sent back once with the problem, to be repaired.
 
   Raises:
@@ -383,8 +491,17 @@ async def ask_json(client: Client, messages: Sequence[Mapping[str, str]], schema
   try:
     return parse(text, schema)
   except ValueError as problem:
-    again = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": (
-        f"That is not the JSON that was asked for: {problem}. Reply with the corrected JSON object alone.")}]
+    again = [
+      *messages,
+      {"role": "assistant", "content": text},
+      {
+        "role": "user",
+        "content": (
+          f"That is not the JSON that was asked for: {problem}. Reply with the corrected JSON "
+          f"object alone."
+        ),
+      },
+    ]
     try:
       return parse(await client.chat(again, schema=schema, name=name, **sampling), schema)
     except ValueError as error:

@@ -1,4 +1,5 @@
-"""What is to be compressed, in pieces: JSONL, plain text or a Wikipedia extract, cut on sentence bounds."""
+"""What is to be compressed, in pieces: JSONL, plain text or a Wikipedia extract, cut on sentence
+bounds."""
 
 import gzip
 import hashlib
@@ -20,14 +21,16 @@ _SPACE = re.compile(r"[^\S ]")
 _GREEK = re.compile(r"[\u0370-\u03ff\u1f00-\u1fff]")
 _PIECE = re.compile(r"#\d+$")
 # WikiExtractor does not escape the quotes of a title.
-_EXTRACT = re.compile(r'<doc id="([^"\n]*)"[^\n]*? title="([^\n]*?)"(?: \w+="[^"\n]*")*>\n(.*?)\n?</doc>', re.DOTALL)
+_EXTRACT = re.compile(
+  r'<doc id="([^"\n]*)"[^\n]*? title="([^\n]*?)"(?: \w+="[^"\n]*")*>\n(.*?)\n?</doc>', re.DOTALL
+)
 
 
 def read(path: str) -> Iterator[Document]:
   """Documents of a file or of all files below a directory, in order of their names.
 
-  JSONL (`id`, `text`, `title`; also of WikiExtractor `--json`), WikiExtractor `<doc …>` files, and plain text, one document a file. All may
-  be gzipped.
+  JSONL (`id`, `text`, `title`; also of WikiExtractor `--json`), WikiExtractor `<doc …>` files, and
+  plain text, one document a file. All may be gzipped.
 
   Raises:
     DataError: by file and row; an id that is a duplicate.
@@ -35,7 +38,11 @@ def read(path: str) -> Iterator[Document]:
   root = pathlib.Path(path)
   if not root.exists():
     raise DataError(f"{path}: no such file")
-  files = sorted(f for f in root.rglob("*") if f.is_file() and not f.name.startswith(".")) if root.is_dir() else [root]
+  files = (
+    sorted(f for f in root.rglob("*") if f.is_file() and not f.name.startswith("."))
+    if root.is_dir()
+    else [root]
+  )
   seen: set[int] = set()  # of hashes: a corpus has millions
   for file in files:
     for document in _file(file, root):
@@ -46,7 +53,8 @@ def read(path: str) -> Iterator[Document]:
 
 
 class Reading:
-  """Documents of `read`, or only the `first` of them, in pieces of at most `limit` tokens, and how far it has come.
+  """Documents of `read`, or only the `first` of them, in pieces of at most `limit` tokens, and how
+  far it has come.
 
   Attributes:
     share: of the documents, how many have been read: 0 … 1.
@@ -71,15 +79,19 @@ class Reading:
     for document in itertools.islice(read(self._path), self._first):
       for piece in chunks(document, self._limit, self._count):
         if piece.id != document.id and piece.id in self._like_pieces:
-          raise DataError(f"{self._path}: a piece of document {document.id!r} is {piece.id!r}, which is another document's id")
+          raise DataError(
+            f"{self._path}: a piece of document {document.id!r} is {piece.id!r}, which is another "
+            f"document's id"
+          )
         yield piece
       self._done += 1
 
 
 def _file(file: pathlib.Path, root: pathlib.Path) -> Iterator[Document]:
   try:
-    with (gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb")) as raw:
-      stream = io.TextIOWrapper(raw, encoding="utf-8-sig")  # a JSON escape may still be half a character: `_clean`
+    with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as raw:
+      # a JSON escape may still be half a character: `_clean`
+      stream = io.TextIOWrapper(raw, encoding="utf-8-sig")
       first = next((line for line in stream if line.strip()), "")
       stream.seek(0)
       if first.startswith("{") or file.name.removesuffix(".gz").endswith((".jsonl", ".json")):
@@ -107,7 +119,9 @@ def _rows(file: pathlib.Path, stream: io.TextIOWrapper) -> Iterator[Document]:
       value = parse_json(line)
       text = value.get("text", value.get("contents"))
     except (ValueError, AttributeError) as error:
-      raise DataError(f"{file}:{number}: {error if isinstance(error, ValueError) else 'not a JSON object'}") from None
+      raise DataError(
+        f"{file}:{number}: {error if isinstance(error, ValueError) else 'not a JSON object'}"
+      ) from None
     if not isinstance(text, str):
       raise DataError(f"{file}:{number}: the document has no 'text'")
     if not text.strip():
@@ -131,7 +145,9 @@ def _spans(text: str) -> list[tuple[int, int]]:
   try:
     import sentencex
   except ImportError:
-    raise ConfigError("documents are cut on sentence bounds by sentencex: pip install -e '.[synthesize]'") from None
+    raise ConfigError(
+      "documents are cut on sentence bounds by sentencex: pip install -e '.[synthesize]'"
+    ) from None
   found, start = [], 0
   for line in text.split("\n"):
     place = start
@@ -180,13 +196,17 @@ def _tokenizer_file(directory: str) -> pathlib.Path:
   return path
 
 
-def chunks(document: Document, limit: int, count: Callable[[str], int] = words) -> Iterator[Document]:
-  """Pieces of at most `limit` tokens with the document's title, `ID#0`, `ID#1` …; a document that fits keeps its id.
+def chunks(
+  document: Document, limit: int, count: Callable[[str], int] = words
+) -> Iterator[Document]:
+  """Pieces of at most `limit` tokens with the document's title, `ID#0`, `ID#1` …; a document that
+  fits keeps its id.
 
   Args:
     document: the whole. Of a title that takes more than half of the limit, the beginning stays.
     limit: tokens of title and text.
-    count: tokens of a text. Sums over sentences stand for the whole, so that a piece may be a token or two off its count.
+    count: tokens of a text. Sums over sentences stand for the whole, so that a piece may be a token
+      or two off its count.
   """
   title = next(_short(document.title, limit // 2, count), "")
   room = limit - (count(title) + 1 if title else 0)
@@ -195,7 +215,8 @@ def chunks(document: Document, limit: int, count: Callable[[str], int] = words) 
   for first, last in _spans(document.text):
     for number, part in enumerate(_short(document.text[first:last], room, count)):
       length = count(part)
-      between = " " if held and (number or first > end) else ""  # Chinese has no space between sentences
+      # Chinese has no space between sentences
+      between = " " if held and (number or first > end) else ""
       if held and size + length > room:
         pieces.append(held)
         held, size, between = "", 0, ""
@@ -209,7 +230,8 @@ def chunks(document: Document, limit: int, count: Callable[[str], int] = words) 
 
 
 def _short(sentence: str, room: int, count: Callable[[str], int]) -> Iterator[str]:
-  """A sentence that is too long, in words; a word that is too long (a line of a script without spaces), in characters."""
+  """A sentence that is too long, in words; a word that is too long (a line of a script without
+  spaces), in characters."""
   if count(sentence) <= room:
     yield sentence
     return

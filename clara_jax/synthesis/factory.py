@@ -1,4 +1,5 @@
-"""Many documents at once through their rounds: resumable, in shards, with rows, rejects and a manifest at the end."""
+"""Many documents at once through their rounds: resumable, in shards, with rows, rejects and a
+manifest at the end."""
 
 import asyncio
 import collections
@@ -33,8 +34,16 @@ class Backend(Protocol):
 
   usage: Usage
 
-  async def chat(self, messages: Sequence[Mapping[str, str]], *, schema: Mapping[str, Any] | None = None, name: str = "reply",
-                 temperature: float = 0.0, max_tokens: int = 1024, seed: int | None = None) -> str:
+  async def chat(
+    self,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    schema: Mapping[str, Any] | None = None,
+    name: str = "reply",
+    temperature: float = 0.0,
+    max_tokens: int = 1024,
+    seed: int | None = None,
+  ) -> str:
     """The text of a reply."""
 
 
@@ -52,7 +61,8 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """Which part of a corpus this worker does: items whose id has a hash that is `index` modulo `count`, wherever they stand."""
+  """Which part of a corpus this worker does: items whose id has a hash that is `index` modulo
+  `count`, wherever they stand."""
 
   index: int = 0
   count: int = 1
@@ -63,7 +73,11 @@ class Shard:
 
   def has(self, name: str) -> bool:
     """Whether an item is of this part."""
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest()) % self.count == self.index
+    return (
+      int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest())
+      % self.count
+      == self.index
+    )
 
   def path(self, directory: str, name: str, suffix: str) -> str:
     """A file of this shard."""
@@ -73,13 +87,17 @@ class Shard:
 class CachedBackend:
   """A backend for one document: replies that it had before are not asked for again."""
 
-  def __init__(self, backend: Backend, journal: Journal, document: str, spent: Callable[[], Sequence[int]]):
+  def __init__(
+    self, backend: Backend, journal: Journal, document: str, spent: Callable[[], Sequence[int]]
+  ):
     self._backend, self._journal, self._document, self._spent = backend, journal, document, spent
     self._replies, self._tries = journal.replies(document), journal.tries(document)
     self.step = ""
 
   async def chat(self, messages, *, seed=None, **options):
-    key = hashlib.blake2b(json.dumps([self.step, self._tries, messages]).encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b(
+      json.dumps([self.step, self._tries, messages]).encode(), digest_size=8
+    ).hexdigest()
     if (text := self._replies.pop(key, None)) is None:
       text = await self._backend.chat(messages, seed=int(key[:7], 16), **options)
       self._journal.reply(self._document, key, text, self._spent())
@@ -87,11 +105,22 @@ class CachedBackend:
 
 
 def asker(backend: Any, templates: Templates, sampling: Sampling) -> Ask:
-  """The `Ask` of a document; `backend` may have an attribute `step`, which tells repeated requests apart."""
-  async def ask(template: str, schema: str, attempt: int, values: Mapping[str, Any]) -> dict[str, Any]:
+  """The `Ask` of a document; `backend` may have an attribute `step`, which tells repeated requests
+  apart."""
+
+  async def ask(
+    template: str, schema: str, attempt: int, values: Mapping[str, Any]
+  ) -> dict[str, Any]:
     backend.step = f"{template} {values.get('round', 0)} {attempt}"
-    return await ask_json(backend, templates.messages(template, **values), SCHEMAS[schema], schema,
-                          temperature=sampling.temperature, max_tokens=sampling.max_tokens)
+    return await ask_json(
+      backend,
+      templates.messages(template, **values),
+      SCHEMAS[schema],
+      schema,
+      temperature=sampling.temperature,
+      max_tokens=sampling.max_tokens,
+    )
+
   return ask
 
 
@@ -104,7 +133,8 @@ class FactoryReport:
     open: documents that this start began and did not end; the next one does them.
     rows: written.
     rounds: of the finished documents, the most of any part, on average.
-    requests, tokens, cost: of all starts: requests with tries again, tokens of prompts and replies, `cost` by their prices.
+    requests, tokens, cost: of all starts: requests with tries again, tokens of prompts and replies,
+      `cost` by their prices.
     requests_a_document: on average.
     seconds: of this start; read: documents of this start with usable replies.
     reasons: rejected documents by reason; refused: by the checks, within the rounds.
@@ -128,10 +158,22 @@ class FactoryReport:
   problem: str | None = None
 
 
-async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], Awaitable[Outcome]], backend: Backend, templates: Templates,
-                  directory: str, *, shard: Shard = Shard(), sampling: Sampling = Sampling(), at_once: int = 80,
-                  record: Mapping[str, Any] | None = None, price: tuple[float, float] = (0.0, 0.0),
-                  share: Callable[[], float] | None = None, retry_rejected: str | None = None, progress: bool = True) -> FactoryReport:
+async def produce(
+  items: Iterable[tuple[str, Any]],
+  work: Callable[[Any, Ask], Awaitable[Outcome]],
+  backend: Backend,
+  templates: Templates,
+  directory: str,
+  *,
+  shard: Shard = Shard(),
+  sampling: Sampling = Sampling(),
+  at_once: int = 80,
+  record: Mapping[str, Any] | None = None,
+  price: tuple[float, float] = (0.0, 0.0),
+  share: Callable[[], float] | None = None,
+  retry_rejected: str | None = None,
+  progress: bool = True,
+) -> FactoryReport:
   """Works on every item that is not finished and writes DIR/rows-…, rejected-… and manifest-….
 
   Args:
@@ -142,34 +184,50 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
     directory: DIR; a second start with the same one goes on.
     shard: which of the items.
     at_once: items that are open at a time.
-    record: what else the manifest tells (model, endpoint) and later starts must agree in, but for the endpoint.
+    record: what else the manifest tells (model, endpoint) and later starts must agree in, but for
+      the endpoint.
     price: of a million tokens of prompts and of replies.
     share: of the items that were handed out, for the time left.
-    retry_rejected: items that were rejected with a reason that begins so are open again, with other seeds ('' is all).
+    retry_rejected: items that were rejected with a reason that begins so are open again, with other
+      seeds ('' is all).
     progress: whether lines go to standard error.
 
   Raises:
     ConfigError: the directory has items made by other prompts, model or sampling.
     DataError: an item says something else than when it was done.
-    RequestError: the server fails all the time, or some requests failed for good; what was done is kept.
+    RequestError: the server fails all the time, or some requests failed for good; what was done is
+      kept.
   """
   try:
     os.makedirs(directory, exist_ok=True)
   except (FileExistsError, NotADirectoryError):
     raise ConfigError(f"--out {directory}: is a file, expected a directory") from None
-  made_by = {"prompts_sha256": templates.sha256, "temperature": sampling.temperature, "max_tokens": sampling.max_tokens, **(record or {})}
+  made_by = {
+    "prompts_sha256": templates.sha256,
+    "temperature": sampling.temperature,
+    "max_tokens": sampling.max_tokens,
+    **(record or {}),
+  }
   endpoint = made_by.pop("endpoint", None)  # a server may move
   _same_shards(directory, shard)
   _same_settings(shard.path(directory, "settings", "json"), made_by)
   journal = Journal(shard.path(directory, "journal", "jsonl"))
-  again = set() if retry_rejected is None else {name for name, outcome in journal_lib.outcomes(journal.path) if (
-      outcome["reason"] or "").startswith(retry_rejected) and outcome["reason"]}
+  again = (
+    set()
+    if retry_rejected is None
+    else {
+      name
+      for name, outcome in journal_lib.outcomes(journal.path)
+      if (outcome["reason"] or "").startswith(retry_rejected) and outcome["reason"]
+    }
+  )
 
   def is_waiting(name, item):
     if name in again and journal.is_done(name, _said(item)):
       again.remove(name)
       journal.withdraw(name)
     return not journal.is_done(name, _said(item))
+
   start, before, failures = time.monotonic(), journal.done, 0
   report = FactoryReport()
   waiting = ((name, item) for name, item in items if shard.has(name) and is_waiting(name, item))
@@ -193,7 +251,9 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
         return
       report.open += 1
       try:
-        outcome = await work(item, asker(CachedBackend(backend, journal, name, spent), templates, sampling))
+        outcome = await work(
+          item, asker(CachedBackend(backend, journal, name, spent), templates, sampling)
+        )
       except BudgetError as error:
         report.stopped = str(error)
         return
@@ -211,7 +271,10 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
       if outcome.unread:  # the document's fault, or the server's? The next ones tell
         unread.append((name, item, outcome))
         if len(unread) >= FAILURES:
-          report.stopped, report.problem = f"{FAILURES} documents in a row got no usable reply", outcome.reason
+          report.stopped, report.problem = (
+            f"{FAILURES} documents in a row got no usable reply",
+            outcome.reason,
+          )
           return
         continue
       report.read += 1
@@ -227,8 +290,12 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
       left = ""
       if share and 1 > (now := share()) > first:  # at 1, the last ones are at work
         left = f", left {datetime.timedelta(seconds=round(seconds * (1 - now) / (now - first)))}"
-      log.info(f"synthesize: {journal.done} documents, {done / seconds:.1f}/s; {backend.usage.requests} requests, "
-            f"{backend.usage.requests / seconds:.0f}/s, at most {backend.usage.in_flight} in flight; retries {backend.usage.retries}{left}")
+      log.info(
+        f"synthesize: {journal.done} documents, {done / seconds:.1f}/s; {backend.usage.requests} "
+        f"requests, "
+        f"{backend.usage.requests / seconds:.0f}/s, at most {backend.usage.in_flight} in flight; "
+        f"retries {backend.usage.retries}{left}"
+      )
 
   teller = asyncio.create_task(tell()) if progress else None
   try:
@@ -256,18 +323,30 @@ async def produce(items: Iterable[tuple[str, Any]], work: Callable[[Any, Ask], A
     journal.close()
   if report.problem:
     why = report.stopped or f"{report.open} documents are left open"
-    raise RequestError(f"{why}; the last problem: {report.problem}; what was done is kept; rerun the command to resume")
+    raise RequestError(
+      f"{why}; the last problem: {report.problem}; what was done is kept; rerun the command to "
+      f"resume"
+    )
   return report
 
 
 def _said(item: Document | Row) -> str:
-  return repr((item.title, item.text) if isinstance(item, Document) else (item.questions, item.documents))
+  return repr(
+    (item.title, item.text) if isinstance(item, Document) else (item.questions, item.documents)
+  )
 
 
 def _same_shards(directory: str, shard: Shard) -> None:
-  others = [p.name for p in pathlib.Path(directory).glob("journal-*.jsonl") if not p.name.endswith(f"-of-{shard.count:05d}.jsonl")]
+  others = [
+    p.name
+    for p in pathlib.Path(directory).glob("journal-*.jsonl")
+    if not p.name.endswith(f"-of-{shard.count:05d}.jsonl")
+  ]
   if others:
-    raise ConfigError(f"{directory}: has {others[0]}, work that was divided otherwise than by --shards {shard.count}; name another --out")
+    raise ConfigError(
+      f"{directory}: has {others[0]}, work that was divided otherwise than by --shards "
+      f"{shard.count}; name another --out"
+    )
 
 
 def _same_settings(path: str, made_by: Mapping[str, Any]) -> None:
@@ -276,7 +355,9 @@ def _same_settings(path: str, made_by: Mapping[str, Any]) -> None:
     if (values := _settings(there)) != made_by:
       names = [k for k in sorted({*values, *made_by}) if values.get(k) != made_by.get(k)]
       changed = [f"{k}: {values.get(k)} there, {made_by.get(k)} now" for k in names]
-      raise ConfigError(f"{there}: was made with other settings ({'; '.join(changed)}); name another --out")
+      raise ConfigError(
+        f"{there}: was made with other settings ({'; '.join(changed)}); name another --out"
+      )
   if not os.path.exists(path):
     io.write(pathlib.Path(path), json.dumps(made_by, indent=2))
 
@@ -285,24 +366,42 @@ def _settings(path: pathlib.Path) -> dict[str, Any]:
   try:
     return io.parse_json(path.read_bytes())
   except ValueError:
-    raise ConfigError(f"{path}: is damaged; the shard's journal is whole, give this file the settings of another shard or of the manifest"
-                      ) from None
+    raise ConfigError(
+      f"{path}: is damaged; the shard's journal is whole, give this file the settings of another "
+      f"shard or of the manifest"
+    ) from None
 
 
-def _write(journal: Journal, directory: str, shard: Shard, report: FactoryReport, made_by: Mapping[str, Any], usage: Usage) -> None:
+def _write(
+  journal: Journal,
+  directory: str,
+  shard: Shard,
+  report: FactoryReport,
+  made_by: Mapping[str, Any],
+  usage: Usage,
+) -> None:
   """Rows, rejects and manifest from the journal, each file whole or not at all."""
   reasons: collections.Counter = collections.Counter()
   refused: collections.Counter = collections.Counter()
   rounds = pairs = 0
   paths = {name: shard.path(directory, name, "jsonl") for name in ("rows", "rejected")}
-  with open(f"{paths['rows']}.part", "w", encoding="utf-8") as rows, open(f"{paths['rejected']}.part", "w", encoding="utf-8") as rejects:
+  with (
+    open(f"{paths['rows']}.part", "w", encoding="utf-8") as rows,
+    open(f"{paths['rejected']}.part", "w", encoding="utf-8") as rejects,
+  ):
     for document, outcome in journal_lib.outcomes(journal.path):
       refused.update(outcome["refused"])
       rounds += outcome["rounds"]
       if outcome["reason"]:
         report.rejected += 1
         reasons[outcome["reason"]] += 1
-        rejects.write(json.dumps({"id": document, "reason": outcome["reason"], "rounds": outcome["rounds"]}, ensure_ascii=False) + "\n")
+        rejects.write(
+          json.dumps(
+            {"id": document, "reason": outcome["reason"], "rounds": outcome["rounds"]},
+            ensure_ascii=False,
+          )
+          + "\n"
+        )
         continue
       report.accepted += 1
       for row in outcome["rows"]:
@@ -314,8 +413,14 @@ def _write(journal: Journal, directory: str, shard: Shard, report: FactoryReport
   done = report.accepted + report.rejected
   report.rounds = round(rounds / max(1, done), 2)
   report.reasons, report.refused = dict(reasons.most_common()), dict(refused.most_common())
-  manifest = {"settings": made_by, **dataclasses.asdict(report), "pairs_a_document": round(pairs / max(1, report.accepted), 2),
-              "usage_of_the_last_start": dataclasses.asdict(usage), "shard": shard.index, "shards": shard.count}
+  manifest = {
+    "settings": made_by,
+    **dataclasses.asdict(report),
+    "pairs_a_document": round(pairs / max(1, report.accepted), 2),
+    "usage_of_the_last_start": dataclasses.asdict(usage),
+    "shard": shard.index,
+    "shards": shard.count,
+  }
   io.write(pathlib.Path(shard.path(directory, "manifest", "json")), json.dumps(manifest, indent=2))
 
 

@@ -1,5 +1,5 @@
-"""What has been done, on disk: one append-only file of lines with checksums (`io.sealed`). A kill loses at most what was in flight; a
-finished document is told of once.
+"""What has been done, on disk: one append-only file of lines with checksums (`io.sealed`). A kill
+loses at most what was in flight; a finished document is told of once.
 
     {"r": document, "k": key, "t": reply, "u": [requests, tokens of prompts, of replies]}    a reply, while its document is not finished
     {"d": document, "h": hash of what it said, "o": outcome}  a finished document
@@ -7,9 +7,9 @@ finished document is told of once.
     {"n": document}                                           it is asked anew: its replies so far were of no use
     {"u": […]}                                                what was spent since the last line with "u"
 
-A document that was stopped is worked on again from its replies: its requests have the same keys. A line that is damaged is skipped,
-and counted: what it told is done again.
-"""
+A document that was stopped is worked on again from its replies: its requests have the same keys. A
+line that is damaged is skipped, and counted: what it told is done again.
+"""  # noqa: E501
 
 import collections
 import hashlib
@@ -41,7 +41,8 @@ class Journal:
 
   def __init__(self, path: str):
     self.path = path
-    self._done: dict[bytes, bytes] = {}  # hashes of names and of what they said: a corpus has millions
+    # hashes of names and of what they said: a corpus has millions
+    self._done: dict[bytes, bytes] = {}
     self._tries: collections.Counter = collections.Counter()
     self.spent = [0, 0, 0]
     self._replies: dict[str, dict[str, str]] = {}
@@ -106,7 +107,9 @@ class Journal:
     """
     there = self._done.get(_digest(document))
     if there is not None and there != _digest(said, 4):
-      raise DataError(f"{document!r} says something else than when it was done ({self.path}); name another --out")
+      raise DataError(
+        f"{document!r} says something else than when it was done ({self.path}); name another --out"
+      )
     return there is not None
 
   def tries(self, document: str) -> int:
@@ -134,7 +137,8 @@ class Journal:
     return self._replies.pop(document, {})
 
   def reply(self, document: str, key: str, text: str, spent: Sequence[int] = (0, 0, 0)) -> None:
-    """Keeps a reply, and what was spent since the last call of this or of `spend`: requests, tokens of prompts, tokens of replies."""
+    """Keeps a reply, and what was spent since the last call of this or of `spend`: requests, tokens
+    of prompts, tokens of replies."""
     self._append({"r": document, "k": key, "t": text, "u": list(spent)})
     self.spent = [a + b for a, b in zip(self.spent, spent, strict=True)]
 
@@ -160,7 +164,8 @@ class Journal:
 
 
 def outcomes(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-  """(document, outcome) of all that a journal has finished, each once, in the order in which they were; the file is only read."""
+  """(document, outcome) of all that a journal has finished, each once, in the order in which they
+  were; the file is only read."""
   last: dict[bytes, int] = {}  # the line that counts
   for number, value in enumerate(_lines(path)):
     if "d" in value:
@@ -199,11 +204,19 @@ def _lines(path: str, on_damage: Callable[[], None] = lambda: None) -> Iterator[
 
 def _is_entry(value: Any) -> bool:
   """Whether a line without a checksum, as journals had them before, can be one of theirs."""
-  if not isinstance(value, dict) or set(value) - {"u"} not in _FIELDS or not _HASH.fullmatch(str(value.get("h", "00"))):
+  if (
+    not isinstance(value, dict)
+    or set(value) - {"u"} not in _FIELDS
+    or not _HASH.fullmatch(str(value.get("h", "00")))
+  ):
     return False
   usage = value.get("u", [0, 0, 0])
-  return (isinstance(usage, list) and len(usage) == 3 and all(type(n) is int for n in usage)
-          and all(isinstance(text, str) for name, text in value.items() if name not in ("u", "o")))
+  return (
+    isinstance(usage, list)
+    and len(usage) == 3
+    and all(type(n) is int for n in usage)
+    and all(isinstance(text, str) for name, text in value.items() if name not in ("u", "o"))
+  )
 
 
 def _digest(text: str, size: int = 8) -> bytes:

@@ -1,4 +1,5 @@
-"""Our own base as the language model of the factory: a checkpoint, greedy, one request at a time."""
+"""Our own base as the language model of the factory: a checkpoint, greedy, one request at a
+time."""
 
 import asyncio
 import concurrent.futures
@@ -15,7 +16,8 @@ from clara_jax.synthesis.client import ReplyError, Usage
 
 
 class OwnModel:
-  """Replies of a checkpoint's base, without any role; see `factory.Backend`. JSON is only asked for in words.
+  """Replies of a checkpoint's base, without any role; see `factory.Backend`. JSON is only asked for
+  in words.
 
   Args:
     checkpoint: whose base replies.
@@ -24,12 +26,26 @@ class OwnModel:
 
   def __init__(self, checkpoint: Checkpoint, max_tokens: int = 512):
     self._prompt_tokenizer, self._weights = checkpoint.prompt_tokenizer, checkpoint.weights
-    self._generate = make_generate(checkpoint.model, max_tokens, self._prompt_tokenizer.end_ids, self._prompt_tokenizer.pad_id, None)
+    self._generate = make_generate(
+      checkpoint.model,
+      max_tokens,
+      self._prompt_tokenizer.end_ids,
+      self._prompt_tokenizer.pad_id,
+      None,
+    )
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self.usage = Usage(in_flight=1)
 
-  async def chat(self, messages: Sequence[Mapping[str, str]], *, schema: Mapping[str, Any] | None = None, name: str = "reply",
-                 temperature: float = 0.0, max_tokens: int = 1024, seed: int | None = None) -> str:
+  async def chat(
+    self,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    schema: Mapping[str, Any] | None = None,
+    name: str = "reply",
+    temperature: float = 0.0,
+    max_tokens: int = 1024,
+    seed: int | None = None,
+  ) -> str:
     return await asyncio.get_running_loop().run_in_executor(self._thread, self._reply, messages)
 
   def _reply(self, messages):
@@ -37,7 +53,9 @@ class OwnModel:
       ids = self._prompt_tokenizer.chat(messages).ids
     except DataError as error:
       raise ReplyError(str(error)) from None
-    found = np.asarray(self._generate(self._weights, pad_tokens([ids], self._prompt_tokenizer.pad_id, 128), None))[0]
+    found = np.asarray(
+      self._generate(self._weights, pad_tokens([ids], self._prompt_tokenizer.pad_id, 128), None)
+    )[0]
     text = self._prompt_tokenizer.text(found)
     self.usage.requests += 1
     self.usage.answered += 1

@@ -1,4 +1,5 @@
-"""`report.html` of a factory's directory: yield, pairs a document, coverage by round, rejects, examples."""
+"""`report.html` of a factory's directory: yield, pairs a document, coverage by round, rejects,
+examples."""
 
 import collections
 import json
@@ -31,7 +32,8 @@ def write(directory: str) -> dict[str, Any]:
     states["rejected" if outcome["reason"] else "accepted"] += 1
     refused.update(outcome["refused"])
     for kind, counts in outcome["coverage"].items():
-      # A document that tells one fact has no complex questions; one that failed before its first check has nothing covered.
+      # A document that tells one fact has no complex questions; one that failed before its first
+      # check has nothing covered.
       if counts or (outcome["reason"] or "").startswith(kind):
         missing[kind].append(counts or [1])
     if outcome["reason"]:
@@ -45,27 +47,55 @@ def write(directory: str) -> dict[str, Any]:
   total = sum(states.values())
   what = "questions" if is_teacher else "documents"
   numbers = {what: total, "accepted": states["accepted"], "rejected": states["rejected"]}
-  sections = [("Yield", html.table(["", what, "share"], [[k, v, v / max(1, total)] for k, v in states.items()])),
-              ("Made by", html.table(["", ""], _made_by(directory)))]
+  sections = [
+    (
+      "Yield",
+      html.table(["", what, "share"], [[k, v, v / max(1, total)] for k, v in states.items()]),
+    ),
+    ("Made by", html.table(["", ""], _made_by(directory))),
+  ]
   if not is_teacher:
-    numbers |= {f"{kind}_pairs_a_document": float(np.mean(v)) if v else 0.0 for kind, v in pairs.items()}
+    numbers |= {
+      f"{kind}_pairs_a_document": float(np.mean(v)) if v else 0.0 for kind, v in pairs.items()
+    }
     if states["accepted"]:
-      sections.append(("Pairs and rounds", html.plots((_pairs_plot(pairs), _coverage_plot(missing)))))
+      sections.append(
+        ("Pairs and rounds", html.plots((_pairs_plot(pairs), _coverage_plot(missing))))
+      )
   if rejects:
-    sections.append(("Rejected", html.table(["reason", what], [[k, v] for k, v in reasons.most_common()])
-                     + html.table([what[:-1], f"reason (the first {len(rejects)})"], [list(r) for r in rejects])))
+    sections.append(
+      (
+        "Rejected",
+        html.table(["reason", what], [[k, v] for k, v in reasons.most_common()])
+        + html.table([what[:-1], f"reason (the first {len(rejects)})"], [list(r) for r in rejects]),
+      )
+    )
   if refused:
-    sections.append(("Refused within the rounds", html.table(["by", "times"], [[k, v] for k, v in refused.most_common()])))
+    sections.append(
+      (
+        "Refused within the rounds",
+        html.table(["by", "times"], [[k, v] for k, v in refused.most_common()]),
+      )
+    )
   if examples:
     sections.append(("Examples", html.joined(map(_answered if is_teacher else _example, examples))))
-  html.write(pathlib.Path(directory) / "report.html", html.page(
-      "Teacher's answers" if is_teacher else "SCP data", f"{total:,} {what}, {states['accepted']:,} accepted.", sections))
+  html.write(
+    pathlib.Path(directory) / "report.html",
+    html.page(
+      "Teacher's answers" if is_teacher else "SCP data",
+      f"{total:,} {what}, {states['accepted']:,} accepted.",
+      sections,
+    ),
+  )
   return numbers
 
 
 def _made_by(directory: str) -> list[list[Any]]:
   """Settings, and what all shards have spent."""
-  manifests = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(pathlib.Path(directory).glob("manifest-*.json"))]
+  manifests = [
+    json.loads(p.read_text(encoding="utf-8"))
+    for p in sorted(pathlib.Path(directory).glob("manifest-*.json"))
+  ]
   spent = {name: sum(m[name] for m in manifests) for name in ("requests", "tokens", "cost")}
   return [[k, str(v)] for k, v in settings(directory).items()] + [[k, v] for k, v in spent.items()]
 
@@ -79,6 +109,7 @@ def _pairs_plot(pairs: dict[str, list[int]]) -> str:
     axes.set(title="Pairs of a document", xlabel="questions with answers", ylabel="documents")
     axes.set_xticks(range(most + 1))
     axes.legend(frameon=False)
+
   return html.figure(draw)
 
 
@@ -88,28 +119,51 @@ def _coverage_plot(missing: dict[str, list[list[int]]]) -> str:
   def draw(axes):
     for (kind, found), mark in zip(missing.items(), "os", strict=True):
       # After its last round a document stays as it was.
-      shares = [np.mean([counts[min(n, len(counts) - 1)] == 0 for counts in found]) for n in range(most)] if found else []
+      shares = (
+        [np.mean([counts[min(n, len(counts) - 1)] == 0 for counts in found]) for n in range(most)]
+        if found
+        else []
+      )
       axes.plot(range(1, len(shares) + 1), shares, marker=mark, fillstyle="none", label=kind)
-    axes.set(title="Coverage", xlabel="rounds", ylabel="share of documents with nothing missing", ylim=(0, 1.03))
+    axes.set(
+      title="Coverage",
+      xlabel="rounds",
+      ylabel="share of documents with nothing missing",
+      ylim=(0, 1.03),
+    )
     axes.set_xticks(range(1, most + 1))
     axes.legend(frameon=False)
+
   return html.figure(draw)
 
 
 def _answered(rows: list[dict[str, Any]]) -> str:
   (row,) = rows
   golden = " | ".join(row["provenance"]["golden_answers"])
-  documents = html.joined(Markup("<p class='doc{}'>{}</p>").format(" gold" if i in row["pos_index"] else "", d)
-                            for i, d in enumerate(row["docs"]))
+  documents = html.joined(
+    Markup("<p class='doc{}'>{}</p>").format(" gold" if i in row["pos_index"] else "", d)
+    for i, d in enumerate(row["docs"])
+  )
   return Markup("<h3>{}</h3><p class=doc><b>teacher</b> {}{}</p>{}").format(
-      row["question"], row["answer"], Markup(" <b>golden</b> {}").format(golden) if golden else "", documents)
+    row["question"],
+    row["answer"],
+    Markup(" <b>golden</b> {}").format(golden) if golden else "",
+    documents,
+  )
 
 
 def _example(rows: list[dict[str, Any]]) -> str:
-  told = Markup("<h3>{}</h3><p class=doc>{}</p>").format(rows[0]["id"].rpartition("/")[0], rows[0]["docs"][0])
+  told = Markup("<h3>{}</h3><p class=doc>{}</p>").format(
+    rows[0]["id"].rpartition("/")[0], rows[0]["docs"][0]
+  )
   for row in rows:
     if isinstance(row["question"], list):
-      told += html.table([row.get("kind", "question"), "answer"], [list(p) for p in zip(row["question"], row["answers"], strict=True)])
+      told += html.table(
+        [row.get("kind", "question"), "answer"],
+        [list(p) for p in zip(row["question"], row["answers"], strict=True)],
+      )
     else:
-      told += Markup("<p class=doc><b>{}</b> {}</p>").format(row["question"] or "paraphrase", row["answer"])
+      told += Markup("<p class=doc><b>{}</b> {}</p>").format(
+        row["question"] or "paraphrase", row["answer"]
+      )
   return told

@@ -1,17 +1,22 @@
-"""What a model's reply says: its text, whatever form a server gives it, without its thought, and the JSON object in it."""
+"""What a model's reply says: its text, whatever form a server gives it, without its thought, and
+the JSON object in it."""
 
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-# How models mark thought: (what opens it, what closes it). A server may have cut the opening mark off, or hidden special tokens.
+# How models mark thought: (what opens it, what closes it). A server may have cut the opening mark
+# off, or hidden special tokens.
 _MARKS = (
-    (r"<(?:think|thinking|thought|reasoning|seed:think)>", r"</(?:think|thinking|thought|reasoning|seed:think)>"),
-    (r"\[THINK\]", r"\[/THINK\]"),
-    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
-    (r"◁think▷", r"◁/think▷"),
-    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
+  (
+    r"<(?:think|thinking|thought|reasoning|seed:think)>",
+    r"</(?:think|thinking|thought|reasoning|seed:think)>",
+  ),
+  (r"\[THINK\]", r"\[/THINK\]"),
+  (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
+  (r"◁think▷", r"◁/think▷"),
+  (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
 )
 _OPENS = re.compile("|".join(opens for opens, _ in _MARKS), re.IGNORECASE)
 _CLOSES = re.compile("|".join(closes for _, closes in _MARKS), re.IGNORECASE)
@@ -31,8 +36,8 @@ class ReplyTextError(ValueError):
 def text_of(choice: Mapping[str, Any]) -> str:
   """The text of one of a completion's `choices`.
 
-  `content` may be a list of parts, or missing where a server that parses reasoning has put a finished reply, a JSON object from beginning
-  to end, into `reasoning_content`.
+  `content` may be a list of parts, or missing where a server that parses reasoning has put a
+  finished reply, a JSON object from beginning to end, into `reasoning_content`.
 
   Args:
     choice: as the server sent it.
@@ -44,19 +49,32 @@ def text_of(choice: Mapping[str, Any]) -> str:
   message = message if isinstance(message, dict) else {"content": choice.get("text")}
   content = message.get("content")
   if isinstance(content, list):
-    parts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type", "text") in ("text", "output_text")]
+    parts = [
+      p.get("text")
+      for p in content
+      if isinstance(p, dict) and p.get("type", "text") in ("text", "output_text")
+    ]
     content = "".join(p for p in parts if isinstance(p, str))
   finish = choice.get("finish_reason")
   if finish == "length":
-    raise ReplyTextError("the reply was cut (finish_reason: length): it needs more tokens (synthesize: --max-reply-tokens)")
+    raise ReplyTextError(
+      "the reply was cut (finish_reason: length): it needs more tokens (synthesize: "
+      "--max-reply-tokens)"
+    )
   if isinstance(message.get("refusal"), str) and message["refusal"]:
     raise ReplyTextError(f"the model refuses: {message['refusal'][:200]}")
   if finish == "content_filter":
     raise ReplyTextError("the server withholds the reply (finish_reason: content_filter)")
   if not content:
     # A whole object is no thought.
-    content = next((found[1] for k in ("reasoning_content", "reasoning")
-                    if isinstance(message.get(k), str) and (found := _whole(message[k]))), content)
+    content = next(
+      (
+        found[1]
+        for k in ("reasoning_content", "reasoning")
+        if isinstance(message.get(k), str) and (found := _whole(message[k]))
+      ),
+      content,
+    )
   if not isinstance(content, str):
     raise ReplyTextError("the reply has no text")
   return content.encode("utf-8", "replace").decode()  # half of a surrogate pair
@@ -74,22 +92,25 @@ def _whole(text: str) -> re.Match | None:
 
 
 def spoken(text: str) -> str:
-  """A reply without its thought: what follows the last closing mark; nothing where a channel of thought is the last one."""
+  """A reply without its thought: what follows the last closing mark; nothing where a channel of
+  thought is the last one."""
   if channels := list(_CHANNEL.finditer(text)):
     if channels[-1][1].lower() != "final":
       return ""
-    return _END.split(text[channels[-1].end():])[0]
+    return _END.split(text[channels[-1].end() :])[0]
   if found := _BARE_FINAL.match(text):
-    return text[found.end():]
-  return text[max((closing.end() for closing in _CLOSES.finditer(text)), default=0):]
+    return text[found.end() :]
+  return text[max((closing.end() for closing in _CLOSES.finditer(text)), default=0) :]
 
 
 def parse(text: str, schema: Mapping[str, Any]) -> Any:
-  """The JSON object in a reply, checked: bare, in a code fence, or between other words. Of several, the last counts: drafts come first.
+  """The JSON object in a reply, checked: bare, in a code fence, or between other words. Of several,
+  the last counts: drafts come first.
 
   Args:
     text: the reply; what a model thinks aloud is skipped (`spoken`).
-    schema: of the types object, array, string, boolean, integer and number, with properties (all required) and items.
+    schema: of the types object, array, string, boolean, integer and number, with properties (all
+      required) and items.
 
   Raises:
     ValueError: there is none, or it is not by the schema; with the place.
@@ -121,12 +142,21 @@ def parse(text: str, schema: Mapping[str, Any]) -> Any:
   return found[0]
 
 
-_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float)}
+_TYPES = {
+  "object": dict,
+  "array": list,
+  "string": str,
+  "boolean": bool,
+  "integer": int,
+  "number": (int, float),
+}
 
 
 def _check(value: Any, schema: Mapping[str, Any], where: str) -> None:
   kind = schema["type"]
-  if not isinstance(value, _TYPES[kind]) or kind in ("integer", "number") and isinstance(value, bool):
+  if (
+    not isinstance(value, _TYPES[kind]) or kind in ("integer", "number") and isinstance(value, bool)
+  ):
     raise ValueError(f"{where}: expected {kind}, got {type(value).__name__}")
   for name, inner in schema.get("properties", {}).items():
     if name not in value:

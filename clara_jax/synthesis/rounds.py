@@ -1,6 +1,8 @@
-"""The rounds of one document (paper §3.1): questions → answers → checks → what is missing → supplementary questions, until all is covered.
+"""The rounds of one document (paper §3.1): questions → answers → checks → what is missing →
+supplementary questions, until all is covered.
 
-A document ends accepted or rejected with a reason. Every reply is asked for through `Ask`, which is what is remembered.
+A document ends accepted or rejected with a reason. Every reply is asked for through `Ask`, which is
+what is remembered.
 """
 
 import collections
@@ -18,17 +20,24 @@ _TEXTS = {"type": "array", "items": {"type": "string"}}
 
 
 def _schema(**properties: Mapping[str, Any]) -> dict[str, Any]:
-  return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+  return {
+    "type": "object",
+    "properties": properties,
+    "required": list(properties),
+    "additionalProperties": False,
+  }
 
 
 SCHEMAS = {
-    "questions": _schema(questions=_TEXTS),
-    "answers": _schema(answers=_TEXTS),
-    "check": _schema(correct={"type": "array", "items": {"type": "boolean"}}, missing=_TEXTS),
-    "verdict": _schema(correct={"type": "boolean"}, covered={"type": "boolean"}, reason={"type": "string"}),
-    "paraphrase": _schema(paraphrase={"type": "string"}),
-    "paraphrase_check": _schema(lost=_TEXTS, added=_TEXTS),
-    "teacher": _schema(answer={"type": "string"}),
+  "questions": _schema(questions=_TEXTS),
+  "answers": _schema(answers=_TEXTS),
+  "check": _schema(correct={"type": "array", "items": {"type": "boolean"}}, missing=_TEXTS),
+  "verdict": _schema(
+    correct={"type": "boolean"}, covered={"type": "boolean"}, reason={"type": "string"}
+  ),
+  "paraphrase": _schema(paraphrase={"type": "string"}),
+  "paraphrase_check": _schema(lost=_TEXTS, added=_TEXTS),
+  "teacher": _schema(answer={"type": "string"}),
 }
 
 # (template, schema's name, values) -> the parsed reply
@@ -65,7 +74,8 @@ class _Unread(_Rejected):
 
 
 async def scp(document: Document, ask: Ask, rounds: int = ROUNDS) -> Outcome:
-  """SCP rows of a document: its simple questions, its complex questions (none where it tells one fact), its paraphrase."""
+  """SCP rows of a document: its simple questions, its complex questions (none where it tells one
+  fact), its paraphrase."""
   text = f"{document.title}\n{document.text}" if document.title else document.text
   outcome = Outcome()
   try:
@@ -73,14 +83,38 @@ async def scp(document: Document, ask: Ask, rounds: int = ROUNDS) -> Outcome:
     for kind in ("simple", "complex"):
       pairs = await _pairs(kind, text, ask, outcome, rounds)
       if pairs:
-        rows.append({"data_type": "qa", "question": [q for q, _ in pairs], "answers": [a for _, a in pairs], "docs": [text], "kind": kind})
+        rows.append(
+          {
+            "data_type": "qa",
+            "question": [q for q, _ in pairs],
+            "answers": [a for _, a in pairs],
+            "docs": [text],
+            "kind": kind,
+          }
+        )
     written, attempts = await _paraphrase(text, ask, outcome, rounds)
-    rows.append({"data_type": "paraphrase", "question": "", "answer": written, "docs": [text], "kind": "paraphrase"})
+    rows.append(
+      {
+        "data_type": "paraphrase",
+        "question": "",
+        "answer": written,
+        "docs": [text],
+        "kind": "paraphrase",
+      }
+    )
     for row in rows:
-      provenance: dict[str, Any] = {"document": document.id, "rounds": attempts, "checks": ["cheap", "paraphrase_check"]}
+      provenance: dict[str, Any] = {
+        "document": document.id,
+        "rounds": attempts,
+        "checks": ["cheap", "paraphrase_check"],
+      }
       if row["kind"] != "paraphrase":
         missing = outcome.coverage[row["kind"]]
-        provenance |= {"rounds": len(missing), "missing_by_round": missing, "checks": ["cheap", "check", "verdict"]}
+        provenance |= {
+          "rounds": len(missing),
+          "missing_by_round": missing,
+          "checks": ["cheap", "check", "verdict"],
+        }
       outcome.rows.append({"id": f"{document.id}/{row['kind']}", **row, "provenance": provenance})
   except _Rejected as problem:
     outcome.reason, outcome.unread = str(problem), isinstance(problem, _Unread)
@@ -97,7 +131,9 @@ async def _reply(ask: Ask, template: str, schema: str, **values: Any) -> dict[st
   raise _Unread(f"{template}: no usable reply: {problem}")
 
 
-async def _pairs(kind: str, text: str, ask: Ask, outcome: Outcome, rounds: int) -> list[tuple[str, str]]:
+async def _pairs(
+  kind: str, text: str, ask: Ask, outcome: Outcome, rounds: int
+) -> list[tuple[str, str]]:
   kept: list[tuple[str, str]] = []
   missing: list[str] = []
   outcome.coverage[kind] = []
@@ -108,11 +144,21 @@ async def _pairs(kind: str, text: str, ask: Ask, outcome: Outcome, rounds: int) 
       if kind == "complex" and not found["questions"]:
         return []  # one fact only
     else:
-      found = await _reply(ask, f"{kind}_supplement", "questions", document=text, pairs=kept, missing=missing, round=number)
+      found = await _reply(
+        ask,
+        f"{kind}_supplement",
+        "questions",
+        document=text,
+        pairs=kept,
+        missing=missing,
+        round=number,
+      )
     questions, reasons = checks.kept(found["questions"], text, [q for q, _ in kept])
     outcome.refused.update(reasons)
     pairs = await _answered(questions, text, ask, outcome, number)
-    checked = await _reply(ask, "check", "check", document=text, kept=kept, pairs=pairs, kind=kind, round=number)
+    checked = await _reply(
+      ask, "check", "check", document=text, kept=kept, pairs=pairs, kind=kind, round=number
+    )
     if len(checked["correct"]) != len(pairs):
       outcome.refused["check: another number of verdicts"] += 1
       missing = missing or ["everything"]
@@ -129,14 +175,20 @@ async def _pairs(kind: str, text: str, ask: Ask, outcome: Outcome, rounds: int) 
     raise _Rejected(f"{kind}: not covered after {rounds} rounds")
   verdict = await _reply(ask, "verdict", "verdict", document=text, pairs=kept, kind=kind)
   if not verdict["correct"] or not verdict["covered"]:
-    raise _Rejected(f"{kind}: the last verdict: {'wrong' if not verdict['correct'] else 'not covered'}")
+    raise _Rejected(
+      f"{kind}: the last verdict: {'wrong' if not verdict['correct'] else 'not covered'}"
+    )
   return kept
 
 
-async def _answered(questions: Sequence[str], text: str, ask: Ask, outcome: Outcome, number: int) -> list[tuple[str, str]]:
+async def _answered(
+  questions: Sequence[str], text: str, ask: Ask, outcome: Outcome, number: int
+) -> list[tuple[str, str]]:
   if not questions:
     return []
-  answers = (await _reply(ask, "answers", "answers", document=text, questions=list(questions), round=number))["answers"]
+  answers = (
+    await _reply(ask, "answers", "answers", document=text, questions=list(questions), round=number)
+  )["answers"]
   if len(answers) != len(questions):
     outcome.refused["answer: another number of answers"] += 1
     return []
@@ -153,12 +205,16 @@ async def _paraphrase(text: str, ask: Ask, outcome: Outcome, rounds: int) -> tup
   problems: list[str] = []
   for number in range(1, rounds + 1):
     outcome.rounds = max(outcome.rounds, number)
-    written = (await _reply(ask, "paraphrase", "paraphrase", document=text, problems=problems, round=number))["paraphrase"].strip()
+    written = (
+      await _reply(ask, "paraphrase", "paraphrase", document=text, problems=problems, round=number)
+    )["paraphrase"].strip()
     problems = checks.paraphrase(written, text)
     if problems:
       outcome.refused["paraphrase: " + problems[0].split(":")[0]] += 1
       continue
-    found = await _reply(ask, "paraphrase_check", "paraphrase_check", document=text, paraphrase=written, round=number)
+    found = await _reply(
+      ask, "paraphrase_check", "paraphrase_check", document=text, paraphrase=written, round=number
+    )
     problems = [f"lost: {x}" for x in found["lost"]] + [f"added: {x}" for x in found["added"]]
     if not problems:
       return written, number
@@ -167,16 +223,29 @@ async def _paraphrase(text: str, ask: Ask, outcome: Outcome, rounds: int) -> tup
 
 
 async def teacher(row: Row, ask: Ask) -> Outcome:
-  """An instruct row: the teacher's answer to a question from its retrieved passages (the paper's second stage)."""
+  """An instruct row: the teacher's answer to a question from its retrieved passages (the paper's
+  second stage)."""
   outcome = Outcome(rounds=1)
   try:
-    answer = (await _reply(ask, "teacher", "teacher", documents=list(row.documents), question=row.questions[0]))["answer"].strip()
+    answer = (
+      await _reply(
+        ask, "teacher", "teacher", documents=list(row.documents), question=row.questions[0]
+      )
+    )["answer"].strip()
     problem = checks.answer(answer, "\n".join(row.documents)) if answer else "answer: empty"
     if problem:
       raise _Rejected(problem)
-    outcome.rows.append({"id": row.identifier, "data_type": "qa", "question": row.questions[0], "answer": answer,
-                         "docs": list(row.documents), "pos_index": list(row.gold),
-                         "provenance": {"golden_answers": list(row.answers), "rounds": 1}})
+    outcome.rows.append(
+      {
+        "id": row.identifier,
+        "data_type": "qa",
+        "question": row.questions[0],
+        "answer": answer,
+        "docs": list(row.documents),
+        "pos_index": list(row.gold),
+        "provenance": {"golden_answers": list(row.answers), "rounds": 1},
+      }
+    )
   except _Rejected as problem:
     outcome.reason, outcome.unread = str(problem), isinstance(problem, _Unread)
   return outcome

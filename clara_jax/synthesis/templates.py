@@ -1,4 +1,5 @@
-"""Prompt templates: Jinja files with a system text, a line `---` and a user text. A user's copies take the place of ours."""
+"""Prompt templates: Jinja files with a system text, a line `---` and a user text. A user's copies
+take the place of ours."""
 
 import hashlib
 import importlib.resources
@@ -13,20 +14,23 @@ from jinja2.sandbox import SandboxedEnvironment
 from clara_jax.config import ConfigError
 
 # The prompts' own tags: in a document they are text and close nothing.
-_TAG = re.compile(r"<(/?(?:documents?|questions?|pairs|kept|new|missing|paraphrase|problems)\b[^<>]*)>", re.IGNORECASE)
+_TAG = re.compile(
+  r"<(/?(?:documents?|questions?|pairs|kept|new|missing|paraphrase|problems)\b[^<>]*)>",
+  re.IGNORECASE,
+)
 _PAIRS = [("Who?", "Ada"), ("When?", "1912")]
 # The steps, and values such as each one has.
 EXAMPLES: dict[str, dict[str, Any]] = {
-    "simple_questions": {"document": "Text."},
-    "simple_supplement": {"document": "Text.", "pairs": _PAIRS, "missing": ["A fact."], "round": 2},
-    "complex_questions": {"document": "Text."},
-    "complex_supplement": {"document": "Text.", "pairs": _PAIRS, "missing": ["A fact."], "round": 2},
-    "answers": {"document": "Text.", "questions": ["Who?", "When?"], "round": 1},
-    "check": {"document": "Text.", "kept": _PAIRS, "pairs": _PAIRS, "kind": "complex", "round": 1},
-    "verdict": {"document": "Text.", "pairs": _PAIRS, "kind": "simple"},
-    "paraphrase": {"document": "Text.", "problems": ["lost: a fact"], "round": 2},
-    "paraphrase_check": {"document": "Text.", "paraphrase": "Other text.", "round": 1},
-    "teacher": {"documents": ["One.", "Two."], "question": "Who?"},
+  "simple_questions": {"document": "Text."},
+  "simple_supplement": {"document": "Text.", "pairs": _PAIRS, "missing": ["A fact."], "round": 2},
+  "complex_questions": {"document": "Text."},
+  "complex_supplement": {"document": "Text.", "pairs": _PAIRS, "missing": ["A fact."], "round": 2},
+  "answers": {"document": "Text.", "questions": ["Who?", "When?"], "round": 1},
+  "check": {"document": "Text.", "kept": _PAIRS, "pairs": _PAIRS, "kind": "complex", "round": 1},
+  "verdict": {"document": "Text.", "pairs": _PAIRS, "kind": "simple"},
+  "paraphrase": {"document": "Text.", "problems": ["lost: a fact"], "round": 2},
+  "paraphrase_check": {"document": "Text.", "paraphrase": "Other text.", "round": 1},
+  "teacher": {"documents": ["One.", "Two."], "question": "Who?"},
 }
 DEMONSTRATIONS = "demonstrations.json"
 
@@ -34,22 +38,28 @@ DEMONSTRATIONS = "demonstrations.json"
 class Templates:
   """The prompts of a run.
 
-  A document is a value, never a template: braces in it are text, and so are the prompts' own tags, whose brackets become &lt; and &gt;.
+  A document is a value, never a template: braces in it are text, and so are the prompts' own tags,
+  whose brackets become &lt; and &gt;.
 
   Args:
-    directory: `*.jinja` and `demonstrations.json` that take the place of the package's own; others stay.
+    directory: `*.jinja` and `demonstrations.json` that take the place of the package's own; others
+      stay.
 
   Attributes:
     sha256: of all that is used, for the manifest.
 
   Raises:
-    ConfigError: a file that is not known, does not parse, uses a name that its step does not have, or lacks the line `---`.
+    ConfigError: a file that is not known, does not parse, uses a name that its step does not have,
+      or lacks the line `---`.
   """
 
   def __init__(self, directory: str | None = None):
     self._files: dict[str, str] = {}
     package = importlib.resources.files("clara_jax.synthesis") / "prompts"
-    texts = {name: (package / name).read_text(encoding="utf-8") for name in (*(f"{n}.jinja" for n in EXAMPLES), DEMONSTRATIONS)}
+    texts = {
+      name: (package / name).read_text(encoding="utf-8")
+      for name in (*(f"{n}.jinja" for n in EXAMPLES), DEMONSTRATIONS)
+    }
     if directory is not None:
       folder = pathlib.Path(directory)
       if not folder.is_dir():
@@ -68,24 +78,35 @@ class Templates:
       self._demonstrations = json.loads(texts[DEMONSTRATIONS])
     except json.JSONDecodeError as error:
       raise ConfigError(f"{self._file(DEMONSTRATIONS)}: {error}") from None
-    environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False)
+    environment = SandboxedEnvironment(
+      undefined=jinja2.StrictUndefined,
+      trim_blocks=True,
+      lstrip_blocks=True,
+      keep_trailing_newline=False,
+    )
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     self._parts = {}
     for name in EXAMPLES:
       system, line, user = texts[f"{name}.jinja"].partition("\n---\n")
       if not line:
-        raise ConfigError(f"{self._file(f'{name}.jinja')}: expected a system text, a line ---, and a user text")
+        raise ConfigError(
+          f"{self._file(f'{name}.jinja')}: expected a system text, a line ---, and a user text"
+        )
       parsed = []
       for part, first in ((system, 1), (user, system.count("\n") + 3)):
         try:
           parsed.append(environment.from_string(part))
         except jinja2.TemplateSyntaxError as error:
-          raise ConfigError(f"{self._file(f'{name}.jinja')}:{first + error.lineno - 1}: {error.message}") from None
+          raise ConfigError(
+            f"{self._file(f'{name}.jinja')}:{first + error.lineno - 1}: {error.message}"
+          ) from None
       self._parts[name] = tuple(parsed)
     for name, values in EXAMPLES.items():  # a template that fails does so now
       told = str(self.messages(name, **values))
       for key in ("document", "documents", "question"):
-        if key in values and not all(text in told for text in ([values[key]] if isinstance(values[key], str) else values[key])):
+        if key in values and not all(
+          text in told for text in ([values[key]] if isinstance(values[key], str) else values[key])
+        ):
           raise ConfigError(f"{self._file(f'{name}.jinja')}: does not tell its {{{{ {key} }}}}")
     self.sha256 = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
 
@@ -97,10 +118,18 @@ class Templates:
     """
     system, user = self._parts[name]
     try:
-      values = {"demonstrations": self._demonstrations, **{key: _as_text(value) for key, value in values.items()}}
-      return [{"role": "system", "content": system.render(values).strip()}, {"role": "user", "content": user.render(values).strip()}]
+      values = {
+        "demonstrations": self._demonstrations,
+        **{key: _as_text(value) for key, value in values.items()},
+      }
+      return [
+        {"role": "system", "content": system.render(values).strip()},
+        {"role": "user", "content": user.render(values).strip()},
+      ]
     except (jinja2.TemplateError, TypeError, ValueError) as error:
-      raise ConfigError(f"{self._file(f'{name}.jinja')}: {error}; it has: {', '.join(values)}") from None
+      raise ConfigError(
+        f"{self._file(f'{name}.jinja')}: {error}; it has: {', '.join(values)}"
+      ) from None
 
   def _file(self, name: str) -> str:
     return self._files.get(name, name)

@@ -1,7 +1,8 @@
 """`--config FILE.py[:NAME]` with `--config.a.b=value` overrides, as a checked `RunConfig`.
 
-The shape of a model is its base's: a configuration names only what it wants otherwise. What it names and what makes another model than
-the base's is refused. `clara.fresh_model` is the shape where no base is named (`pretrain`, and compiles ahead of time).
+The shape of a model is its base's: a configuration names only what it wants otherwise. What it
+names and what makes another model than the base's is refused. `clara.fresh_model` is the shape
+where no base is named (`pretrain`, and compiles ahead of time).
 """
 
 import ast
@@ -17,16 +18,33 @@ from ml_collections import config_flags
 from clara_jax.checkpoints import families, formats, native
 from clara_jax.checkpoints.hub import local_directory
 from clara_jax.checkpoints.workdir import is_checkpoint, read_config
-from clara_jax.config import ConfigError, ModelConfig, RunConfig, config_dict, field_meanings, from_config_dict
+from clara_jax.config import (
+  ConfigError,
+  ModelConfig,
+  RunConfig,
+  config_dict,
+  field_meanings,
+  from_config_dict,
+)
 
 # Fields of a model in which a run may differ from its base, and a stage from the one before it.
-FREE_FIELDS = ("dtype", "param_dtype", "attention", "scan_unroll", "remat", "initializer_range", "max_positions", "vocab_multiple",
-               "logits_chunk", "base_quantization")
+FREE_FIELDS = (
+  "dtype",
+  "param_dtype",
+  "attention",
+  "scan_unroll",
+  "remat",
+  "initializer_range",
+  "max_positions",
+  "vocab_multiple",
+  "logits_chunk",
+  "base_quantization",
+)
 
 
 def load_config(path: str, overrides: Sequence[str] = (), allow: Sequence[str] = ()) -> RunConfig:
-  """Runs the file's `get_config()` (or `get_config(NAME)`), applies the overrides, takes the model's shape from the base and checks every
-  field.
+  """Runs the file's `get_config()` (or `get_config(NAME)`), applies the overrides, takes the
+  model's shape from the base and checks every field.
 
   Args:
     path: FILE.py or FILE.py:NAME.
@@ -34,32 +52,58 @@ def load_config(path: str, overrides: Sequence[str] = (), allow: Sequence[str] =
     allow: unknown fields of the base's config.json that are accepted.
 
   Raises:
-    ConfigError: no such file, an unknown field, a value of the wrong type or one that contradicts the base; by name.
+    ConfigError: no such file, an unknown field, a value of the wrong type or one that contradicts
+      the base; by name.
   """
   return from_config_dict(RunConfig, _with_shape(_fields(path, overrides), allow))
 
 
-def describe(path: str, overrides: Sequence[str] = (), allow: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-  """Every field of a run: {path: {value, default, meaning}}. Where no base is named, its shape is not known and said to be the base's.
+def describe(
+  path: str, overrides: Sequence[str] = (), allow: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+  """Every field of a run: {path: {value, default, meaning}}. Where no base is named, its shape is
+  not known and said to be the base's.
 
   Args and errors: see `load_config`.
   """
   fields = _fields(path, overrides)
   clara = fields.get("clara")
-  unknown = isinstance(clara, Mapping) and not (fields.get("base") or fields.get("init_from") or clara.get("fresh_model")
-                                                or (clara.get("model") or {}).get("vocab_size"))
+  unknown = isinstance(clara, Mapping) and not (
+    fields.get("base")
+    or fields.get("init_from")
+    or clara.get("fresh_model")
+    or (clara.get("model") or {}).get("vocab_size")
+  )
   if unknown:
     given = {name: value for name, value in (clara.get("model") or {}).items() if value is not None}
     fields = {**fields, "clara": {**clara, "model": {**_ANY_SHAPE, **given}}}
   values = _flat(dataclasses.asdict(from_config_dict(RunConfig, _with_shape(fields, allow))))
   defaults, meanings = _flat(config_dict().to_dict()), field_meanings()
   if unknown:
-    values |= {name: _OF_THE_BASE for name in values if name.startswith("clara.model.") and name.removeprefix("clara.model.") not in given}
-  return {name: {"value": value, "default": _OF_THE_BASE if name.startswith("clara.model.") else defaults.get(name),
-                 "meaning": meanings.get(name, "")} for name, value in values.items()}
+    values |= {
+      name: _OF_THE_BASE
+      for name in values
+      if name.startswith("clara.model.") and name.removeprefix("clara.model.") not in given
+    }
+  return {
+    name: {
+      "value": value,
+      "default": _OF_THE_BASE if name.startswith("clara.model.") else defaults.get(name),
+      "meaning": meanings.get(name, ""),
+    }
+    for name, value in values.items()
+  }
 
 
-_ANY_SHAPE = {"vocab_size": 1, "width": 1, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 128, "mlp_dim": 1}
+_ANY_SHAPE = {
+  "vocab_size": 1,
+  "width": 1,
+  "num_layers": 1,
+  "num_heads": 1,
+  "num_kv_heads": 1,
+  "head_dim": 128,
+  "mlp_dim": 1,
+}
 _OF_THE_BASE = "the base's"
 
 
@@ -80,8 +124,11 @@ def _fields(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     raise ConfigError(f"--config {file}: no such file")
   for override in overrides:
     if not override.startswith("--config.") or "=" not in override:
-      raise ConfigError(f"unrecognized argument {override}; overrides look like --config.train.steps=100")
-  # A field that the file leaves at its default may be overridden, too; ml_collections knows only those that it names.
+      raise ConfigError(
+        f"unrecognized argument {override}; overrides look like --config.train.steps=100"
+      )
+  # A field that the file leaves at its default may be overridden, too; ml_collections knows only
+  # those that it names.
   named = _read(path, ())
   given = [o.removeprefix("--config.").partition("=") for o in overrides]
   known = [o for o, (name, _, _) in zip(overrides, given, strict=True) if _names(named, name)]
@@ -113,7 +160,10 @@ def _with_shape(fields: dict[str, Any], allow: Sequence[str]) -> dict[str, Any]:
   if not isinstance(source, str):
     shape = {**fresh, **_named(clara)}
     if "vocab_size" not in shape:
-      raise ConfigError("config.base: name the directory of a base model (--config.base=DIR); this configuration names no shape of its own")
+      raise ConfigError(
+        "config.base: name the directory of a base model (--config.base=DIR); this configuration "
+        "names no shape of its own"
+      )
     return {**fields, "clara": {**clara, "model": shape}}
   model, padded = _model_of(source, fields.get("base"), fields.get("tokenizer"), allow)
   named = _named(clara)
@@ -122,11 +172,15 @@ def _with_shape(fields: dict[str, Any], allow: Sequence[str]) -> dict[str, Any]:
     if name in FREE_FIELDS or name not in wanted:  # an unknown field is refused with all the others
       wanted[name] = value
       continue
-    if name == "vocab_size" and value == padded:  # the number in config.json, which counts rows that no word has
+    # the number in config.json, which counts rows that no word has
+    if name == "vocab_size" and value == padded:
       continue
     made = from_config_dict(ModelConfig, {**dataclasses.asdict(model), name: value}, "clara.model")
     if getattr(made, name) != getattr(model, name):
-      raise ConfigError(f"clara.model.{name}={value!r}, but {source} has {getattr(model, name)!r}; leave it out: the shape is the base's")
+      raise ConfigError(
+        f"clara.model.{name}={value!r}, but {source} has {getattr(model, name)!r}; leave it out: "
+        f"the shape is the base's"
+      )
   return {**fields, "clara": {**clara, "model": wanted}}
 
 
@@ -135,11 +189,17 @@ def _named(clara: Mapping[str, Any]) -> dict[str, Any]:
   return {name: value for name, value in (clara.get("model") or {}).items() if value is not None}
 
 
-def _model_of(source: str, base: str | None, tokenizer: str | None, allow: Sequence[str]) -> tuple[ModelConfig, int | None]:
-  """(the model of a base or of the previous stage, the rows of its embedding where its config.json counts them)."""
+def _model_of(
+  source: str, base: str | None, tokenizer: str | None, allow: Sequence[str]
+) -> tuple[ModelConfig, int | None]:
+  """(the model of a base or of the previous stage, the rows of its embedding where its config.json
+  counts them)."""
   if is_checkpoint(source):
     return read_config(source)[0].clara.model, None
-  if os.path.exists(os.path.join(source, families.CONFIG_FILE)) and families.read_json(source).get("model_type") in families.FAMILIES:
+  if (
+    os.path.exists(os.path.join(source, families.CONFIG_FILE))
+    and families.read_json(source).get("model_type") in families.FAMILIES
+  ):
     model = native.base_config(source, allow=allow, tokenizer=tokenizer)
     return model, families.read_json(source)["vocab_size"]
   return formats.open_checkpoint(source, base, allow=allow).config.model, None
@@ -157,7 +217,8 @@ def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
   arguments = ["clara", f"--config={path}", *overrides]
-  outer, sys.argv = sys.argv, arguments  # config_flags looks for overrides there, whatever it is called with
+  # config_flags looks for overrides there, whatever it is called with
+  outer, sys.argv = sys.argv, arguments
   try:
     values(arguments)
     config = values.config

@@ -1,4 +1,5 @@
-"""Do the parts of a configuration fit each other, the stage and the mesh? Checks within one part are in `config.py`."""
+"""Do the parts of a configuration fit each other, the stage and the mesh? Checks within one part
+are in `config.py`."""
 
 from collections.abc import Sequence
 
@@ -25,19 +26,26 @@ def check(config: RunConfig, stage: Stage, trained: Sequence[str], mesh: Mesh) -
   _check_batch(config, stage, mesh)
   quantization = config.clara.model.base_quantization
   if quantization != "none" and "base" in trained:
-    raise ConfigError(f"clara.model.base_quantization={quantization!r}: stage {stage.name!r} trains the base")
+    raise ConfigError(
+      f"clara.model.base_quantization={quantization!r}: stage {stage.name!r} trains the base"
+    )
   sharding.check_heads(config.clara.model, mesh)
 
 
 def _check_selection(config: RunConfig, stage: Stage) -> None:
   settings = config.train
-  for name, given in (("estimator", config.estimator), ("train.temperature_schedule", settings.temperature_schedule != "fixed"),
-                      ("train.gradients_every", settings.gradients_every)):
+  for name, given in (
+    ("estimator", config.estimator),
+    ("train.temperature_schedule", settings.temperature_schedule != "fixed"),
+    ("train.gradients_every", settings.gradients_every),
+  ):
     if given and not stage.selects:
       selecting = " and ".join(repr(s.name) for s in STAGES.values() if s.selects)
       raise ConfigError(f"{name}: stage {stage.name!r} selects no documents, {selecting} does")
   if settings.gradients_every and stage.gradient_paths is None:
-    raise ConfigError(f"train.gradients_every: stage {stage.name!r} has no analysis of its gradient")
+    raise ConfigError(
+      f"train.gradients_every: stage {stage.name!r} has no analysis of its gradient"
+    )
   if config.estimator_args and not config.estimator:
     raise ConfigError("estimator_args: name config.estimator, too")
   if config.data.retrieve == "store" and not stage.selects:
@@ -47,12 +55,20 @@ def _check_selection(config: RunConfig, stage: Stage) -> None:
 def _check_batch(config: RunConfig, stage: Stage, mesh: Mesh) -> None:
   data, accumulate = config.data, config.train.accumulate
   if data.batch_size % accumulate:
-    raise ConfigError(f"data.batch_size={data.batch_size} is not a multiple of train.accumulate={accumulate}")
+    raise ConfigError(
+      f"data.batch_size={data.batch_size} is not a multiple of train.accumulate={accumulate}"
+    )
   shards, rows = sharding.num_batch_shards(mesh), data.batch_size // accumulate
   if rows % shards:
-    raise ConfigError(f"data.batch_size={data.batch_size} / train.accumulate={accumulate} does not divide over the {shards} parts of mesh "
-                      f"{dict(mesh.shape)}; a larger mesh.tensor makes fewer parts")
+    raise ConfigError(
+      f"data.batch_size={data.batch_size} / train.accumulate={accumulate} does not divide over "
+      f"the {shards} parts of mesh "
+      f"{dict(mesh.shape)}; a larger mesh.tensor makes fewer parts"
+    )
   brings_documents = stage.data == "given" or stage.data == "candidates" and not data.store
   if data.share_documents > 1 and brings_documents and rows % (4 * shards):
-    raise ConfigError(f"data.share_documents={data.share_documents}: data.batch_size={data.batch_size} / train.accumulate={accumulate} has "
-                      f"to be a multiple of 4 times the {shards} parts of mesh {dict(mesh.shape)}")
+    raise ConfigError(
+      f"data.share_documents={data.share_documents}: data.batch_size={data.batch_size} / "
+      f"train.accumulate={accumulate} has "
+      f"to be a multiple of 4 times the {shards} parts of mesh {dict(mesh.shape)}"
+    )

@@ -15,7 +15,8 @@ PROFILED_STEPS = 5
 
 
 class Hook:
-  """Called by the `Trainer` on every process; override what is needed. `trainer.step` counts the steps that are done."""
+  """Called by the `Trainer` on every process; override what is needed. `trainer.step` counts the
+  steps that are done."""
 
   def after_step(self, trainer: Trainer, row_ids: Sequence[str]) -> None:
     """A step was taken; nothing has waited for the devices.

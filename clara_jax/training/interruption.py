@@ -13,7 +13,8 @@ log = logging.getLogger(__name__)
 
 
 class Signals:
-  """Whether the run is asked to stop; several processes agree on the step. A second Ctrl-C stops at once, without saving.
+  """Whether the run is asked to stop; several processes agree on the step. A second Ctrl-C stops at
+  once, without saving.
 
   Attributes:
     interrupted: whether it was Ctrl-C.
@@ -26,7 +27,7 @@ class Signals:
   def __enter__(self) -> "Signals":
     if threading.current_thread() is threading.main_thread():
       # With several processes, the handler of SIGTERM is that of JAX's preemption service.
-      for number in (signal.SIGINT, signal.SIGTERM)[:1 if jax.process_count() > 1 else 2]:
+      for number in (signal.SIGINT, signal.SIGTERM)[: 1 if jax.process_count() > 1 else 2]:
         self._previous[number] = signal.signal(number, self._on_signal)
     return self
 
@@ -46,4 +47,8 @@ class Signals:
 
   def received(self, step: int) -> bool:
     """Whether all processes stop after this step; call it once a step."""
-    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self._received
+    return (
+      multihost_utils.reached_preemption_sync_point(step)
+      if jax.process_count() > 1
+      else self._received
+    )

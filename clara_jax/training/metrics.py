@@ -1,4 +1,5 @@
-"""Means that add up exactly over micro-batches, batches and hosts; the metrics file, TensorBoard and the screen; the run's clock."""
+"""Means that add up exactly over micro-batches, batches and hosts; the metrics file, TensorBoard
+and the screen; the run's clock."""
 
 import contextlib
 import json
@@ -27,7 +28,11 @@ class Mean:
   def of(cls, values: jax.Array, weights: jax.Array | None = None) -> "Mean":
     """Mean of values, weighted; shapes broadcast."""
     values = jnp.asarray(values, jnp.float32)
-    weights = jnp.ones_like(values) if weights is None else jnp.broadcast_to(weights, values.shape).astype(jnp.float32)
+    weights = (
+      jnp.ones_like(values)
+      if weights is None
+      else jnp.broadcast_to(weights, values.shape).astype(jnp.float32)
+    )
     return cls((values * weights).sum(), weights.sum())
 
   def __add__(self, other: "Mean") -> "Mean":
@@ -54,17 +59,23 @@ def values(metrics: Metrics) -> dict[str, float]:
 
 
 class Reporter:
-  """Metrics to a JSONL file, to TensorBoard where tensorboardX is installed, and one readable line to the screen.
+  """Metrics to a JSONL file, to TensorBoard where tensorboardX is installed, and one readable line
+  to the screen.
 
   Args:
-    directory: of the run; lines are appended to DIRECTORY/metrics.jsonl, scalars go to DIRECTORY/tensorboard. None writes no file.
+    directory: of the run; lines are appended to DIRECTORY/metrics.jsonl, scalars go to
+      DIRECTORY/tensorboard. None writes no file.
     stage: name shown in front.
     steps: length of the run, for the time left.
     progress: whether lines go to standard error.
   """
 
   def __init__(self, directory: Any, stage: str, steps: int, progress: bool = True):
-    if directory is not None and "://" not in str(directory) and (directory / "metrics.jsonl").exists():
+    if (
+      directory is not None
+      and "://" not in str(directory)
+      and (directory / "metrics.jsonl").exists()
+    ):
       io.cut_back(str(directory / "metrics.jsonl"))  # a line that a kill has cut
     self._file = (directory / "metrics.jsonl").open("a") if directory is not None else None
     self._board = _tensorboard(directory / "tensorboard") if directory is not None else None
@@ -77,7 +88,9 @@ class Reporter:
     if self._first_step is None:
       self._first_step, self._start = step, time.monotonic()
     if self._file:
-      self._file.write(json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **numbers}) + "\n")
+      self._file.write(
+        json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **numbers}) + "\n"
+      )
       self._file.flush()
     if self._board:
       for name, number in numbers.items():
@@ -111,8 +124,9 @@ def _tensorboard(directory: Any) -> Any:
 class Stopwatch:
   """Where the time of a run goes.
 
-  `productive` is the time of steps whose results were kept, over all starts of the run; compiling, evaluating, saving, restoring and
-  steps that were lost with a machine are not in it. Goodput is its share of the time since the run was first started.
+  `productive` is the time of steps whose results were kept, over all starts of the run; compiling,
+  evaluating, saving, restoring and steps that were lost with a machine are not in it. Goodput is
+  its share of the time since the run was first started.
 
   Args:
     first_start: Unix time, seconds.
@@ -146,14 +160,20 @@ class Stopwatch:
     """Seconds since the last report."""
     return time.monotonic() - self._since
 
-  def report(self, rows: int, tokens: int, model_flops: float, peak_flops: float | None) -> dict[str, float]:
-    """Rates since the last report: samples, tokens, model FLOPs utilization where the peak is known, the share of time spent waiting
-    for input, and the goodput."""
+  def report(
+    self, rows: int, tokens: int, model_flops: float, peak_flops: float | None
+  ) -> dict[str, float]:
+    """Rates since the last report: samples, tokens, model FLOPs utilization where the peak is
+    known, the share of time spent waiting for input, and the goodput."""
     elapsed = self.elapsed
     worked = max(elapsed - self._lost, 1e-9)
     self.productive += worked
-    numbers = {"samples_per_second": rows / worked, "tokens_per_second": tokens / worked, "input_wait": self._waited / worked,
-               "goodput": self.productive / max(time.time() - self._first_start, worked)}
+    numbers = {
+      "samples_per_second": rows / worked,
+      "tokens_per_second": tokens / worked,
+      "input_wait": self._waited / worked,
+      "goodput": self.productive / max(time.time() - self._first_start, worked),
+    }
     if peak_flops:
       numbers["mfu"] = model_flops / worked / peak_flops
     self._since, self._lost, self._waited = time.monotonic(), 0.0, 0.0

@@ -1,4 +1,5 @@
-"""May a run start, or go on, in a directory? It is locked, and compared with the run that was there."""
+"""May a run start, or go on, in a directory? It is locked, and compared with the run that was
+there."""
 
 import os
 
@@ -13,8 +14,11 @@ from clara_jax.memory.store import MemoryStore, fingerprint
 from clara_jax.model import Weights
 
 
-def admit(workdir: str, config: RunConfig, init_weights: Weights, base_sha256: str | None) -> io.Lock | None:
-  """Locks the directory, compares the run with the one that was there, and records it; one process does it for all.
+def admit(
+  workdir: str, config: RunConfig, init_weights: Weights, base_sha256: str | None
+) -> io.Lock | None:
+  """Locks the directory, compares the run with the one that was there, and records it; one process
+  does it for all.
 
   Raises:
     CheckpointError: another run is at work, or this is not the run that was there.
@@ -35,15 +39,27 @@ def admit(workdir: str, config: RunConfig, init_weights: Weights, base_sha256: s
 
 def _inputs(config: RunConfig, init_weights: Weights, base_sha256: str | None) -> dict[str, str]:
   """Hashes of what the run reads, by field of its configuration."""
+
   def whole(leaf):
-    return leaf if isinstance(leaf, (np.ndarray, jax.Array)) else leaf[(slice(None),) * len(leaf.shape)]
-  start = {group: jax.tree.map(whole, tree) for group, tree in init_weights.items() if group != "base" or not base_sha256}
+    return (
+      leaf if isinstance(leaf, (np.ndarray, jax.Array)) else leaf[(slice(None),) * len(leaf.shape)]
+    )
+
+  start = {
+    group: jax.tree.map(whole, tree)
+    for group, tree in init_weights.items()
+    if group != "base" or not base_sha256
+  }
   hashes = {"init_from": fingerprint(start, sorted(start))} if start else {}
   data = config.data
   for name, paths in (("data.rows", data.rows), ("data.eval_rows", data.eval_rows)):
-    if paths and all("://" in path or os.path.isfile(path) or os.path.isdir(path) for path in paths):
+    if paths and all(
+      "://" in path or os.path.isfile(path) or os.path.isdir(path) for path in paths
+    ):
       hashes[name] = records.identity(paths)
   if data.store:
     store = MemoryStore(data.store)
-    hashes["data.store"] = store.identity() if data.retrieve == "store" else store.manifest.compressor
+    hashes["data.store"] = (
+      store.identity() if data.retrieve == "store" else store.manifest.compressor
+    )
   return hashes

@@ -1,7 +1,7 @@
 """One pure training step, and one of evaluation.
 
-`TrainState` holds only what trains; the frozen rest is another argument that is not donated, so that a frozen 7 B base costs
-neither optimizer slots nor copies.
+`TrainState` holds only what trains; the frozen rest is another argument that is not donated, so
+that a frozen 7 B base costs neither optimizer slots nor copies.
 """
 
 from collections.abc import Callable
@@ -28,21 +28,33 @@ class TrainState:
   rng: jax.Array
 
 
-def init_state(trainable: dict[str, Any], optimizer: optax.GradientTransformation, rng: jax.Array) -> TrainState:
+def init_state(
+  trainable: dict[str, Any], optimizer: optax.GradientTransformation, rng: jax.Array
+) -> TrainState:
   """A state before the first step."""
   return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), rng)
 
 
-def train_step(model: Clara, stage: Stage, optimizer: optax.GradientTransformation, accumulate: int, state: TrainState,
-               frozen: Weights, batch: Batch, *, temperature: optax.Schedule | None = None) -> tuple[TrainState, Metrics]:
+def train_step(
+  model: Clara,
+  stage: Stage,
+  optimizer: optax.GradientTransformation,
+  accumulate: int,
+  state: TrainState,
+  frozen: Weights,
+  batch: Batch,
+  *,
+  temperature: optax.Schedule | None = None,
+) -> tuple[TrainState, Metrics]:
   """Gradient of the stage's loss over the batch, clipped and applied.
 
   Args:
     model, stage, optimizer, accumulate: static.
     state: donated by the caller's jit.
     frozen: the groups that do not train.
-    batch: its first axis is B; with `accumulate` = C, micro-batches of B/C rows go one after another and give the gradient of the
-      whole batch, exactly: every term of the loss is divided by its count over the whole batch.
+    batch: its first axis is B; with `accumulate` = C, micro-batches of B/C rows go one after
+      another and give the gradient of the whole batch, exactly: every term of the loss is divided
+      by its count over the whole batch.
     temperature: τ by step, where it is annealed.
 
   Returns:
@@ -54,36 +66,59 @@ def train_step(model: Clara, stage: Stage, optimizer: optax.GradientTransformati
 
   def loss(trainable, batch, key, counts=None):
     terms, metrics = stage.loss(model, trainable, frozen, batch, key)
-    return sum(t.total / jnp.maximum(t.count if counts is None else counts[name], 1e-9) for name, t in terms.items()), metrics
+    return sum(
+      t.total / jnp.maximum(t.count if counts is None else counts[name], 1e-9)
+      for name, t in terms.items()
+    ), metrics
 
   gradient = jax.value_and_grad(loss, has_aux=True)
   if accumulate == 1:
     (value, metrics), grads = gradient(state.trainable, batch, jax.random.split(rng, 1)[0])
   else:
-    value, metrics, grads = _accumulated(gradient, state.trainable, micro_batches(batch, accumulate), jax.random.split(rng, accumulate),
-                                         lambda *micro: stage.loss(model, state.trainable, frozen, *micro)[0])
+    value, metrics, grads = _accumulated(
+      gradient,
+      state.trainable,
+      micro_batches(batch, accumulate),
+      jax.random.split(rng, accumulate),
+      lambda *micro: stage.loss(model, state.trainable, frozen, *micro)[0],
+    )
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
   trainable = optax.apply_updates(state.trainable, updates)
   one = jnp.ones((), jnp.float32)
-  metrics = {"loss": Mean(value, one), "gradient_norm": Mean(optax.global_norm(grads), one),
-             **{f"gradient_norm_{group}": Mean(optax.global_norm(tree), one) for group, tree in grads.items()}, **metrics}
+  metrics = {
+    "loss": Mean(value, one),
+    "gradient_norm": Mean(optax.global_norm(grads), one),
+    **{
+      f"gradient_norm_{group}": Mean(optax.global_norm(tree), one) for group, tree in grads.items()
+    },
+    **metrics,
+  }
   return TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
 
 
 def micro_batches(batch: Batch, count: int) -> Batch:
-  """[B, ...] -> [count, B / count, ...]; each takes every count-th row, so that a device's rows stay on it."""
+  """[B, ...] -> [count, B / count, ...]; each takes every count-th row, so that a device's rows
+  stay on it."""
   return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def _accumulated(gradient: Callable[..., Any], trainable: Weights, batches: Batch, keys: jax.Array,
-                 terms: Callable[[Batch, jax.Array], Metrics]) -> tuple[jax.Array, Metrics, Weights]:
+def _accumulated(
+  gradient: Callable[..., Any],
+  trainable: Weights,
+  batches: Batch,
+  keys: jax.Array,
+  terms: Callable[[Batch, jax.Array], Metrics],
+) -> tuple[jax.Array, Metrics, Weights]:
   """Loss, metrics and gradient of all micro-batches together, one after another.
 
-  A term of the loss is divided by its count over the whole batch, which has to be known before the first gradient: the terms are
-  computed twice, but counts depend on the data alone, and XLA drops the rest of that pass.
+  A term of the loss is divided by its count over the whole batch, which has to be known before the
+  first gradient: the terms are computed twice, but counts depend on the data alone, and XLA drops
+  the rest of that pass.
   """
-  counts = jax.lax.map(lambda micro: {name: t.count for name, t in terms(*micro).items()}, (batches, keys))
+  counts = jax.lax.map(
+    lambda micro: {name: t.count for name, t in terms(*micro).items()}, (batches, keys)
+  )
   counts = jax.tree.map(lambda c: c.sum(0), counts)
 
   def one(micro):
@@ -98,20 +133,36 @@ def _accumulated(gradient: Callable[..., Any], trainable: Weights, batches: Batc
   return jax.lax.scan(add, zeros, (batches, keys))[0]
 
 
-def gradient_paths_step(model: Clara, stage: Stage, state: TrainState, frozen: Weights, batch: Batch, *,
-                        temperature: optax.Schedule | None = None) -> Metrics:
-  """What the gradient of the selection is made of on the batch of the coming step; arguments as `train_step`."""
+def gradient_paths_step(
+  model: Clara,
+  stage: Stage,
+  state: TrainState,
+  frozen: Weights,
+  batch: Batch,
+  *,
+  temperature: optax.Schedule | None = None,
+) -> Metrics:
+  """What the gradient of the selection is made of on the batch of the coming step; arguments as
+  `train_step`."""
   weights = with_temperature({**frozen, **state.trainable}, temperature, state.step)
   rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), 3)
   return stage.gradient_paths(model.reading(batch), weights, batch, rng)
 
 
-def with_temperature(weights: Weights, temperature: optax.Schedule | None, step: jax.Array) -> Weights:
+def with_temperature(
+  weights: Weights, temperature: optax.Schedule | None, step: jax.Array
+) -> Weights:
   """Weights with the τ of a step, where it is annealed."""
-  return weights if temperature is None else {**weights, "temperature": {"log": jnp.log(temperature(step))[None]}}
+  return (
+    weights
+    if temperature is None
+    else {**weights, "temperature": {"log": jnp.log(temperature(step))[None]}}
+  )
 
 
-def evaluation_step(model: Clara, stage: Stage, trainable: Weights, frozen: Weights, batch: Batch) -> Metrics:
+def evaluation_step(
+  model: Clara, stage: Stage, trainable: Weights, frozen: Weights, batch: Batch
+) -> Metrics:
   """The stage's metrics and diagnostics, without dropout or update."""
   model = model.reading(batch)
   terms, metrics = stage.loss(model, trainable, frozen, batch, None)

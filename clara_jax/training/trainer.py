@@ -1,4 +1,5 @@
-"""A run of one stage: place the weights, take the steps, report, evaluate, save, resume, stop when asked to."""
+"""A run of one stage: place the weights, take the steps, report, evaluate, save, resume, stop when
+asked to."""
 
 import contextlib
 import dataclasses
@@ -43,7 +44,8 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclasses.dataclass
 class Result:
-  """What a run leaves: all groups of weights, the last metrics, and the history of evaluations [(step, metrics)].
+  """What a run leaves: all groups of weights, the last metrics, and the history of evaluations
+  [(step, metrics)].
 
   `stopped` is the step at which a termination signal ended it early, else None.
   """
@@ -57,22 +59,27 @@ class Result:
 
 def number_of_steps(config: RunConfig, rows: int) -> int:
   """`train.steps`, or as many as make `train.epochs` passes over the rows."""
-  return config.train.steps or max(1, math.ceil(config.train.epochs * rows / config.data.batch_size))
+  return config.train.steps or max(
+    1, math.ceil(config.train.epochs * rows / config.data.batch_size)
+  )
 
 
 class Trainer:
-  """One stage, from its initial weights to its end; resumes from `workdir` where a run of the same configuration was stopped.
+  """One stage, from its initial weights to its end; resumes from `workdir` where a run of the same
+  configuration was stopped.
 
-  Several processes (`distributed.initialize`) call it alike; each reads its part of every batch. On SIGTERM, Ctrl-C, or when the cluster
-  announces a preemption, the run saves and returns.
+  Several processes (`distributed.initialize`) call it alike; each reads its part of every batch. On
+  SIGTERM, Ctrl-C, or when the cluster announces a preemption, the run saves and returns.
 
   Args:
     config: the run.
     prompt_tokenizer: tokenizer and token layouts.
-    init_weights: groups of weights to start from: the base (except in `pretrain`) and those of the previous stage.
+    init_weights: groups of weights to start from: the base (except in `pretrain`) and those of the
+      previous stage.
     rows: training rows in memory; or
     sources: rows by source and shard (`data/records.py`).
-    eval_rows: rows whose metrics are reported every `train.eval_every` steps, and at the start and the end.
+    eval_rows: rows whose metrics are reported every `train.eval_every` steps, and at the start and
+      the end.
     workdir: for checkpoints and metrics; None keeps nothing on disk.
     memories: memory tokens of documents; None compresses candidates in the step.
     progress: whether reports are logged.
@@ -91,34 +98,74 @@ class Trainer:
     ConfigError: the configuration does not fit the data, the devices or the initial weights.
   """
 
-  def __init__(self, config: RunConfig, prompt_tokenizer: PromptTokenizer, init_weights: Weights, rows: Sequence[Row] | None = None,
-               eval_rows: Sequence[Row] = (), *, sources: Sequence[Sequence[Sequence[Row]]] | None = None, workdir: str | None = None,
-               memories: MemorySource | None = None, progress: bool = True, base_sha256: str | None = None, stop_at: int | None = None,
-               hooks: Sequence[Hook] = ()):
+  def __init__(
+    self,
+    config: RunConfig,
+    prompt_tokenizer: PromptTokenizer,
+    init_weights: Weights,
+    rows: Sequence[Row] | None = None,
+    eval_rows: Sequence[Row] = (),
+    *,
+    sources: Sequence[Sequence[Sequence[Row]]] | None = None,
+    workdir: str | None = None,
+    memories: MemorySource | None = None,
+    progress: bool = True,
+    base_sha256: str | None = None,
+    stop_at: int | None = None,
+    hooks: Sequence[Hook] = (),
+  ):
     settings, data = config.train, config.data
     if sources is None:
       sources = [records.divide(rows, data.shards, data.share_documents)]
     self.config = config
-    self.total_steps = number_of_steps(config, sum(len(shard) for source in sources for shard in source))
+    self.total_steps = number_of_steps(
+      config, sum(len(shard) for source in sources for shard in source)
+    )
     self.program = Program(config, self.total_steps)
     self.evaluations: list[tuple[int, dict[str, float]]] = []
     self.state: TrainState | None = None
     self.step = 0
     self._end = min(self.total_steps, stop_at or self.total_steps)
-    self._prompt_tokenizer, self._init_weights, self._base_sha256 = prompt_tokenizer, init_weights, base_sha256
+    self._prompt_tokenizer, self._init_weights, self._base_sha256 = (
+      prompt_tokenizer,
+      init_weights,
+      base_sha256,
+    )
     self._workdir, self._folder = workdir, epath.Path(workdir) if workdir else None
     self._progress = progress
-    encoder = RowEncoder(prompt_tokenizer, self.program.stage.data, data, config.clara.top_k, memories, settings.accumulate)
-    self._batches = TrainingBatches(sources, encoder, settings.seed, rows_needed(self.program.batch_sharding, data.batch_size),
-                                    distributed.maximum)
+    encoder = RowEncoder(
+      prompt_tokenizer,
+      self.program.stage.data,
+      data,
+      config.clara.top_k,
+      memories,
+      settings.accumulate,
+    )
+    self._batches = TrainingBatches(
+      sources,
+      encoder,
+      settings.seed,
+      rows_needed(self.program.batch_sharding, data.batch_size),
+      distributed.maximum,
+    )
     self._eval_batches = _evaluation(eval_rows, encoder, config) if eval_rows else {}
     if eval_rows and data.eval_batch_size % num_batch_shards(self.program.mesh):
-      raise ConfigError(f"data.eval_batch_size={data.eval_batch_size} does not divide over the {num_batch_shards(self.program.mesh)} parts of "
-                        f"mesh {dict(self.program.mesh.shape)}")
+      raise ConfigError(
+        f"data.eval_batch_size={data.eval_batch_size} does not divide over the "
+        f"{num_batch_shards(self.program.mesh)} parts of "
+        f"mesh {dict(self.program.mesh.shape)}"
+      )
     chip = cost.chip_of(jax.devices()[0])
     self._peak_flops = chip.flops * self.program.mesh.size if chip else None
     self._window = _Window(self.program, counts_flops=self._peak_flops is not None)
-    self._hooks = [*hooks, *([ProfileOnRequest(self._folder)] if self._folder is not None and distributed.is_main() else [])]
+    self._hooks = [
+      *hooks,
+      *(
+        [ProfileOnRequest(self._folder)]
+        if self._folder is not None and distributed.is_main()
+        else []
+      ),
+    ]
     self._compiled: set[tuple] = set()
     self._last_report: dict[str, float] = {}
     self._frozen: dict[str, Any] = {}
@@ -143,9 +190,14 @@ class Trainer:
       if self._workdir is not None:
         self._open_workdir(held)
       main = distributed.is_main()
-      self._reporter = metrics_lib.Reporter(self._folder if main else None, self.config.train.stage, self.total_steps,
-                                            self._progress and main)
-      self._position = self._batches.get_state()  # of the state: what an interruption saves belongs together
+      self._reporter = metrics_lib.Reporter(
+        self._folder if main else None,
+        self.config.train.stage,
+        self.total_steps,
+        self._progress and main,
+      )
+      # of the state: what an interruption saves belongs together
+      self._position = self._batches.get_state()
       finished = False
       try:
         self._train(signals)
@@ -153,17 +205,23 @@ class Trainer:
         if signals.interrupted:
           raise KeyboardInterrupt
       except KeyboardInterrupt:
-        if not finished:  # a second Ctrl-C, anywhere: what is in memory may be neither before nor after a step
+        # a second Ctrl-C, anywhere: what is in memory may be neither before nor after a step
+        if not finished:
           self._stopped = None
         raise
       finally:
         self._close(save=finished or self._stopped is not None)
     self._frozen.pop("corpus", None)
     last = self.evaluations[-1][1] if self.evaluations else {}
-    return Result({**self._frozen, **self.state.trainable}, {"step": self.step, **self._last_report, **last}, self.evaluations,
-                  time.monotonic() - start, self._stopped)
+    return Result(
+      {**self._frozen, **self.state.trainable},
+      {"step": self.step, **self._last_report, **last},
+      self.evaluations,
+      time.monotonic() - start,
+      self._stopped,
+    )
 
-  # ---- before the first step ---------------------------------------------------------------------------------------------------
+  # ---- before the first step ---------------------------------------------------------------------
 
   def _place_weights(self) -> None:
     """The state, the frozen groups, and what of these a checkpoint carries."""
@@ -173,14 +231,20 @@ class Trainer:
     self._carried = {g: w for g, w in weights.items() if g != "base"}
     if data.retrieve == "store":
       store = MemoryStore(data.store)
-      self._frozen["corpus"] = corpus.place(corpus.shapes(self.config.clara, data, self.program.mesh, store), store)
+      self._frozen["corpus"] = corpus.place(
+        corpus.shapes(self.config.clara, data, self.program.mesh, store), store
+      )
     if "base" in weights:
-      self._carried["special_tokens"] = jax.jit(functools.partial(special_token_rows, config=self.config.clara))(weights["base"])
+      self._carried["special_tokens"] = jax.jit(
+        functools.partial(special_token_rows, config=self.config.clara)
+      )(weights["base"])
 
   def _open_workdir(self, held: contextlib.ExitStack) -> None:
     """Locks the directory, records the run, and restores the last step if there is one."""
     settings, main = self.config.train, distributed.is_main()
-    if (lock := resume.admit(self._workdir, self.config, self._init_weights, self._base_sha256)) is not None:
+    if (
+      lock := resume.admit(self._workdir, self.config, self._init_weights, self._base_sha256)
+    ) is not None:
       held.callback(lock.release)
     if main:
       self._prompt_tokenizer.tokenizer.save_pretrained(str(self._folder / "tokenizer"))
@@ -188,14 +252,16 @@ class Trainer:
     self._checkpointer = Checkpointer(self._workdir, settings.keep_checkpoints, settings.keep_best)
     productive = 0.0
     if self._checkpointer.latest_step() is not None:
-      trainable, rest, progress = self._checkpointer.restore(self.state.trainable, _without_weights(self.state))
+      trainable, rest, progress = self._checkpointer.restore(
+        self.state.trainable, _without_weights(self.state)
+      )
       self.state = TrainState(trainable=trainable, **rest)
       self._batches.set_state(progress["data"])
       productive = progress["productive_seconds"]
     self.step = int(self.state.step)
     self._watch = metrics_lib.Stopwatch(note_start(self._workdir, self.step, main), productive)
 
-  # ---- the steps ---------------------------------------------------------------------------------------------------------------
+  # ---- the steps ---------------------------------------------------------------------------------
 
   def _train(self, signals: Signals) -> None:
     settings = self.config.train
@@ -204,7 +270,12 @@ class Trainer:
     while self.step < self._end:
       self._take_step()
       stopping = signals.received(self.step)
-      if self.step % settings.log_every == 0 or self.step == self._end or stopping or self._watch.elapsed > STATUS_SECONDS:
+      if (
+        self.step % settings.log_every == 0
+        or self.step == self._end
+        or stopping
+        or self._watch.elapsed > STATUS_SECONDS
+      ):
         self.report()
       if self.step == self._end:
         break
@@ -222,10 +293,16 @@ class Trainer:
     settings, program = self.config.train, self.program
     with self._watch.waiting():
       given = next(self._batches)
-      batch = put_batch(given.batch, program.batch_sharding, self.config.data.batch_size, given.positions)
+      batch = put_batch(
+        given.batch, program.batch_sharding, self.config.data.batch_size, given.positions
+      )
     if settings.gradients_every and self.step % settings.gradients_every == 0:
       with self._untimed():
-        self._reporter.write(self.step, metrics_lib.values(program.gradients(self.state, self._frozen, batch)), "gradients")
+        self._reporter.write(
+          self.step,
+          metrics_lib.values(program.gradients(self.state, self._frozen, batch)),
+          "gradients",
+        )
     start = time.monotonic()
     self.state, metrics = program.step(self.state, self._frozen, batch)
     self._position = self._batches.get_state()
@@ -244,7 +321,7 @@ class Trainer:
     with self._watch.unproductive():
       yield
 
-  # ---- what comes of them ------------------------------------------------------------------------------------------------------
+  # ---- what comes of them ------------------------------------------------------------------------
 
   def report(self) -> None:
     """Writes the means over the steps since the last report; waits for the devices.
@@ -256,8 +333,11 @@ class Trainer:
     if not window.steps:
       return
     metrics = window.values() | {
-        "learning_rate": float(optim.schedule(config.train, self.total_steps)(self.step - 1)),
-        **self._watch.report(config.data.batch_size * len(window.steps), window.tokens, window.flops, self._peak_flops)}
+      "learning_rate": float(optim.schedule(config.train, self.total_steps)(self.step - 1)),
+      **self._watch.report(
+        config.data.batch_size * len(window.steps), window.tokens, window.flops, self._peak_flops
+      ),
+    }
     if self._batches.malformed:
       metrics["malformed_rows"] = self._batches.malformed
     window.clear()
@@ -276,7 +356,9 @@ class Trainer:
         total = None
         for batch in batches:
           placed = put_batch(batch, self.program.batch_sharding, size, np.arange(size))
-          total = metrics_lib.add(total, self.program.evaluate(self.state.trainable, self._frozen, placed))
+          total = metrics_lib.add(
+            total, self.program.evaluate(self.state.trainable, self._frozen, placed)
+          )
         metrics |= {f"{name}{suffix}": value for name, value in metrics_lib.values(total).items()}
     self.evaluations.append((self.step, metrics))
     if distributed.is_main():
@@ -288,9 +370,18 @@ class Trainer:
   def save(self) -> None:
     """Saves the state with the position in the data, in the background."""
     with self._untimed():
-      evaluated = self.evaluations[-1][1] if self.evaluations and self.evaluations[-1][0] == self.step else None
-      self._checkpointer.save(int(self.state.step), {**self._carried, **self.state.trainable}, _without_weights(self.state),
-                              {"data": self._position, "productive_seconds": self._watch.productive}, evaluated)
+      evaluated = (
+        self.evaluations[-1][1]
+        if self.evaluations and self.evaluations[-1][0] == self.step
+        else None
+      )
+      self._checkpointer.save(
+        int(self.state.step),
+        {**self._carried, **self.state.trainable},
+        _without_weights(self.state),
+        {"data": self._position, "productive_seconds": self._watch.productive},
+        evaluated,
+      )
 
   def _close(self, save: bool) -> None:
     """Saves if asked to, and frees threads and files."""
@@ -300,7 +391,9 @@ class Trainer:
       self._checkpointer.close()
       if self._stopped is not None and distributed.is_main():
         log.warning("stopped at step %d; rerun the command to resume", self._stopped)
-    elif self._checkpointer and jax.process_count() == 1:  # what is being saved becomes whole; several processes may not meet any more
+    elif (
+      self._checkpointer and jax.process_count() == 1
+    ):  # what is being saved becomes whole; several processes may not meet any more
       self._checkpointer.close()
     self._batches.close()
     self._reporter.close()
@@ -315,17 +408,27 @@ def _shapes(batch: Batch) -> tuple:
   return (batch.memory_tokens, *(x.shape for x in jax.tree.leaves(batch)))
 
 
-def _evaluation(rows: Sequence[Row], encoder: RowEncoder, config: RunConfig) -> dict[str, list[Batch]]:
-  """Batches by the suffix of their metrics' names: with all memory tokens none, with the first m of `clara.nested_memory` '_m<m>'."""
+def _evaluation(
+  rows: Sequence[Row], encoder: RowEncoder, config: RunConfig
+) -> dict[str, list[Batch]]:
+  """Batches by the suffix of their metrics' names: with all memory tokens none, with the first m of
+  `clara.nested_memory` '_m<m>'."""
   sizes = config.clara.nested_memory if encoder.kind != "text" else ()
   made = {"": evaluation_batches(rows, encoder, config.data.eval_batch_size)}
-  return made | {f"_m{m}": evaluation_batches(rows, encoder.first_tokens(m), config.data.eval_batch_size) for m in sizes[:-1]}
+  return made | {
+    f"_m{m}": evaluation_batches(rows, encoder.first_tokens(m), config.data.eval_batch_size)
+    for m in sizes[:-1]
+  }
 
 
 def special_token_rows(base: Weights, config: ClaraConfig) -> dict[str, jax.Array]:
-  """The rows of CLaRa's own tokens, which the base on disk does not have: embedding [M+3, D] and, if it is not tied, head [D, M+3]."""
+  """The rows of CLaRa's own tokens, which the base on disk does not have: embedding [M+3, D] and,
+  if it is not tied, head [D, M+3]."""
   first, last = config.model.vocab_size, config.vocab_size
-  return {"embedding": base["embedding"][first:last], **({"head": base["head"][:, first:last]} if "head" in base else {})}
+  return {
+    "embedding": base["embedding"][first:last],
+    **({"head": base["head"][:, first:last]} if "head" in base else {}),
+  }
 
 
 class _Window:
@@ -344,7 +447,9 @@ class _Window:
   def add(self, step: int, ids: list[str], batch: Batch, numbers: metrics_lib.Metrics) -> None:
     """One step; nothing waits for the devices."""
     self.steps.append((step, ids, numbers["loss"]))
-    self.tokens += sum(t.ids.size for t in (batch.prompt.tokens, batch.documents, batch.question) if t is not None)
+    self.tokens += sum(
+      t.ids.size for t in (batch.prompt.tokens, batch.documents, batch.question) if t is not None
+    )
     if self._counts_flops:
       shapes = _shapes(batch)
       if shapes not in self._flops_of:
@@ -361,6 +466,9 @@ class _Window:
     for step, ids, loss in self.steps:
       if not np.isfinite(value := float(loss.value)):
         settings = self._program.config.train
-        raise NonFiniteLossError(f"{settings.stage}: the loss is {value} at step {step} (seed {settings.seed}), rows {', '.join(ids)}; "
-                                 "the last checkpoint is kept")
+        raise NonFiniteLossError(
+          f"{settings.stage}: the loss is {value} at step {step} (seed {settings.seed}), rows "
+          f"{', '.join(ids)}; "
+          "the last checkpoint is kept"
+        )
     return metrics_lib.values(self._sum)

@@ -1,7 +1,8 @@
 """One builder a kind of rows: SCP, instruct, joint.
 
-Rows are checked as they are written: what does not parse, or does not fit its stage, is counted and reported by file and line.
-TFDS shuffles them by a hash of their place, so that every file is a sample of the whole.
+Rows are checked as they are written: what does not parse, or does not fit its stage, is counted and
+reported by file and line. TFDS shuffles them by a hash of their place, so that every file is a
+sample of the whole.
 """
 
 import dataclasses
@@ -11,7 +12,14 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from clara_jax.data.schemas import DataError, Malformed, Row, parse_rows, place_of, require_one_question
+from clara_jax.data.schemas import (
+  DataError,
+  Malformed,
+  Row,
+  parse_rows,
+  place_of,
+  require_one_question,
+)
 
 
 class StageRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -25,17 +33,30 @@ class StageRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   VERSION = tfds.core.Version("1.0.0")
 
-  def __init__(self, *, paths: Sequence[str] = (), malformed: Malformed | None = None, **kwargs: Any):
+  def __init__(
+    self, *, paths: Sequence[str] = (), malformed: Malformed | None = None, **kwargs: Any
+  ):
     self._paths, self._malformed = tuple(paths), Malformed() if malformed is None else malformed
     super().__init__(file_format="array_record", **kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
     texts = tfds.features.Sequence(tfds.features.Text())
     return tfds.core.DatasetInfo(
-        builder=self, description=type(self).__doc__,
-        features=tfds.features.FeaturesDict({
-            "identifier": tfds.features.Text(), "documents": texts, "document_ids": texts, "questions": texts, "answers": texts,
-            "gold": tfds.features.Sequence(np.int32), "data_type": tfds.features.Text(), "is_question_list": np.bool_}))
+      builder=self,
+      description=type(self).__doc__,
+      features=tfds.features.FeaturesDict(
+        {
+          "identifier": tfds.features.Text(),
+          "documents": texts,
+          "document_ids": texts,
+          "questions": texts,
+          "answers": texts,
+          "gold": tfds.features.Sequence(np.int32),
+          "data_type": tfds.features.Text(),
+          "is_question_list": np.bool_,
+        }
+      ),
+    )
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
     del dl_manager
@@ -79,8 +100,8 @@ class Instruct(StageRows):
 
 
 class Joint(StageRows):
-  """Rows of the joint and contrastive stages: one question and its candidate documents, with their ids in a memory store if there is
-  one."""
+  """Rows of the joint and contrastive stages: one question and its candidate documents, with their
+  ids in a memory store if there is one."""
 
   def check(self, row: Row) -> None:
     """One question, more than one candidate."""

@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 
 from clara_jax.config import ConfigError
-from clara_jax.experiments.claims.experiments import DOCUMENTS_AT_TEST, JOINT, RATIO, Experiments, ExperimentSizes
+from clara_jax.experiments.claims.experiments import (
+  DOCUMENTS_AT_TEST,
+  JOINT,
+  RATIO,
+  Experiments,
+  ExperimentSizes,
+)
 from clara_jax.experiments.quickstart.recipe import TOP_K
 from clara_jax.reports import html
 
@@ -68,56 +74,191 @@ def _retrieval(*names: str):
   return tuple((n, lambda e, n=n: e.retrieval(n)) for n in names)
 
 
-def _answers_than(other: str, words: str, metric: str = "em", better: str = "all", said: str = "all three"):
-  return Comparison(f"answers ({metric.upper()})", (f"answers_{better}", metric), (f"answers_{other}", metric), said, words)
+def _answers_than(
+  other: str, words: str, metric: str = "em", better: str = "all", said: str = "all three"
+):
+  return Comparison(
+    f"answers ({metric.upper()})",
+    (f"answers_{better}", metric),
+    (f"answers_{other}", metric),
+    said,
+    words,
+  )
 
 
 _SLACK = 0.05  # what "little" is
 
-CLAIMS = {c.letter: c for c in (
-    Claim("a", "SCP makes better answers than reconstruction alone, and than no pretraining of the compressor",
-          "cover EM 61.53 with SCP, 54.39 without (ratio 16, oracle)", _answers("all", "reconstruction", "none"),
-          (_answers_than("reconstruction", "reconstruction only", said="SCP"), _answers_than("none", "no pretraining", said="SCP"))),
-    Claim("b", "Simple questions, complex questions and paraphrases together beat each of them alone",
-          "all three are best on average", _answers("all", "simple", "complex", "paraphrase"),
-          (_answers_than("simple", "simple questions"), _answers_than("complex", "complex questions"),
-           _answers_than("paraphrase", "paraphrases"))),
-    Claim("c", "The MSE term brings the means of documents and memory tokens together, and helps answers a little",
-          "MSE adds 0.3 to 0.6 points", _answers("all", "without_mse"),
-          (Comparison("squared distance of the two means, by the documents' variance", ("answers_without_mse", "distance"),
-                      ("answers_all", "distance"), "without MSE", "with MSE"),
-           _answers_than("without_mse", "without MSE", said="with MSE"))),
-    Claim("d", "The joint stage raises recall without labels and beats training the generator only",
-          "F1 70.91 against 52.54 (HotpotQA)", _retrieval("joint", "generator_only"),
-          (Comparison("recall@1", ("joint", "recall_at_1"), ("joint", "recall_at_1_before"), "after joint", "before"),
-           Comparison("recall@1", ("joint", "recall_at_1"), ("generator_only", "recall_at_1"), "joint", "generator only"),
-           Comparison("answers (EM)", ("joint", "em"), ("generator_only", "em"), "joint", "generator only"))),
-    Claim("e", "Retrieval learned without labels keeps up with retrieval learned from labels",
-          "recall@5 96.21 against 82.84 with labels (HotpotQA); 79.13 against 85.02 (2Wiki)", _retrieval("joint", "contrastive"),
-          (Comparison("recall@1", ("joint", "recall_at_1"), ("contrastive", "recall_at_1"), "joint", "contrastive, with labels"),
-           Comparison("recall@5", ("joint", "recall_at_5"), ("contrastive", "recall_at_5"), "joint", "contrastive, with labels"),
-           Comparison("answers (EM)", ("joint", "em"), ("contrastive", "em"), "joint", "contrastive, with labels"))),
-    Claim("f", "A query reasoner that starts as a copy of the compressor beats a fresh one",
-          "F1 70.91 against 66.84 (HotpotQA)", _retrieval("joint_slow", "fresh_slow", "joint", "fresh"),
-          (Comparison("recall@1, joint a twentieth of SCP's learning rate, as in the paper", ("joint_slow", "recall_at_1"),
-                      ("fresh_slow", "recall_at_1"), "copy", "fresh"),
-           Comparison("answers (EM), the same", ("joint_slow", "em"), ("fresh_slow", "em"), "copy", "fresh"),
-           Comparison("recall@1, joint as fast as in (d)", ("joint", "recall_at_1"), ("fresh", "recall_at_1"), "copy", "fresh"),
-           Comparison("answers (EM), the same", ("joint", "em"), ("fresh", "em"), "copy", "fresh"))),
-    Claim("g", "Answers fall slowly as the compression ratio rises",
-          "cover EM 66.76, 63.90, 61.53, 58.66 at ratios 4, 16, 32, 64 (oracle)",
-          _answers("ratio_2", "ratio_4", "all", "ratio_16", "ratio_32"),
-          tuple(Comparison("answers (EM)", (f"answers_{name}", "em"), ("answers_ratio_2", "em"), f"ratio {ratio}, {_SLACK:.0%} allowed",
-                           "ratio 2", _SLACK) for name, ratio in (("all", RATIO), ("ratio_32", 32))),
-          ("Answers against compression", "compression ratio",
-           tuple((r, "answers_all" if r == RATIO else f"answers_ratio_{r}", "em") for r in (2, 4, RATIO, 16, 32)))),
-    Claim("h", f"Fewer or more documents at test time than the {TOP_K} of training cost little",
-          "more test-time documents than in training cost little", (("documents_at_test", lambda e: e.documents_at_test()),),
-          tuple(Comparison("answers (EM)", ("documents_at_test", f"em_{n}"), ("documents_at_test", f"em_{TOP_K}"),
-                           f"{n} documents, {_SLACK:.0%} allowed", f"{TOP_K} documents", _SLACK) for n in (1, 5, 8)),
-          ("Answers against documents at test time", "documents in the prompt",
-           tuple((n, "documents_at_test", f"em_{n}") for n in DOCUMENTS_AT_TEST))),
-)}
+CLAIMS = {
+  c.letter: c
+  for c in (
+    Claim(
+      "a",
+      "SCP makes better answers than reconstruction alone, and than no pretraining of the "
+      "compressor",
+      "cover EM 61.53 with SCP, 54.39 without (ratio 16, oracle)",
+      _answers("all", "reconstruction", "none"),
+      (
+        _answers_than("reconstruction", "reconstruction only", said="SCP"),
+        _answers_than("none", "no pretraining", said="SCP"),
+      ),
+    ),
+    Claim(
+      "b",
+      "Simple questions, complex questions and paraphrases together beat each of them alone",
+      "all three are best on average",
+      _answers("all", "simple", "complex", "paraphrase"),
+      (
+        _answers_than("simple", "simple questions"),
+        _answers_than("complex", "complex questions"),
+        _answers_than("paraphrase", "paraphrases"),
+      ),
+    ),
+    Claim(
+      "c",
+      "The MSE term brings the means of documents and memory tokens together, and helps answers a "
+      "little",
+      "MSE adds 0.3 to 0.6 points",
+      _answers("all", "without_mse"),
+      (
+        Comparison(
+          "squared distance of the two means, by the documents' variance",
+          ("answers_without_mse", "distance"),
+          ("answers_all", "distance"),
+          "without MSE",
+          "with MSE",
+        ),
+        _answers_than("without_mse", "without MSE", said="with MSE"),
+      ),
+    ),
+    Claim(
+      "d",
+      "The joint stage raises recall without labels and beats training the generator only",
+      "F1 70.91 against 52.54 (HotpotQA)",
+      _retrieval("joint", "generator_only"),
+      (
+        Comparison(
+          "recall@1",
+          ("joint", "recall_at_1"),
+          ("joint", "recall_at_1_before"),
+          "after joint",
+          "before",
+        ),
+        Comparison(
+          "recall@1",
+          ("joint", "recall_at_1"),
+          ("generator_only", "recall_at_1"),
+          "joint",
+          "generator only",
+        ),
+        Comparison(
+          "answers (EM)", ("joint", "em"), ("generator_only", "em"), "joint", "generator only"
+        ),
+      ),
+    ),
+    Claim(
+      "e",
+      "Retrieval learned without labels keeps up with retrieval learned from labels",
+      "recall@5 96.21 against 82.84 with labels (HotpotQA); 79.13 against 85.02 (2Wiki)",
+      _retrieval("joint", "contrastive"),
+      (
+        Comparison(
+          "recall@1",
+          ("joint", "recall_at_1"),
+          ("contrastive", "recall_at_1"),
+          "joint",
+          "contrastive, with labels",
+        ),
+        Comparison(
+          "recall@5",
+          ("joint", "recall_at_5"),
+          ("contrastive", "recall_at_5"),
+          "joint",
+          "contrastive, with labels",
+        ),
+        Comparison(
+          "answers (EM)",
+          ("joint", "em"),
+          ("contrastive", "em"),
+          "joint",
+          "contrastive, with labels",
+        ),
+      ),
+    ),
+    Claim(
+      "f",
+      "A query reasoner that starts as a copy of the compressor beats a fresh one",
+      "F1 70.91 against 66.84 (HotpotQA)",
+      _retrieval("joint_slow", "fresh_slow", "joint", "fresh"),
+      (
+        Comparison(
+          "recall@1, joint a twentieth of SCP's learning rate, as in the paper",
+          ("joint_slow", "recall_at_1"),
+          ("fresh_slow", "recall_at_1"),
+          "copy",
+          "fresh",
+        ),
+        Comparison(
+          "answers (EM), the same", ("joint_slow", "em"), ("fresh_slow", "em"), "copy", "fresh"
+        ),
+        Comparison(
+          "recall@1, joint as fast as in (d)",
+          ("joint", "recall_at_1"),
+          ("fresh", "recall_at_1"),
+          "copy",
+          "fresh",
+        ),
+        Comparison("answers (EM), the same", ("joint", "em"), ("fresh", "em"), "copy", "fresh"),
+      ),
+    ),
+    Claim(
+      "g",
+      "Answers fall slowly as the compression ratio rises",
+      "cover EM 66.76, 63.90, 61.53, 58.66 at ratios 4, 16, 32, 64 (oracle)",
+      _answers("ratio_2", "ratio_4", "all", "ratio_16", "ratio_32"),
+      tuple(
+        Comparison(
+          "answers (EM)",
+          (f"answers_{name}", "em"),
+          ("answers_ratio_2", "em"),
+          f"ratio {ratio}, {_SLACK:.0%} allowed",
+          "ratio 2",
+          _SLACK,
+        )
+        for name, ratio in (("all", RATIO), ("ratio_32", 32))
+      ),
+      (
+        "Answers against compression",
+        "compression ratio",
+        tuple(
+          (r, "answers_all" if r == RATIO else f"answers_ratio_{r}", "em")
+          for r in (2, 4, RATIO, 16, 32)
+        ),
+      ),
+    ),
+    Claim(
+      "h",
+      f"Fewer or more documents at test time than the {TOP_K} of training cost little",
+      "more test-time documents than in training cost little",
+      (("documents_at_test", lambda e: e.documents_at_test()),),
+      tuple(
+        Comparison(
+          "answers (EM)",
+          ("documents_at_test", f"em_{n}"),
+          ("documents_at_test", f"em_{TOP_K}"),
+          f"{n} documents, {_SLACK:.0%} allowed",
+          f"{TOP_K} documents",
+          _SLACK,
+        )
+        for n in (1, 5, 8)
+      ),
+      (
+        "Answers against documents at test time",
+        "documents in the prompt",
+        tuple((n, "documents_at_test", f"em_{n}") for n in DOCUMENTS_AT_TEST),
+      ),
+    ),
+  )
+}
 HOLDS, OPPOSITE, OPEN = "as in the paper", "the opposite", "not told apart"
 
 
@@ -128,8 +269,13 @@ def outcome(better: Sequence[float], worse: Sequence[float]) -> str:
   return OPPOSITE if max(better) < min(worse) else OPEN
 
 
-def run(workdir: str, claims: Sequence[str] = tuple(CLAIMS), seeds: int = 3, scale: float = 1.0,
-        sizes: ExperimentSizes | None = None) -> dict[str, Any]:
+def run(
+  workdir: str,
+  claims: Sequence[str] = tuple(CLAIMS),
+  seeds: int = 3,
+  scale: float = 1.0,
+  sizes: ExperimentSizes | None = None,
+) -> dict[str, Any]:
   """Runs the experiments of some claims and writes WORKDIR/reproduction.json, .md and .html.
 
   Args:
@@ -154,9 +300,15 @@ def run(workdir: str, claims: Sequence[str] = tuple(CLAIMS), seeds: int = 3, sca
     for letter in claims:
       for name, make in CLAIMS[letter].needs:
         results[seed][name] = make(experiments)
-  found = {"scale": scale, "seeds": seeds, "seconds": round(time.monotonic() - start), "experiment_seconds": round(sum(
-      r["seconds"] for s in results.values() for r in s.values())), "sizes": dataclasses.asdict(sizes),
-      "claims": {letter: judge(CLAIMS[letter], results) for letter in claims}, "results": results}
+  found = {
+    "scale": scale,
+    "seeds": seeds,
+    "seconds": round(time.monotonic() - start),
+    "experiment_seconds": round(sum(r["seconds"] for s in results.values() for r in s.values())),
+    "sizes": dataclasses.asdict(sizes),
+    "claims": {letter: judge(CLAIMS[letter], results) for letter in claims},
+    "results": results,
+  }
   with open(os.path.join(workdir, "reproduction.json"), "w", encoding="utf-8") as file:
     json.dump(found, file, indent=2)
   with open(os.path.join(workdir, "reproduction.md"), "w", encoding="utf-8") as file:
@@ -177,8 +329,13 @@ def same_sizes(workdir: str, sizes: ExperimentSizes) -> None:
   if os.path.exists(path):
     with open(path, encoding="utf-8") as file:
       if (there := json.load(file)) != wanted:
-        changed = [f"{k}: {there[k]} there, {v} asked for" for k, v in wanted.items() if there.get(k) != v]
-        raise ConfigError(f"{workdir}: has experiments of other sizes ({'; '.join(changed)}); name another --workdir")
+        changed = [
+          f"{k}: {there[k]} there, {v} asked for" for k, v in wanted.items() if there.get(k) != v
+        ]
+        raise ConfigError(
+          f"{workdir}: has experiments of other sizes ({'; '.join(changed)}); name another "
+          f"--workdir"
+        )
     return
   os.makedirs(workdir, exist_ok=True)
   with open(path, "w", encoding="utf-8") as file:
@@ -190,11 +347,26 @@ def judge(claim: Claim, results: Mapping[int, Results]) -> dict[str, Any]:
   lines = []
   for c in claim.comparisons:
     better, worse = ([r[name][key] for r in results.values()] for name, key in (c.better, c.worse))
-    lines.append({"metric": c.metric, "better": c.name_better, "worse": c.name_worse, "values_better": better, "values_worse": worse,
-                  "outcome": outcome([b + c.slack for b in better], worse)})
+    lines.append(
+      {
+        "metric": c.metric,
+        "better": c.name_better,
+        "worse": c.name_worse,
+        "values_better": better,
+        "values_worse": worse,
+        "outcome": outcome([b + c.slack for b in better], worse),
+      }
+    )
   outcomes = {line["outcome"] for line in lines}
-  verdict = outcomes.pop() if len(outcomes) == 1 else "in part: " + "; ".join(
-      f"{line['metric']}, {line['better']} over {line['worse']}: {line['outcome']}" for line in lines)
+  verdict = (
+    outcomes.pop()
+    if len(outcomes) == 1
+    else "in part: "
+    + "; ".join(
+      f"{line['metric']}, {line['better']} over {line['worse']}: {line['outcome']}"
+      for line in lines
+    )
+  )
   return {"says": claim.says, "paper": claim.paper, "verdict": verdict, "comparisons": lines}
 
 
@@ -204,20 +376,35 @@ def _range(values: Sequence[float]) -> str:
 
 def markdown(found: Mapping[str, Any]) -> str:
   """The table for a document."""
-  lines = ["| | claim | the paper | what was compared | larger in the paper | smaller in the paper | verdict |",
-           "|---|---|---|---|---|---|---|"]
+  lines = [
+    "| | claim | the paper | what was compared | larger in the paper | smaller in the paper | "
+    "verdict |",
+    "|---|---|---|---|---|---|---|",
+  ]
   for letter, claim in found["claims"].items():
     for i, c in enumerate(claim["comparisons"]):
       head = f"| ({letter}) | {claim['says']} | {claim['paper']} " if not i else "| | | "
-      lines.append(f"{head}| {c['metric']} | {c['better']}: {_range(c['values_better'])} | {c['worse']}: {_range(c['values_worse'])} | "
-                   f"**{c['outcome']}** |")
+      lines.append(
+        f"{head}| {c['metric']} | {c['better']}: {_range(c['values_better'])} | {c['worse']}: "
+        f"{_range(c['values_worse'])} | "
+        f"**{c['outcome']}** |"
+      )
   return "\n".join(lines) + "\n"
 
 
 def _page(found: Mapping[str, Any], results: Mapping[int, Results]) -> str:
-  rows = [[f"({letter}) {claim['says']}" if not i else "", claim["paper"] if not i else "", c["metric"],
-           f"{c['better']}: {_range(c['values_better'])}", f"{c['worse']}: {_range(c['values_worse'])}", c["outcome"]]
-          for letter, claim in found["claims"].items() for i, c in enumerate(claim["comparisons"])]
+  rows = [
+    [
+      f"({letter}) {claim['says']}" if not i else "",
+      claim["paper"] if not i else "",
+      c["metric"],
+      f"{c['better']}: {_range(c['values_better'])}",
+      f"{c['worse']}: {_range(c['values_worse'])}",
+      c["outcome"],
+    ]
+    for letter, claim in found["claims"].items()
+    for i, c in enumerate(claim["comparisons"])
+  ]
   plots = []
   for letter in found["claims"]:
     if curve := CLAIMS[letter].curve:
@@ -225,14 +412,28 @@ def _page(found: Mapping[str, Any], results: Mapping[int, Results]) -> str:
   names = [n for n in JOINT if all(n in r for r in results.values())]
   if names:
     plots.append(_recall(names, results))
-  intro = "One seed." if found["seeds"] == 1 else (
-      f"{found['seeds']} seeds; mean (range over seeds). Two numbers count as told apart only where their ranges do not touch.")
-  table = html.table(["claim", "the paper", "compared", "larger in the paper", "smaller in the paper", "verdict"], rows)
-  return html.page("The paper's claims on a generated world", intro, [
-      ("Claims", table), ("Curves", html.plots(plots))])
+  intro = (
+    "One seed."
+    if found["seeds"] == 1
+    else (
+      f"{found['seeds']} seeds; mean (range over seeds). Two numbers count as told apart only "
+      f"where their ranges do not touch."
+    )
+  )
+  table = html.table(
+    ["claim", "the paper", "compared", "larger in the paper", "smaller in the paper", "verdict"],
+    rows,
+  )
+  return html.page(
+    "The paper's claims on a generated world",
+    intro,
+    [("Claims", table), ("Curves", html.plots(plots))],
+  )
 
 
-def _curve(title: str, axis: str, points: Sequence[tuple[float, str, str]], results: Mapping[int, Results]) -> str:
+def _curve(
+  title: str, axis: str, points: Sequence[tuple[float, str, str]], results: Mapping[int, Results]
+) -> str:
   def draw(axes):
     x = [p[0] for p in points]
     values = np.array([[r[name][key] for _, name, key in points] for r in results.values()])
@@ -242,6 +443,7 @@ def _curve(title: str, axis: str, points: Sequence[tuple[float, str, str]], resu
     axes.set_xticks(x, [f"{v:g}" for v in x])
     axes.minorticks_off()
     axes.legend(frameon=False)
+
   return html.figure(draw)
 
 
@@ -252,6 +454,12 @@ def _recall(names: Sequence[str], results: Mapping[int, Results]) -> str:
       values = np.stack([c[:, 1] for c in curves])
       axes.plot(curves[0][:, 0], values.mean(0), marker=".", label=name.replace("_", " "))
       axes.fill_between(curves[0][:, 0], values.min(0), values.max(0), alpha=0.15)
-    axes.set(title="Recall on unseen people during the joint stage", xlabel="step", ylabel="recall@1", ylim=(0, 1.03))
+    axes.set(
+      title="Recall on unseen people during the joint stage",
+      xlabel="step",
+      ylabel="recall@1",
+      ylim=(0, 1.03),
+    )
     axes.legend(frameon=False)
+
   return html.figure(draw)

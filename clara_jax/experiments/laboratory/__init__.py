@@ -1,1 +1,2 @@
-"""A laboratory for gradient estimators: exact gradients for few documents, audits against them, trainings side by side."""
+"""A laboratory for gradient estimators: exact gradients for few documents, audits against them,
+trainings side by side."""

@@ -1,4 +1,5 @@
-"""Estimators against the exact gradient: bias, variance, cosine and norm, with synthetic losses and with a real generator's.
+"""Estimators against the exact gradient: bias, variance, cosine and norm, with synthetic losses and
+with a real generator's.
 
 Axes: R instances (rows), N documents, K slots, T draws of an estimate.
 """
@@ -50,12 +51,12 @@ class AuditSetting:
 
 # One thing at a time, everything else as in `AuditSetting()`.
 VARIED: dict[str, tuple[Any, ...]] = {
-    "temperature": (0.005, 0.01, 0.02, 0.05, 0.1, 0.3),
-    "spread": (0.003, 0.01, 0.03, 0.1, 0.3),
-    "k": (1, 2, 3, 4),
-    "n": (4, 6, 8, 12),
-    "correlation": (0.0, 0.5, 0.9),
-    "loss": ("linear", "answer", "two_hops", "quadratic"),
+  "temperature": (0.005, 0.01, 0.02, 0.05, 0.1, 0.3),
+  "spread": (0.003, 0.01, 0.03, 0.1, 0.3),
+  "k": (1, 2, 3, 4),
+  "n": (4, 6, 8, 12),
+  "correlation": (0.0, 0.5, 0.9),
+  "loss": ("linear", "answer", "two_hops", "quadratic"),
 }
 
 # rows [K, WIDTH] that are read, facts [2, WIDTH] that are asked for -> loss
@@ -67,15 +68,20 @@ def _told(rows, fact):
 
 
 LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "linear": lambda rows, facts: -(rows @ facts[0]).mean(),
-    "answer": lambda rows, facts: -jnp.log(0.02 + 0.98 * _told(rows, facts[0])),
-    "two_hops": lambda rows, facts: -jnp.log(0.02 + 0.98 * _told(rows, facts[0]) * _told(rows, facts[1])),
-    "quadratic": lambda rows, facts: jnp.square(rows.mean(0) - facts[0]).sum(),
+  "linear": lambda rows, facts: -(rows @ facts[0]).mean(),
+  "answer": lambda rows, facts: -jnp.log(0.02 + 0.98 * _told(rows, facts[0])),
+  "two_hops": lambda rows, facts: (
+    -jnp.log(0.02 + 0.98 * _told(rows, facts[0]) * _told(rows, facts[1]))
+  ),
+  "quadratic": lambda rows, facts: jnp.square(rows.mean(0) - facts[0]).sum(),
 }
 
 
-def instances(setting: AuditSetting, count: int, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Scores [R, N], unit memories [R, N, WIDTH], the facts that documents 0 and 1 tell [R, 2, WIDTH].
+def instances(
+  setting: AuditSetting, count: int, seed: int = 0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Scores [R, N], unit memories [R, N, WIDTH], the facts that documents 0 and 1 tell [R, 2,
+  WIDTH].
 
   Scores know nothing of the facts, as before training.
   """
@@ -89,8 +95,17 @@ def instances(setting: AuditSetting, count: int, seed: int = 0) -> tuple[jax.Arr
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 7))
-def estimates(estimator: Estimator, scores: jax.Array, memories: jax.Array, losses: Callable[..., jax.Array], k: int,
-              temperature: jax.Array, keys: jax.Array, at_once: int, context: Any = ()) -> jax.Array:
+def estimates(
+  estimator: Estimator,
+  scores: jax.Array,
+  memories: jax.Array,
+  losses: Callable[..., jax.Array],
+  k: int,
+  temperature: jax.Array,
+  keys: jax.Array,
+  at_once: int,
+  context: Any = (),
+) -> jax.Array:
   """An estimator's gradients.
 
   Args:
@@ -115,7 +130,9 @@ def estimates(estimator: Estimator, scores: jax.Array, memories: jax.Array, loss
       found = losses(choice.rows(stages.repeat(memories, draws)), draws, context)
       term = 0.0 if choice.log_prob is None else leave_one_out(found, choice.log_prob, draws)
       return found.sum() / draws + term
+
     return jax.grad(objective)(scores)
+
   return jax.lax.map(one, keys, batch_size=at_once)
 
 
@@ -134,18 +151,41 @@ def summary(drawn: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
   def cosine(x):
     return (x * truth).sum(-1) / np.maximum(np.linalg.norm(x, axis=-1) * size, 1e-30)
-  values = {"bias": np.linalg.norm(mean - truth, axis=-1) / size, "bias_error": np.sqrt(variance / len(drawn)) / size,
-            "variance": variance / size**2, "cosine": cosine(mean), "cosine_of_one": cosine(drawn).mean(0),
-            "norm": np.linalg.norm(mean, axis=-1) / size}
+
+  values = {
+    "bias": np.linalg.norm(mean - truth, axis=-1) / size,
+    "bias_error": np.sqrt(variance / len(drawn)) / size,
+    "variance": variance / size**2,
+    "cosine": cosine(mean),
+    "cosine_of_one": cosine(drawn).mean(0),
+    "norm": np.linalg.norm(mean, axis=-1) / size,
+  }
   return {name: float(np.median(value)) for name, value in values.items()}
 
 
-def exact_gradients(scores: np.ndarray, losses: np.ndarray, found: np.ndarray, temperature: float, policies: Sequence[str] = tuple(
-    exact.POLICIES)) -> dict[str, np.ndarray]:
-  """∂J/∂s [R, N] for each policy, in float64: scores [R, N], losses [R, P] of the choices [P, K]."""
+def exact_gradients(
+  scores: np.ndarray,
+  losses: np.ndarray,
+  found: np.ndarray,
+  temperature: float,
+  policies: Sequence[str] = tuple(exact.POLICIES),
+) -> dict[str, np.ndarray]:
+  """∂J/∂s [R, N] for each policy, in float64: scores [R, N], losses [R, P] of the choices [P,
+  K]."""
   with jax.enable_x64(True):
-    return {name: np.stack([np.asarray(_exact_gradient(exact.POLICIES[name], np.float64(s), np.float64(v), found, np.float64(temperature)))
-                            for s, v in zip(scores, losses, strict=True)]) for name in policies}
+    return {
+      name: np.stack(
+        [
+          np.asarray(
+            _exact_gradient(
+              exact.POLICIES[name], np.float64(s), np.float64(v), found, np.float64(temperature)
+            )
+          )
+          for s, v in zip(scores, losses, strict=True)
+        ]
+      )
+      for name in policies
+    }
 
 
 _exact_gradient = jax.jit(exact.exact_gradient, static_argnums=0)
@@ -155,11 +195,17 @@ def _synthetic(rows, draws, facts, loss):
   return jax.vmap(LOSSES[loss])(rows, stages.repeat(facts, draws))
 
 
-_LOSS_OF = {name: functools.partial(_synthetic, loss=name) for name in LOSSES}  # one object each: jit knows them again
+# one object each: jit knows them again
+_LOSS_OF = {name: functools.partial(_synthetic, loss=name) for name in LOSSES}
 
 
-def audit_setting(setting: AuditSetting, variants: Sequence[Variant], draws: int = 1000, count: int = 16, seed: int = 0
-                  ) -> dict[str, dict[str, dict[str, float]]]:
+def audit_setting(
+  setting: AuditSetting,
+  variants: Sequence[Variant],
+  draws: int = 1000,
+  count: int = 16,
+  seed: int = 0,
+) -> dict[str, dict[str, dict[str, float]]]:
   """Estimators in one synthetic case: name -> policy -> `summary`.
 
   Raises:
@@ -169,7 +215,9 @@ def audit_setting(setting: AuditSetting, variants: Sequence[Variant], draws: int
     raise ConfigError(f"loss={setting.loss!r}: expected one of {sorted(LOSSES)}")
   found = exact.choices(setting.n, setting.k)
   scores, memories, facts = instances(setting, count, seed)
-  of_choices = jax.jit(jax.vmap(lambda m, f: jax.vmap(lambda i: LOSSES[setting.loss](m[i], f))(found)))(memories, facts)
+  of_choices = jax.jit(
+    jax.vmap(lambda m, f: jax.vmap(lambda i: LOSSES[setting.loss](m[i], f))(found))
+  )(memories, facts)
   truths: dict[float, dict[str, np.ndarray]] = {}
   made = {}
   for variant in variants:
@@ -177,20 +225,40 @@ def audit_setting(setting: AuditSetting, variants: Sequence[Variant], draws: int
     if tau not in truths:
       truths[tau] = exact_gradients(np.asarray(scores), np.asarray(of_choices), found, tau)
     keys = jax.random.split(jax.random.key(seed + 1), draws)
-    drawn = np.asarray(estimates(variant.estimator, scores, memories, _LOSS_OF[setting.loss], setting.k, jnp.float32(tau), keys,
-                                 min(draws, 100), facts))
+    drawn = np.asarray(
+      estimates(
+        variant.estimator,
+        scores,
+        memories,
+        _LOSS_OF[setting.loss],
+        setting.k,
+        jnp.float32(tau),
+        keys,
+        min(draws, 100),
+        facts,
+      )
+    )
     if not np.isfinite(drawn).all():
       raise ConfigError(f"{variant.name}: a gradient is not finite with {setting}")
     made[variant.name] = {policy: summary(drawn, truth) for policy, truth in truths[tau].items()}
   return made
 
 
-def audit_generator(checkpoint: Checkpoint, rows: Sequence[Row], variants: Sequence[Variant], *, n: int = 6, draws: int = 32, seed: int = 0
-                    ) -> dict[str, Any]:
-  """The same with the answer's loss of a real generator, on a row's gold documents and others, N in all.
+def audit_generator(
+  checkpoint: Checkpoint,
+  rows: Sequence[Row],
+  variants: Sequence[Variant],
+  *,
+  n: int = 6,
+  draws: int = 32,
+  seed: int = 0,
+) -> dict[str, Any]:
+  """The same with the answer's loss of a real generator, on a row's gold documents and others, N in
+  all.
 
   Args:
-    checkpoint: with query reasoner (or compressor, of which it is a copy at the start of the joint stage) and generator.
+    checkpoint: with query reasoner (or compressor, of which it is a copy at the start of the joint
+      stage) and generator.
     rows: questions with at least N documents; K is the configuration's.
     variants: what is audited.
     n: N.
@@ -209,24 +277,35 @@ def audit_generator(checkpoint: Checkpoint, rows: Sequence[Row], variants: Seque
 
   def cut(row):
     others = [i for i in range(len(row.documents)) if i not in row.gold]
-    kept = rng.permutation([*row.gold[:n], *others[:max(0, n - len(row.gold))]])
-    return dataclasses.replace(row, documents=tuple(row.documents[i] for i in kept),
-                               gold=tuple(j for j, i in enumerate(kept) if i in row.gold), document_ids=())
-  encoder = RowEncoder(checkpoint.prompt_tokenizer, "candidates", DataConfig(candidates=n, bucket=32), k)
+    kept = rng.permutation([*row.gold[:n], *others[: max(0, n - len(row.gold))]])
+    return dataclasses.replace(
+      row,
+      documents=tuple(row.documents[i] for i in kept),
+      gold=tuple(j for j, i in enumerate(kept) if i in row.gold),
+      document_ids=(),
+    )
+
+  encoder = RowEncoder(
+    checkpoint.prompt_tokenizer, "candidates", DataConfig(candidates=n, bucket=32), k
+  )
   (batch,) = evaluation_batches([cut(row) for row in rows], encoder, len(rows))
 
   def cross_entropy(selected, draws, given):
     """Of each row, a mean over its label tokens: rows [R·S, K, M, D] -> [R·S]."""
     weights, prompt = given
     prompt = stages.repeat(prompt, draws)
-    *_, sums = stages.answer_terms(model, weights, model.answer_states(weights, prompt, selected), prompt)
+    *_, sums = stages.answer_terms(
+      model, weights, model.answer_states(weights, prompt, selected), prompt
+    )
     return sums / prompt.label_weights.sum(-1)
 
   @jax.jit
   def prepare(weights, batch):
     memories = model.compress(weights, batch.documents)
     scores = model.score(model.encode_query(weights, batch.question), memories)
-    of_choices = jax.lax.map(lambda i: cross_entropy(memories[:, i], 1, (weights, batch.prompt)), jnp.asarray(found))
+    of_choices = jax.lax.map(
+      lambda i: cross_entropy(memories[:, i], 1, (weights, batch.prompt)), jnp.asarray(found)
+    )
     return memories, scores, of_choices.T
 
   memories, scores, of_choices = prepare(weights, batch)
@@ -235,9 +314,30 @@ def audit_generator(checkpoint: Checkpoint, rows: Sequence[Row], variants: Seque
     tau, start = variant.temperature or model.config.temperature, time.monotonic()
     truths = exact_gradients(np.asarray(scores), np.asarray(of_choices), found, tau)
     keys = jax.random.split(jax.random.key(seed + 1), draws)
-    drawn = np.asarray(estimates(variant.estimator, scores, memories, cross_entropy, k, jnp.float32(tau), keys, 1, (weights, batch.prompt)))
+    drawn = np.asarray(
+      estimates(
+        variant.estimator,
+        scores,
+        memories,
+        cross_entropy,
+        k,
+        jnp.float32(tau),
+        keys,
+        1,
+        (weights, batch.prompt),
+      )
+    )
     made[variant.name] = {policy: summary(drawn, truth) for policy, truth in truths.items()} | {
-        "seconds": round(time.monotonic() - start, 2)}
+      "seconds": round(time.monotonic() - start, 2)
+    }
     log.info(f"gradients: {variant.name}, {time.monotonic() - start:.0f} s")
-  return {"rows": len(rows), "n": n, "k": k, "choices": len(found), "draws": draws, "temperature": model.config.temperature,
-          "spread": float(np.asarray(scores).std(-1).mean()), "estimators": made}
+  return {
+    "rows": len(rows),
+    "n": n,
+    "k": k,
+    "choices": len(found),
+    "draws": draws,
+    "temperature": model.config.temperature,
+    "spread": float(np.asarray(scores).std(-1).mean()),
+    "estimators": made,
+  }

@@ -1,4 +1,5 @@
-"""Trainings side by side: the joint stage on the generated world, the same seeds and data, one estimator each."""
+"""Trainings side by side: the joint stage on the generated world, the same seeds and data, one
+estimator each."""
 
 import re
 import time
@@ -14,8 +15,15 @@ from clara_jax.experiments.laboratory.variants import Variant
 REFERENCE = "algorithm1"
 
 
-def compare(workdir: str, variants: Sequence[Variant], seeds: int = 5, scale: float = 1.0, sizes: ExperimentSizes | None = None) -> dict[str, Any]:
-  """Trains every variant with every seed. What WORKDIR has, of an earlier start or of `clara reproduce`, is not done again.
+def compare(
+  workdir: str,
+  variants: Sequence[Variant],
+  seeds: int = 5,
+  scale: float = 1.0,
+  sizes: ExperimentSizes | None = None,
+) -> dict[str, Any]:
+  """Trains every variant with every seed. What WORKDIR has, of an earlier start or of `clara
+  reproduce`, is not done again.
 
   Args:
     workdir: of the trainings.
@@ -25,8 +33,9 @@ def compare(workdir: str, variants: Sequence[Variant], seeds: int = 5, scale: fl
     sizes: other ones are for tests.
 
   Returns:
-    For each variant its results by seed (final recall, answers, curve, milliseconds a step, what the gradient was made of), and whether the
-    interval of its mean recall@1 is above or below that of `algorithm1`.
+    For each variant its results by seed (final recall, answers, curve, milliseconds a step, what
+    the gradient was made of), and whether the interval of its mean recall@1 is above or below that
+    of `algorithm1`.
 
   Raises:
     ConfigError: WORKDIR has trainings of other sizes.
@@ -39,12 +48,23 @@ def compare(workdir: str, variants: Sequence[Variant], seeds: int = 5, scale: fl
     experiments = Experiments(workdir, seed, sizes)
     for variant in variants:
       name = "estimator_" + re.sub(r"[^\w.=]+", "-", variant.name).strip("-")
-      results[variant.name].append(experiments.estimated(name, variant.estimator, variant.temperature, **variant.train))
+      results[variant.name].append(
+        experiments.estimated(name, variant.estimator, variant.temperature, **variant.train)
+      )
   finals = {name: [r["recall_at_1"] for r in found] for name, found in results.items()}
-  return {"seeds": seeds, "steps": sizes.joint, "test_rows": sizes.test_rows, "seconds": round(time.monotonic() - start),
-          "training_seconds": round(sum(r["seconds"] for found in results.values() for r in found)), "results": results,
-          "against_algorithm1": {name: verdict(values, finals[REFERENCE]) for name, values in finals.items()
-                                 if REFERENCE in finals and name != REFERENCE}}
+  return {
+    "seeds": seeds,
+    "steps": sizes.joint,
+    "test_rows": sizes.test_rows,
+    "seconds": round(time.monotonic() - start),
+    "training_seconds": round(sum(r["seconds"] for found in results.values() for r in found)),
+    "results": results,
+    "against_algorithm1": {
+      name: verdict(values, finals[REFERENCE])
+      for name, values in finals.items()
+      if REFERENCE in finals and name != REFERENCE
+    },
+  }
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -53,6 +73,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
   if len(values) < 2:
     return mean, mean, mean
   from scipy import stats  # half a second
+
   half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
   return mean, mean - half, mean + half
 

@@ -1,7 +1,9 @@
-"""The exact gradient of the expected loss, by enumeration of all ordered choices of K among N documents.
+"""The exact gradient of the expected loss, by enumeration of all ordered choices of K among N
+documents.
 
-A policy gives every ordered choice (i_1 … i_K) a probability that depends on the scores s; the expected loss is J(s) = Σ p(i; s) L(i), and
-its gradient is what an estimator is held against. Choices number N!/(N-K)!: 11,880 for N = 12, K = 4.
+A policy gives every ordered choice (i_1 … i_K) a probability that depends on the scores s; the
+expected loss is J(s) = Σ p(i; s) L(i), and its gradient is what an estimator is held against.
+Choices number N!/(N-K)!: 11,880 for N = 12, K = 4.
 
 Axes: P choices, N documents, K slots.
 """
@@ -32,11 +34,15 @@ def choices(n: int, k: int) -> np.ndarray:
   if not 1 <= k <= n:
     raise ConfigError(f"k={k} among N={n}: expected 1 <= k <= N")
   if (count := math.perm(n, k)) > LIMIT:
-    raise ConfigError(f"N={n}, k={k}: {count:,} ordered choices, at most {LIMIT:,} can be enumerated")
+    raise ConfigError(
+      f"N={n}, k={k}: {count:,} ordered choices, at most {LIMIT:,} can be enumerated"
+    )
   return np.array(list(itertools.permutations(range(n), k)), np.int32).reshape(-1, k)
 
 
-def plackett_luce_policy(scores: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array) -> jax.Array:
+def plackett_luce_policy(
+  scores: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array
+) -> jax.Array:
   """The K best of s + τ g, g ~ Gumbel(0, 1): each slot is a softmax over what is left.
 
   Args:
@@ -47,11 +53,16 @@ def plackett_luce_policy(scores: jax.Array, found: np.ndarray | jax.Array, tempe
   Returns:
     [P] probabilities.
   """
-  return jnp.exp(jax.vmap(lambda i: plackett_luce((scores / temperature)[None], i[None])[0])(jnp.asarray(found)))
+  return jnp.exp(
+    jax.vmap(lambda i: plackett_luce((scores / temperature)[None], i[None])[0])(jnp.asarray(found))
+  )
 
 
-def subset_policy(scores: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array) -> jax.Array:
-  """Subsets with p ∝ exp(Σ θ), in order of score; see `plackett_luce_policy` for the arguments. The distribution of 'simple'."""
+def subset_policy(
+  scores: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array
+) -> jax.Array:
+  """Subsets with p ∝ exp(Σ θ), in order of score; see `plackett_luce_policy` for the arguments. The
+  distribution of 'simple'."""
   theta = scores / temperature
   picked = theta[jnp.asarray(found)]
   place = jnp.argsort(jnp.argsort(-scores))[jnp.asarray(found)]  # ties: the lower index first
@@ -59,17 +70,23 @@ def subset_policy(scores: jax.Array, found: np.ndarray | jax.Array, temperature:
   return jax.nn.softmax(jnp.where(in_order, picked.sum(-1), -jnp.inf))
 
 
-def uniform_noise_policy(scores: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array) -> jax.Array:
-  """The K best of s + τ u, u uniform with mean 0 and variance 1; see `plackett_luce_policy` for the arguments.
+def uniform_noise_policy(
+  scores: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array
+) -> jax.Array:
+  """The K best of s + τ u, u uniform with mean 0 and variance 1; see `plackett_luce_policy` for the
+  arguments.
 
-  p(i) = ∫ f_{i_1}(x_1) ∫^{x_1} f_{i_2}(x_2) … ∫^{x_{K-1}} f_{i_K}(x_K) Π_{r∉i} F_r(x_K). Between neighbouring ends of the N intervals
-  everything is a polynomial of degree at most N, which N + 1 Gauss–Legendre nodes integrate exactly.
+  p(i) = ∫ f_{i_1}(x_1) ∫^{x_1} f_{i_2}(x_2) … ∫^{x_{K-1}} f_{i_K}(x_K) Π_{r∉i} F_r(x_K). Between
+  neighbouring ends of the N intervals everything is a polynomial of degree at most N, which N + 1
+  Gauss–Legendre nodes integrate exactly.
   """
   n, k = scores.shape[0], found.shape[1]
   width = HALF_WIDTH * jnp.asarray(temperature)
   nodes, weights = np.polynomial.legendre.leggauss(n + 1)
   # [D, D]: ∫_{-1}^{x_i} of the polynomial through values at the nodes.
-  antiderivatives = np.stack([(np.polynomial.Polynomial.basis(d).integ(lbnd=-1))(nodes) for d in range(n + 1)], -1)
+  antiderivatives = np.stack(
+    [(np.polynomial.Polynomial.basis(d).integ(lbnd=-1))(nodes) for d in range(n + 1)], -1
+  )
   cumulative = jnp.asarray(antiderivatives @ np.linalg.inv(np.vander(nodes, increasing=True)))
   ends = jnp.sort(jnp.concatenate([scores - width, scores + width]))
   half = (ends[1:] - ends[:-1]) / 2
@@ -89,19 +106,34 @@ def uniform_noise_policy(scores: jax.Array, found: np.ndarray | jax.Array, tempe
     for slot in range(k - 1, -1, -1):
       rest, total = integral(density[chosen[slot]] * rest)
     return total
+
   return jax.lax.map(one, jnp.asarray(found), batch_size=256)
 
 
-POLICIES: dict[str, Policy] = {"plackett_luce": plackett_luce_policy, "uniform_noise": uniform_noise_policy, "subsets": subset_policy}
+POLICIES: dict[str, Policy] = {
+  "plackett_luce": plackett_luce_policy,
+  "uniform_noise": uniform_noise_policy,
+  "subsets": subset_policy,
+}
 
 
-def expected_loss(policy: Policy, scores: jax.Array, losses: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array
-                  ) -> jax.Array:
+def expected_loss(
+  policy: Policy,
+  scores: jax.Array,
+  losses: jax.Array,
+  found: np.ndarray | jax.Array,
+  temperature: float | jax.Array,
+) -> jax.Array:
   """J(s): scores [N], losses [P] of the choices [P, K] -> scalar; differentiable."""
   return jnp.vdot(policy(scores, found, temperature), losses)
 
 
-def exact_gradient(policy: Policy, scores: jax.Array, losses: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array
-                   ) -> jax.Array:
+def exact_gradient(
+  policy: Policy,
+  scores: jax.Array,
+  losses: jax.Array,
+  found: np.ndarray | jax.Array,
+  temperature: float | jax.Array,
+) -> jax.Array:
   """∂J/∂s [N]."""
   return jax.grad(lambda s: expected_loss(policy, s, losses, found, temperature))(scores)

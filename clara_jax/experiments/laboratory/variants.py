@@ -1,4 +1,5 @@
-"""What is compared: an estimator with its arguments and its temperature, written as a call: `perturbed(samples=16, temperature=0.1)`."""
+"""What is compared: an estimator with its arguments and its temperature, written as a call:
+`perturbed(samples=16, temperature=0.1)`."""
 
 import ast
 import dataclasses
@@ -35,18 +36,36 @@ class Variant:
     return {"temperature_schedule": "learned"} if self.learned else {}
 
 
-AUDITED = ("algorithm1", "equation33", "softmax", "iterated_softmax(hard=True)", "optimal_transport(hard=True)", "gumbel",
-           "perturbed(hard=True)", "score_function", "simple", "simple(sample=False)", "selected_only")
-TRAINED = (*AUDITED, "iterated_softmax", "optimal_transport", "algorithm1(temperature=0.1)",
-           "algorithm1(temperature=0.2, final_temperature=0.02)", "algorithm1(learned=True)")
+AUDITED = (
+  "algorithm1",
+  "equation33",
+  "softmax",
+  "iterated_softmax(hard=True)",
+  "optimal_transport(hard=True)",
+  "gumbel",
+  "perturbed(hard=True)",
+  "score_function",
+  "simple",
+  "simple(sample=False)",
+  "selected_only",
+)
+TRAINED = (
+  *AUDITED,
+  "iterated_softmax",
+  "optimal_transport",
+  "algorithm1(temperature=0.1)",
+  "algorithm1(temperature=0.2, final_temperature=0.02)",
+  "algorithm1(learned=True)",
+)
 
 
 def parse(text: str) -> Variant:
   """A variant from its name.
 
   Args:
-    text: `NAME` or `NAME(argument=value, …)`; NAME as `estimators.get` takes it. `temperature`, `final_temperature` and `learned` are
-      fields of the variant, others arguments of the estimator.
+    text: `NAME` or `NAME(argument=value, …)`; NAME as `estimators.get` takes it. `temperature`,
+      `final_temperature` and `learned` are fields of the variant, others arguments of the
+      estimator.
 
   Raises:
     ConfigError: it does not parse, or there is no such estimator or argument.
@@ -65,7 +84,9 @@ def parse(text: str) -> Variant:
   fields = {k: given.pop(k) for k in ("temperature", "final_temperature", "learned") if k in given}
   for field in ("temperature", "final_temperature"):
     value = fields.get(field, 1.0)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if (
+      isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf")
+    ):
       raise ConfigError(f"estimator {text!r}: {field}={value!r}, expected a positive number")
   if not isinstance(fields.get("learned", True), bool):
     raise ConfigError(f"estimator {text!r}: learned={fields['learned']!r}, expected True or False")

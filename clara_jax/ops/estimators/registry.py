@@ -1,4 +1,5 @@
-"""Estimators by name: those of `library.py`, those of other packages (entry points), and functions in a user's file."""
+"""Estimators by name: those of `library.py`, those of other packages (entry points), and functions
+in a user's file."""
 
 import importlib.metadata
 import inspect
@@ -18,9 +19,11 @@ REGISTRY: dict[str, EstimatorFn] = {}
 
 def register(name: str) -> Callable[[EstimatorFn], EstimatorFn]:
   """Makes an estimator known by a name."""
+
   def add(function: EstimatorFn) -> EstimatorFn:
     REGISTRY[name] = function
     return function
+
   return add
 
 
@@ -34,21 +37,31 @@ def get(name: str, arguments: Mapping[str, Any] | None = None) -> Estimator:
   if function is None and name.endswith(".py"):
     raise ConfigError(f"estimator={name!r}: name the function, too: {name}:FUNCTION")
   if function is None:
-    raise ConfigError(f"estimator={name!r}: expected one of {', '.join(sorted(REGISTRY))}, FILE.py:FUNCTION, or an entry point of "
-                      f"{ENTRY_POINTS!r}")
+    raise ConfigError(
+      f"estimator={name!r}: expected one of {', '.join(sorted(REGISTRY))}, FILE.py:FUNCTION, or "
+      f"an entry point of "
+      f"{ENTRY_POINTS!r}"
+    )
   parameters = list(inspect.signature(function).parameters.values())
   if len(parameters) < 4:
-    raise ConfigError(f"estimator={name!r}: expected a function of (scores, k, temperature, rng, ...), got {inspect.signature(function)}")
+    raise ConfigError(
+      f"estimator={name!r}: expected a function of (scores, k, temperature, rng, ...), got "
+      f"{inspect.signature(function)}"
+    )
   known = [p.name for p in parameters[4:]]
   takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
   if not takes_any and (unknown := set(arguments or {}) - set(known)):
-    raise ConfigError(f"estimator_args: {name} does not take {', '.join(sorted(unknown))}; it takes {', '.join(known) or 'none'}")
+    raise ConfigError(
+      f"estimator_args: {name} does not take {', '.join(sorted(unknown))}; it takes "
+      f"{', '.join(known) or 'none'}"
+    )
   for p in parameters[4:]:
     value = (arguments or {}).get(p.name, p.default)
     # A number where a number is meant: the type of the default tells.
     wanted = (int, float) if isinstance(p.default, float) else type(p.default)
     if p.default not in (inspect.Parameter.empty, None) and (
-        not isinstance(value, wanted) or isinstance(value, bool) != isinstance(p.default, bool)):
+      not isinstance(value, wanted) or isinstance(value, bool) != isinstance(p.default, bool)
+    ):
       raise ConfigError(f"estimator_args.{p.name}={value!r}: expected {type(p.default).__name__}")
     if p.name in ("draws", "samples", "iterations") and isinstance(value, int) and value < 1:
       raise ConfigError(f"estimator_args.{p.name}={value}: expected at least 1")
@@ -69,19 +82,31 @@ def _validate_shapes(estimator: Estimator) -> None:
   def run(scores, memories, key):
     choice = estimator(scores, k, 0.1, key)
     return choice.indices, choice.rows(memories), choice.log_prob
-  where = f"estimator={estimator.name!r}, with scores [{b}, {n}], memories [{b}, {n}, 4, 5] and k={k}"
+
+  where = (
+    f"estimator={estimator.name!r}, with scores [{b}, {n}], memories [{b}, {n}, 4, 5] and k={k}"
+  )
   try:
-    indices, rows, log_prob = jax.eval_shape(run, jnp.zeros((b, n)), jnp.zeros((b, n, 4, 5)), jax.random.key(0))
+    indices, rows, log_prob = jax.eval_shape(
+      run, jnp.zeros((b, n)), jnp.zeros((b, n, 4, 5)), jax.random.key(0)
+    )
   except Exception as error:  # the user's code: whatever it is, it is named
-    raise ConfigError(f"{where}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    raise ConfigError(
+      f"{where}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    ) from error
   if indices.shape != (b, k) or not jnp.issubdtype(indices.dtype, jnp.integer):
-    raise ConfigError(f"{where}: expected indices of integers [{b}, {k}], got {indices.dtype} {list(indices.shape)}")
+    raise ConfigError(
+      f"{where}: expected indices of integers [{b}, {k}], got {indices.dtype} {list(indices.shape)}"
+    )
   if rows.shape != (b, k, 4, 5):
     raise ConfigError(f"{where}: expected rows [{b}, {k}, 4, 5], got {list(rows.shape)}")
   has_draws = "draws" in inspect.signature(estimator.function).parameters
   if (log_prob is not None) != has_draws or log_prob is not None and log_prob.shape != (b,):
-    raise ConfigError(f"{where}: expected log_prob [{b}] where the function has an argument 'draws', and else None; got "
-                      f"{None if log_prob is None else list(log_prob.shape)}{' and no draws' if not has_draws else ''}")
+    raise ConfigError(
+      f"{where}: expected log_prob [{b}] where the function has an argument 'draws', and else "
+      f"None; got "
+      f"{None if log_prob is None else list(log_prob.shape)}{' and no draws' if not has_draws else ''}"  # noqa: E501
+    )
 
 
 def _from_file(name: str) -> EstimatorFn | None:
@@ -96,5 +121,7 @@ def _from_entry_point(name: str) -> EstimatorFn | None:
     try:
       return point.load()
     except Exception as error:
-      raise ConfigError(f"estimator={name!r}: entry point {point.value} fails: {type(error).__name__}: {error}") from error
+      raise ConfigError(
+        f"estimator={name!r}: entry point {point.value} fails: {type(error).__name__}: {error}"
+      ) from error
   return None

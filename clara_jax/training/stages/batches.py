@@ -26,7 +26,14 @@ def make_batch(stage: str, checkpoint: Checkpoint, rows: Sequence[Row]) -> Batch
   counts = {len(row.documents) for row in rows}
   kind = get(stage).data
   if kind == "candidates" and len(counts) > 1:
-    raise DataError(f"{rows[0].identifier}: rows have {sorted(counts)} candidates; all must have the same number")
-  encoder = RowEncoder(checkpoint.prompt_tokenizer, kind, DataConfig(candidates=min(counts)), checkpoint.model.config.top_k)
+    raise DataError(
+      f"{rows[0].identifier}: rows have {sorted(counts)} candidates; all must have the same number"
+    )
+  encoder = RowEncoder(
+    checkpoint.prompt_tokenizer,
+    kind,
+    DataConfig(candidates=min(counts)),
+    checkpoint.model.config.top_k,
+  )
   (batch,) = evaluation_batches(rows, encoder, len(rows))
   return batch

@@ -1,4 +1,5 @@
-"""The documents that a question's are selected from: given, compressed in the step, or retrieved from a whole corpus."""
+"""The documents that a question's are selected from: given, compressed in the step, or retrieved
+from a whole corpus."""
 
 import dataclasses
 
@@ -17,7 +18,8 @@ def valid(batch: Batch) -> jax.Array:
 
 
 def of_rows(batch: Batch, memories: jax.Array) -> jax.Array:
-  """Memory tokens of a batch's documents, [U, M, D] or [B, K, M, D] in any leading shape -> those of each row's, [B, K, M, D] (or N)."""
+  """Memory tokens of a batch's documents, [U, M, D] or [B, K, M, D] in any leading shape -> those
+  of each row's, [B, K, M, D] (or N)."""
   if batch.document_slots is not None:
     return memories[batch.document_slots]
   return memories.reshape(*batch.documents.lengths.shape, *memories.shape[-2:])
@@ -40,10 +42,12 @@ class Candidates:
 
 
 def candidates(model: Clara, weights: Weights, batch: Batch, query: jax.Array) -> Candidates:
-  """A row's own N candidates, read from the store or compressed here by the frozen compressor; or the N nearest of a whole corpus.
+  """A row's own N candidates, read from the store or compressed here by the frozen compressor; or
+  the N nearest of a whole corpus.
 
   Args:
-    model, weights: the method; with `weights['corpus']`, a `Corpus`, the nearest are retrieved from it.
+    model, weights: the method; with `weights['corpus']`, a `Corpus`, the nearest are retrieved from
+      it.
     batch: the rows.
     query: [B, M, D].
   """
@@ -53,23 +57,32 @@ def candidates(model: Clara, weights: Weights, batch: Batch, query: jax.Array) -
       memories = of_rows(batch, jax.lax.stop_gradient(model.compress(weights, batch.documents)))
     count = None if batch.is_gold is None else batch.is_gold.sum(-1)
     return Candidates(memories.astype(model.config.model.dtype), batch.is_gold, count)
-  # Which documents are near is no function that a gradient goes through; their scores are, in `select`.
+  # Which documents are near is no function that a gradient goes through; their scores are, in
+  # `select`.
   corpus = jax.lax.stop_gradient(weights["corpus"])
-  kept = corpus.memories[:, :query.shape[1]]
+  kept = corpus.memories[:, : query.shape[1]]
   flat, scale = kept.reshape(kept.shape[0], -1), corpus.scales[query.shape[1]]
   at = jax.lax.stop_gradient(query).reshape(query.shape[0], -1).astype(jnp.float32)
   slots, _ = nearest(flat, scale, at, corpus.candidates)
   memories = take(flat, slots).reshape(*slots.shape, *kept.shape[1:])
   gold = batch.gold_slots
-  return Candidates(memories.astype(model.config.model.dtype), (slots[:, :, None] == gold[:, None]).any(-1), (gold >= 0).sum(-1))
+  return Candidates(
+    memories.astype(model.config.model.dtype),
+    (slots[:, :, None] == gold[:, None]).any(-1),
+    (gold >= 0).sum(-1),
+  )
 
 
 def recall(scores: jax.Array, found: Candidates, valid: jax.Array) -> Metrics:
-  """Recall@1, 3 and 5 = |top-k ∩ gold| / |gold|, over rows that have gold documents. scores: [B, N]."""
+  """Recall@1, 3 and 5 = |top-k ∩ gold| / |gold|, over rows that have gold documents. scores: [B,
+  N]."""
   order = jnp.argsort(-scores, axis=-1)
   taken = jnp.take_along_axis(found.is_gold, order, axis=-1).astype(jnp.float32)
   weight = valid * (found.num_gold > 0)
-  return {f"recall_at_{k}": Mean.of(taken[:, :k].sum(-1) / jnp.maximum(found.num_gold, 1), weight) for k in (1, 3, 5)}
+  return {
+    f"recall_at_{k}": Mean.of(taken[:, :k].sum(-1) / jnp.maximum(found.num_gold, 1), weight)
+    for k in (1, 3, 5)
+  }
 
 
 def gold_selected(indices: jax.Array, found: Candidates) -> jax.Array:

@@ -18,8 +18,9 @@ FRESH = "fresh"
 class LossFn(Protocol):
   """The loss of a stage on one batch."""
 
-  def __call__(self, model: Clara, trainable: Weights, frozen: Weights, batch: Batch, rng: jax.Array | None, /
-               ) -> tuple[Metrics, Metrics]:
+  def __call__(
+    self, model: Clara, trainable: Weights, frozen: Weights, batch: Batch, rng: jax.Array | None, /
+  ) -> tuple[Metrics, Metrics]:
     """Computes the loss.
 
     Args:
@@ -42,17 +43,20 @@ class Stage:
 
   Attributes:
     name: what `config.train.stage` says.
-    data: what a batch holds: 'text' (documents as text in the prompt), 'given' (K documents) or 'candidates' (N documents and the
-      question on its own).
+    data: what a batch holds: 'text' (documents as text in the prompt), 'given' (K documents) or
+      'candidates' (N documents and the question on its own).
     loss: see `LossFn`.
     trains: groups of weights that are trained (`model.GROUPS`).
-    starts: for each group that this stage needs, the groups of the previous stage's checkpoint that it may be copied from, in order of
-      preference, with 'fresh' for new weights. The base is always the run's own.
+    starts: for each group that this stage needs, the groups of the previous stage's checkpoint that
+      it may be copied from, in order of preference, with 'fresh' for new weights. The base is
+      always the run's own.
     roles: the roles that its loss reads.
-    selects: whether it selects K of the candidates by an estimator whose gradient reaches the scores.
+    selects: whether it selects K of the candidates by an estimator whose gradient reaches the
+      scores.
     main_metric: the metric that is its loss, without terms of regularization.
     diagnostics: further metrics for evaluation only, too slow for every step.
-    gradient_paths: what the gradient of the selection is made of, for `train.gradients_every` (`gradient_paths.py`).
+    gradient_paths: what the gradient of the selection is made of, for `train.gradients_every`
+      (`gradient_paths.py`).
   """
 
   name: str
@@ -67,7 +71,14 @@ class Stage:
   diagnostics: DiagnosticsFn | None = None
   gradient_paths: Callable[..., Metrics] | None = None
 
-  def value(self, model: Clara, trainable: Weights, frozen: Weights, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
+  def value(
+    self,
+    model: Clara,
+    trainable: Weights,
+    frozen: Weights,
+    batch: Batch,
+    rng: jax.Array | None = None,
+  ) -> jax.Array:
     """The loss of a batch, a scalar; arguments as `LossFn`."""
     terms, _ = self.loss(model.reading(batch), trainable, frozen, batch, rng)
     return sum(term.value for term in terms.values())
@@ -75,7 +86,10 @@ class Stage:
   def trained(self, config: TrainConfig) -> tuple[str, ...]:
     """The groups that train in this run, without those that the configuration freezes."""
     if unknown := set(config.freeze) - set(self.trains):
-      raise ConfigError(f"train.freeze: {sorted(unknown)} do not train in stage {self.name!r}; {list(self.trains)} do")
+      raise ConfigError(
+        f"train.freeze: {sorted(unknown)} do not train in stage {self.name!r}; "
+        f"{list(self.trains)} do"
+      )
     left = tuple(group for group in self.trains if group not in config.freeze)
     if not left:
       raise ConfigError(f"train.freeze leaves nothing to train in stage {self.name!r}")
@@ -107,12 +121,15 @@ def get(name: str) -> Stage:
   return stage
 
 
-def starting_weights(stage: Stage, config: TrainConfig, init_weights: Weights, fresh: Callable[[str], Any]) -> dict[str, Any]:
+def starting_weights(
+  stage: Stage, config: TrainConfig, init_weights: Weights, fresh: Callable[[str], Any]
+) -> dict[str, Any]:
   """The groups a stage starts from, base excepted.
 
   Args:
     stage: a row of the table.
-    config: `fresh_generator` and `fresh_query_reasoner` override the table (the released code's instruct; the paper's ablation).
+    config: `fresh_generator` and `fresh_query_reasoner` override the table (the released code's
+      instruct; the paper's ablation).
     init_weights: groups of the previous checkpoint.
     fresh: makes new weights of a group.
 
@@ -127,7 +144,10 @@ def starting_weights(stage: Stage, config: TrainConfig, init_weights: Weights, f
       continue
     source = next((s for s in sources if s in init_weights), None)
     if source is None:
-      raise ConfigError(f"stage {stage.name!r} starts its {group} from {' or '.join(sources)}, but the previous checkpoint has only "
-                        f"{sorted(init_weights) or 'no weights'}; set config.init_from to a checkpoint that has it")
+      raise ConfigError(
+        f"stage {stage.name!r} starts its {group} from {' or '.join(sources)}, but the previous "
+        f"checkpoint has only "
+        f"{sorted(init_weights) or 'no weights'}; set config.init_from to a checkpoint that has it"
+      )
     started[group] = init_weights[source]
   return started
