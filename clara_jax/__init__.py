@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     TrainConfig,
     config_dict,
   )
-  from clara_jax.data.schemas import read_documents, read_rows
+  from clara_jax.data.schemas import parse_row, read_documents, read_rows
   from clara_jax.inference.answer import Answerer
   from clara_jax.inference.checkpoint import Checkpoint
   from clara_jax.inference.compress import compress_corpus
@@ -52,6 +52,7 @@ _MODULE_OF = {
   "compress_corpus": "inference.compress",
   "load": "checkpoints.formats",
   "load_config": "training.config_file",
+  "parse_row": "data.schemas",
   "read_documents": "data.schemas",
   "read_rows": "data.schemas",
   "train": "training.run",
@@ -91,6 +92,7 @@ __all__ = [
   "estimators",
   "load",
   "load_config",
+  "parse_row",
   "read_documents",
   "read_rows",
   "stages",

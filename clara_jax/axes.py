@@ -23,11 +23,17 @@ The constants below are the *logical* names that parameters and activations carr
 maps them to mesh axes; nothing else does.
 """
 
+from typing import TYPE_CHECKING
+
 import jax
 import numpy as np
 
-# what shapes in annotations are of: Float[Array, "B N"] (jaxtyping, in the letters above)
-Array = jax.Array | np.ndarray
+# What shapes in annotations are of: Float[Array, "B N"] (jaxtyping, in the letters above). On the
+# host they may be numpy's.
+if TYPE_CHECKING:
+  Array = jax.Array
+else:
+  Array = jax.Array | np.ndarray
 
 BATCH = "batch"
 LENGTH = "length"

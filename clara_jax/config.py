@@ -520,7 +520,7 @@ def from_config_dict(cls: type, values: Mapping[str, Any], where: str = "") -> A
     )
   hints = typing.get_type_hints(cls)
   fields = {f.name: f for f in dataclasses.fields(cls)}
-  made = {}
+  made: dict[str, Any] = {}
   for name, value in values.items():
     if (renamed := _FORMER_NAMES.get((cls, name))) is not None:
       if renamed in values and values[renamed] not in (value, fields[renamed].default):
@@ -552,7 +552,7 @@ def from_config_dict(cls: type, values: Mapping[str, Any], where: str = "") -> A
 
 
 # Fields that were called otherwise in configurations of version 0.1.
-_FORMER_NAMES = {(TrainConfig, "temperature"): "temperature_schedule"}
+_FORMER_NAMES: dict[tuple[type, str], str] = {(TrainConfig, "temperature"): "temperature_schedule"}
 
 
 def field_meanings(cls: type = RunConfig) -> dict[str, str]:
@@ -565,7 +565,7 @@ def field_meanings(cls: type = RunConfig) -> dict[str, str]:
     )
     found[name] = meaning
     if nested:
-      found |= {f"{name}.{inner}": text for inner, text in field_meanings(nested).items()}
+      found |= {f"{name}.{inner}": text for inner, text in field_meanings(nested).items()}  # type: ignore[arg-type]
   return found
 
 
@@ -599,7 +599,7 @@ def _defaults(cls: type, unset: bool = False) -> dict[str, Any]:
     )
     plain = options[0] if options else hint
     if dataclasses.is_dataclass(plain) and not options:
-      values[field.name] = _defaults(plain, unset=plain is ModelConfig)
+      values[field.name] = _defaults(plain, unset=plain is ModelConfig)  # type: ignore[arg-type]
     elif field.default_factory is not dataclasses.MISSING:
       values[field.name] = field.default_factory()
     elif not unset and field.default not in (None, dataclasses.MISSING):
@@ -620,7 +620,7 @@ def _defaults(cls: type, unset: bool = False) -> dict[str, Any]:
 def _coerce(hint: Any, value: Any, path: str) -> Any:
   origin, arguments = typing.get_origin(hint), typing.get_args(hint)
   if dataclasses.is_dataclass(hint):
-    return value if isinstance(value, hint) else from_config_dict(hint, value, path)
+    return value if isinstance(value, hint) else from_config_dict(hint, value, path)  # type: ignore[arg-type]
   if origin in (typing.Union, types.UnionType):
     if value is None and type(None) in arguments:
       return None

@@ -101,7 +101,7 @@ class Clara:
   def init_boxed(self, rng: jax.Array, groups: tuple[str, ...] = GROUPS) -> dict[str, Any]:
     """Fresh weights whose leaves carry their logical axes (for shardings under
     `jax.eval_shape`)."""
-    made = {}
+    made: dict[str, Any] = {}
     for index, group in enumerate(GROUPS):
       if group not in groups:
         continue
@@ -141,7 +141,7 @@ class Clara:
     """ids: [..., L] -> [..., L, D]; `<MEM…>` ids read `memory_embedding`, all others the base's
     table."""
     is_memory, slot = self.memory_slot(ids)
-    table = self.plain_decoder.apply({"params": _group(weights, "base")}, ids, method="embed")
+    table = _apply(self.plain_decoder, {"params": _group(weights, "base")}, ids, method="embed")
     rows = _group(weights, "memory_embedding")[slot]
     return jnp.where(is_memory[..., None], rows.astype(table.dtype), table)
 
@@ -167,8 +167,15 @@ class Clara:
       variables["lora"] = _group(weights, role)
       decoder = self.decoder
     rngs = None if dropout is None else {"dropout": dropout}
-    return decoder.apply(
-      variables, x, positions, cache, deterministic=dropout is None, return_kv=return_kv, rngs=rngs
+    return _apply(
+      decoder,
+      variables,
+      x,
+      positions,
+      cache,
+      deterministic=dropout is None,
+      return_kv=return_kv,
+      rngs=rngs,
     )
 
   def logits(
@@ -179,13 +186,17 @@ class Clara:
   ) -> Float[Array, "*B V"]:
     """hidden: [..., D] -> next-token logits [..., V] float32; `output_matrix` where many calls
     share it."""
-    return self.plain_decoder.apply(
-      {"params": _group(weights, "base")}, hidden, output_matrix, method="logits"
+    return _apply(
+      self.plain_decoder,
+      {"params": _group(weights, "base")},
+      hidden,
+      output_matrix,
+      method="logits",
     )
 
   def output_matrix(self, weights: Weights) -> Float[Array, "D V"]:
     """[D, V], the head (or the tied embedding)."""
-    return self.plain_decoder.apply({"params": _group(weights, "base")}, method="output_matrix")
+    return _apply(self.plain_decoder, {"params": _group(weights, "base")}, method="output_matrix")
 
   # ---- the method --------------------------------------------------------------------------------
 
@@ -281,7 +292,7 @@ class Clara:
     is_memory, _ = self.memory_slot(ids)
     flat = memories.reshape(memories.shape[0], -1, memories.shape[-1])
     order = jnp.clip(jnp.cumsum(is_memory, axis=-1) - 1, 0, flat.shape[1] - 1)
-    table = self.plain_decoder.apply({"params": _group(weights, "base")}, ids, method="embed")
+    table = _apply(self.plain_decoder, {"params": _group(weights, "base")}, ids, method="embed")
     filled = jnp.take_along_axis(flat, order[..., None], axis=1)
     return jnp.where(is_memory[..., None], filled.astype(table.dtype), table)
 
@@ -321,6 +332,10 @@ class Clara:
     """Logits [B, A, V] float32 at the label positions only, so that [B, T, V] is never formed; see
     `answer_states`."""
     return self.logits(weights, self.answer_states(weights, prompt, memories, role, dropout))
+
+
+def _apply(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+  return module.apply(*arguments, **options)
 
 
 def _group(weights: Weights, name: str) -> Any:

@@ -256,7 +256,7 @@ def test_refusals(tmp_path):
   store.append(*numbered(1))
   with pytest.raises(StoreError, match="the id 'd1' already exists"):
     store.append(*numbered(2, 1))
-  with pytest.raises(StoreError, match="is a duplicate"):
+  with pytest.raises(StoreError, match="a duplicate id in one call"):
     store.upsert(*numbered(2, 2))
   with pytest.raises(StoreError, match=r"expected memory tokens of shape \(1, 2, 16\)"):
     store.upsert(numbered(2)[0], np.zeros((1, 2, 8), np.float32))

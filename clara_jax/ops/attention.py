@@ -44,7 +44,7 @@ def attend(
   """
   mesh = jax.sharding.get_abstract_mesh()
   if backend == "auto":
-    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    platform = jax.default_backend() if mesh.empty else _platform(mesh.abstract_device.device_kind)
     backend = {"cpu": "grouped", "tpu": "xla" if q.shape[-1] % _LANES else "splash"}.get(
       platform, "xla"
     )
@@ -57,7 +57,7 @@ def attend(
       q, k, v
     )
   if backend != "grouped":
-    return jax.nn.dot_product_attention(
+    return jax.nn.dot_product_attention(  # type: ignore[call-overload]
       q,
       k,
       v,
@@ -69,6 +69,12 @@ def attend(
   grouped = _by_group(q, k.shape[2])
   scores = _masked(_scores(grouped, keys), _causal(q.shape[1], window))
   return _heads(_mix(jax.nn.softmax(scores, axis=-1), values))
+
+
+def _platform(device_kind: str) -> str:
+  """Of a mesh's devices, which need not be here; JAX 0.10.0 names their kind alone."""
+  kind = device_kind.lower()
+  return "tpu" if kind.startswith("tpu") else "cpu" if kind == "cpu" else "gpu"
 
 
 def _splash(q, k, v, window):

@@ -2,6 +2,7 @@
 checkpoints."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,8 @@ def rotary_angles(
   plain = (theta ** (-np.arange(0, rotary_dim, 2, dtype=np.float32) / rotary_dim)).astype(
     np.float32
   )
-  frequencies, amplitude = plain, 1.0
+  frequencies: Any = plain
+  amplitude = 1.0
   if scaling is None:
     pass
   elif scaling.kind == "linear":

@@ -169,4 +169,4 @@ def evaluation_step(
   if stage.diagnostics:
     metrics = metrics | stage.diagnostics(model, {**frozen, **trainable}, batch)
   loss = sum(t.value for t in terms.values())
-  return {"loss": Mean(loss, jnp.ones(())), **metrics}
+  return {"loss": Mean(jnp.asarray(loss), jnp.ones(())), **metrics}

@@ -46,9 +46,8 @@ class EstimatorFn(Protocol):
     scores: Float[Array, "B N"],
     k: int,
     temperature: float | Float[Array, ""],
-    rng: jax.Array | None,
+    rng: Any,
     /,
-    **arguments: Any,
   ) -> Selection:
     """Selects K documents for each row.
 
@@ -57,7 +56,8 @@ class EstimatorFn(Protocol):
       k: K.
       temperature: τ.
       rng: a key, for estimators that draw.
-      **arguments: `estimator_args` of the configuration.
+
+    Further arguments, each with its default, are `estimator_args` of the configuration.
     """
 
 

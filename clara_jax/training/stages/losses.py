@@ -117,7 +117,7 @@ def joint_loss(
     terms["score_function"] = Mean(term, ce.count / draws)
   metrics = {"ce": ce, "answers": Mean.of(right, valid(batch))}
   if "temperature" in weights:
-    metrics["temperature"] = Mean(model.temperature(weights), jnp.ones(()))
+    metrics["temperature"] = Mean(jnp.asarray(model.temperature(weights)), jnp.ones(()))
   if found.is_gold is not None:
     metrics |= recall(scores, found, valid(batch))
     metrics["answers_given_gold"] = Mean.of(right, valid(batch) * gold_selected(indices, found))

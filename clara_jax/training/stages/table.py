@@ -81,7 +81,7 @@ class Stage:
   ) -> jax.Array:
     """The loss of a batch, a scalar; arguments as `LossFn`."""
     terms, _ = self.loss(model.reading(batch), trainable, frozen, batch, rng)
-    return sum(term.value for term in terms.values())
+    return sum(term.value for term in terms.values())  # type: ignore[return-value]
 
   def trained(self, config: TrainConfig) -> tuple[str, ...]:
     """The groups that train in this run, without those that the configuration freezes."""
