@@ -1,7 +1,7 @@
 """Every gradient estimator among many candidates: time and memory of the selection and its
 gradient.
 
-python benchmarks/estimators.py [--candidates 100000] [--k 5] [--width 512]
+    python benchmarks/estimators.py [--candidates 100000] [--k 5] [--width 512]
 """
 
 import argparse

@@ -23,9 +23,9 @@ import numpy as np
 
 from clara_jax.checkpoints import convert, families, formats, gguf
 from clara_jax.checkpoints.workdir import read_config
-from clara_jax.cli import commands
 from clara_jax.cli.output import configure_logging
 from clara_jax.data import schemas
+from clara_jax.errors import InputError
 from clara_jax.evaluation import datasets
 from clara_jax.memory.store import MemoryStore
 from clara_jax.retrieval import index
@@ -56,6 +56,8 @@ TOKENS = [
   b"\n",
   b"{" * 50,
 ]
+# What a command answers with one line and status 2.
+REFUSALS = (InputError, IsADirectoryError, NotADirectoryError, PermissionError)
 SECONDS = 20  # that a reader may take for a file
 
 
@@ -317,7 +319,7 @@ def main() -> None:
   kept = pathlib.Path(options.scratch, "found")
   kept.mkdir(exist_ok=True)
   # replies and bodies are answered by their own errors, which are ValueErrors
-  refusals = (*commands.bad_input_errors(), ValueError)
+  refusals = (*REFUSALS, ValueError)
 
   def too_long(*_):
     raise TimeoutError
@@ -330,11 +332,7 @@ def main() -> None:
     rng, whole = random.Random(f"{options.seed} {name}"), file.read_bytes()
     cases = refused = 0
     others: dict[str, int] = {}
-    strict = (
-      (*commands.bad_input_errors(),)
-      if not name.startswith(("model reply", "HTTP body"))
-      else refusals
-    )
+    strict = REFUSALS if not name.startswith(("model reply", "HTTP body")) else refusals
     end = time.monotonic() + options.seconds
     while time.monotonic() < end:
       cases += 1

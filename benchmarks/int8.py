@@ -1,7 +1,7 @@
 """What a base in 8 bits changes: the quickstart's trained stages, evaluated on unseen people with
 the base as it is and in int8.
 
-clara quickstart --workdir quickstart && python benchmarks/int8.py --workdir quickstart
+    clara quickstart --workdir quickstart && python benchmarks/int8.py --workdir quickstart
 """
 
 import argparse

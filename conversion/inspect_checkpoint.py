@@ -1,18 +1,17 @@
 """What is in a checkpoint of any kind: its configuration, its base, every tensor; nothing is
 loaded.
 
-python conversion/inspect_checkpoint.py CKPT [--base DIR] [--allow-config FIELD] [--hash]
+    python conversion/inspect_checkpoint.py CKPT [--base DIR] [--allow-config FIELD] [--hash]
 """
 
 import argparse
 import math
 import sys
 
-from clara_jax.cli.commands import bad_input_errors
-
 from clara_jax.checkpoints import formats, lazy
 from clara_jax.cli.output import configure_logging
 from clara_jax.config import to_json
+from clara_jax.errors import InputError
 
 
 def main() -> int:
@@ -42,7 +41,7 @@ def main() -> int:
     print(f"sha256  {opened.base_sha256 or 'not recorded'}")
     if options.hash:
       print(f"        {opened.check_base()} (read)")
-  except bad_input_errors() as error:
+  except (InputError, OSError) as error:
     print(error, file=sys.stderr)
     return 2
   print(to_json(opened.config))

@@ -604,7 +604,7 @@ def test_verdicts():
 def test_one_claim_is_reproduced_and_kept(tmp_path, monkeypatch):
   # 20 candidates for a test question
   world = dataclasses.replace(tiny.WORLD, people=150, first_names=15, last_names=15)
-  sizes = claims.Sizes(world=world, test_rows=6, pretrain=1, scp=1, instruct=1, joint=1)
+  sizes = claims.ExperimentSizes(world=world, test_rows=6, pretrain=1, scp=1, instruct=1, joint=1)
   found = claims.run(str(tmp_path), ("h",), seeds=1, sizes=sizes)
   assert set(found["results"][0]["documents_at_test"]) == {
     "em_1",

@@ -17,6 +17,7 @@ from tests import tiny
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
+@pytest.mark.real
 @pytest.mark.parametrize(
   "notebook", sorted(p.name for p in (EXAMPLES / "notebooks").glob("*.ipynb"))
 )
