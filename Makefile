@@ -37,7 +37,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site, in site/; a broken link or docstring is an error.
+# The site, in site/; a broken link within it is an error.
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -b html -q -W --keep-going docs site
 

@@ -18,6 +18,7 @@ import time
 import jax
 
 from clara_jax.checkpoints import formats
+from clara_jax.cli.output import configure_logging
 from clara_jax.config import DataConfig, RunConfig, TrainConfig
 from clara_jax.data import schemas
 from clara_jax.experiments.quickstart.recipe import CANDIDATES, Sizes
@@ -36,6 +37,7 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=300)
   parser.add_argument("--seed", type=int, default=0)
   options = parser.parse_args()
+  configure_logging()
   corpus_store = os.path.join(options.scratch, "corpus")
   shutil.rmtree(corpus_store, ignore_errors=True)
   world = World(Sizes().world)

@@ -30,7 +30,8 @@ from clara_jax.model import Clara, ClaraConfig
 LOAD = """
 import json, resource, sys, threading, time
 import jax
-from clara_jax.checkpoints import checkpoints, hf, lazy
+from clara_jax.checkpoints import formats, lazy
+from clara_jax.config import MeshConfig
 from clara_jax.model import Clara
 from clara_jax.sharding import make_mesh, place, tree_shardings
 
@@ -38,7 +39,7 @@ def resident(field):
   with open("/proc/self/status") as file:
     return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
-opened = checkpoints.open_checkpoint(sys.argv[1])
+opened = formats.open_checkpoint(sys.argv[1])
 model = Clara(opened.config)
 mesh = make_mesh(MeshConfig("host"))
 shardings = dict(lazy.leaves(tree_shardings(jax.eval_shape(lambda: model.init_boxed(jax.random.key(0), ("base",))["base"]), mesh)))

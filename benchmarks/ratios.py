@@ -22,6 +22,7 @@ import time
 import numpy as np
 
 from clara_jax.checkpoints import formats
+from clara_jax.cli.output import configure_logging
 from clara_jax.config import DataConfig, RunConfig, TrainConfig
 from clara_jax.data import schemas
 from clara_jax.data.prompt_tokenizer import PromptTokenizer
@@ -163,6 +164,7 @@ def main() -> None:
   parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, for a trial")
   parser.add_argument("--out", metavar="F.svg", help="the drawing")
   options = parser.parse_args()
+  configure_logging()
   found = {
     seed: {
       m: Variant(options.workdir, seed, m, options.rows, options.scale).result()

@@ -40,7 +40,7 @@ def vectors(seed: int, count: int, centers: tuple[np.ndarray, np.ndarray]) -> np
   return made.reshape(count, M, D).astype(np.float32)
 
 
-def make_centres() -> tuple[np.ndarray, np.ndarray]:
+def make_centers() -> tuple[np.ndarray, np.ndarray]:
   """Of topics and of their parts."""
   rng = np.random.default_rng(0)
   return (
@@ -51,7 +51,7 @@ def make_centres() -> tuple[np.ndarray, np.ndarray]:
 
 def write(store: str, documents: int) -> dict:
   """The store, in chunks."""
-  start, centers = time.monotonic(), make_centres()
+  start, centers = time.monotonic(), make_centers()
   made = MemoryStore(store, Manifest("generated", M, D, 128, "float32"))
   for chunk in range(len(made) // CHUNK, documents // CHUNK):
     ids = [Document(f"v{chunk * CHUNK + i}", "", "") for i in range(CHUNK)]
@@ -66,7 +66,7 @@ def peak_mb() -> float:
 
 def queries(count: int) -> np.ndarray:
   """Noisy copies of documents."""
-  centers = make_centres()
+  centers = make_centers()
   base = vectors(3, count, centers)
   return index_lib.unit_vectors(
     base + 0.3 * np.random.default_rng(5).normal(size=base.shape).astype(np.float32)

@@ -605,7 +605,7 @@ def _pair(task, scratch, machine, ours, size=0):
     )
     mine["times_torch"] = mine["per_second"] / other["per_second"]
     passes = mine["per_second"] / mine["samples"]
-    mine["flops_utilisation"] = passes * mine["model_flops"] / machine["flops_per_second"]
+    mine["flops_utilization"] = passes * mine["model_flops"] / machine["flops_per_second"]
     mine["bandwidth_utilisation"] = passes * mine["bytes"] / machine["bytes_per_second"]
     mine["limit_per_second"] = mine["samples"] * min(
       machine["flops_per_second"] / mine["model_flops"], machine["bytes_per_second"] / mine["bytes"]

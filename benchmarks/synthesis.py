@@ -5,7 +5,7 @@ complete, kills lose nothing, how fast it is.
     python benchmarks/synthesis.py --scratch DIR --passages F tokens
     python benchmarks/synthesis.py --scratch DIR --workdir quickstart training
 
-The server is another process on loopback and plays the model (`clara_jax/synthesis/offline.py`) for
+The server is another process on loopback and plays the model (`experiments/offline_backend.py`) for
 a generated world: 5 % of its replies are 429, 2 % 500, 2 % hang, 5 % broken JSON; 10 % of its
 answers are wrong, 20 % of the facts are left out. Prints one JSON object.
 """

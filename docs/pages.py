@@ -85,10 +85,14 @@ def commands() -> str:
         "required"
         if action.required and action.option_strings
         else (
-          "" if action.default in (None, argparse.SUPPRESS, False, []) else f"`{action.default}`"
+          ""
+          if action.default is None
+          or action.default is False
+          or action.default in ([], argparse.SUPPRESS)
+          else f"`{action.default}`"
         )
       )
-      choices = f" One of {', '.join(f'`{c}`' for c in action.choices)}." if action.choices else ""
+      choices = f"; one of {', '.join(f'`{c}`' for c in action.choices)}" if action.choices else ""
       lines.append(f"| `{shown}` | {default} | {_escape((action.help or '') + choices)} |")
   return "\n".join(lines) + "\n"
 

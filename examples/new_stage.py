@@ -1,6 +1,7 @@
 """A stage of one's own: `scp` without the alignment loss, as a row of the table.
 
-    clara train --config configs/clara.py:scp --config.train.stage=examples/new_stage.py:STAGE
+    clara train --config configs/clara.py:scp --workdir runs/mine \
+      --config.train.stage=examples/new_stage.py:STAGE
 
 A loss is a function (model, trainable, frozen, batch, rng) -> (terms, metrics); `register` adds the
 row.

@@ -1,5 +1,6 @@
 """The examples and notebooks run, and the options that they show are there."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -41,6 +42,8 @@ def test_a_stage_in_a_file(tmp_path):
     stages.get(name.replace("STAGE", "NOTHING"))
   with pytest.raises(ConfigError, match=r"expected one of \['answers_only', .*or FILE\.py:STAGE"):
     stages.get("nothing")
+  with pytest.raises(ConfigError, match="stage 'joint': is one of clara_jax's own"):
+    stages.register(dataclasses.replace(stages.get(name), name="joint"))
   (tmp_path / "no.py").write_text("STAGE = 1\n")
   with pytest.raises(ConfigError, match="expected a Stage, got int"):
     stages.get(f"{tmp_path}/no.py:STAGE")
@@ -91,6 +94,13 @@ def test_config_and_version(capsys):
   assert "clara.model.width = 128" in shown and "data.batch_size" not in shown
   assert main(["config", "configs/tiny.py:pretrain", "--config.train.stepz=1"]) == 2
   assert "train.stepz: unknown field" in capsys.readouterr().err
+  head = subprocess.run(
+    f"{sys.executable} -m clara_jax config configs/tiny.py:pretrain | head -1",
+    shell=True,
+    capture_output=True,
+    text=True,
+  )
+  assert head.stdout == "base = None\n" and not head.stderr
   with pytest.raises(SystemExit) as stopped:
     main(["--version"])
   assert stopped.value.code == 0

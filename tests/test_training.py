@@ -156,6 +156,24 @@ def test_a_new_stage_is_one_function_and_one_line():
     del stages.STAGES["shrink"]
 
 
+def test_a_trainer_runs_once():
+  made = trainer.Trainer(
+    tiny.run_config("joint", steps=1),
+    tiny.prompt_tokenizer(),
+    tiny.weights(),
+    tiny.rows("joint")[:8],
+    progress=False,
+  )
+  for call in (made.evaluate, made.save):
+    with pytest.raises(RuntimeError, match="is not at work"):
+      call()
+  made.run()
+  with pytest.raises(RuntimeError, match="has run"):
+    made.run()
+  with pytest.raises(ConfigError, match="nowhere to save"):
+    made.save()
+
+
 def test_the_generator_learns_from_the_joint_stage_without_labels():
   # The gold positions are a metric only: without them the very same parameters come out.
   rows = tiny.rows("joint")

@@ -26,6 +26,8 @@ WHEELS = (
   "portpicker",
   "array_record",
   "ml_collections",
+  "jaxtyping",
+  "wadler_lindig",
   "gguf",
   "bm25s",
   "importlib_resources",

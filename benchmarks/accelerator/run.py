@@ -28,6 +28,7 @@ NEEDED = (
   "flax",
   "optax",
   "orbax",
+  "jaxtyping",
   "grain",
   "array_record",
   "ml_collections",

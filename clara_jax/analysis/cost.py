@@ -3,7 +3,7 @@ that these allow.
 
 `compiled` asks XLA, for TPU topologies that need not be there. `analyzed` adds up what the method
 needs, for any accelerator; its temporaries are an estimate. Used by `launch/aot.py` and, for the
-model FLOPs utilization, by the training loop.
+model FLOPs utilization, by the trainer.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class StageProgram(Protocol):
     """Where traced calls know the mesh."""
 
   def weights_shapes(self, group: str) -> Any:
-    """A group's shapes, with their shardings; so are the others."""
+    """A group's shapes, with their shardings, as the three functions below."""
 
   def state_shapes(self) -> Any: ...
 

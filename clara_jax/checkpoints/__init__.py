@@ -1,1 +1,1 @@
-"""Checkpoints of other programs."""
+"""Checkpoints of every format: ours, Hugging Face, PEFT, GGUF, the released code's."""

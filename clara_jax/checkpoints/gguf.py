@@ -380,7 +380,7 @@ def tokenizer(path: str, values: Mapping[str, Any]) -> PreTrainedTokenizerFast:
   else:
     made = _sentencepiece(vocabulary, tokens, values)
   for token, sort in zip(tokens, values.get("tokenizer.ggml.token_type") or (), strict=False):
-    # fills the vocabulary up
+    # A [PAD…] token only fills the vocabulary up.
     if sort in (_CONTROL, _USER_DEFINED) and not re.fullmatch(r"\[PAD\d+\]|<pad\d+>", token):
       made.add_tokens([AddedToken(token, special=sort == _CONTROL, normalized=False)])
   named = {

@@ -127,7 +127,7 @@ def write_weights(
     directory: of the checkpoint; its config.json is written elsewhere.
     weights: groups of leaves.
     step: its number.
-    hashed: a group whose hash (`hf.base_hash`) is made on the way.
+    hashed: a group whose hash (`huggingface.base_hash`) is made on the way.
     on_written: called with the bytes of each piece.
 
   Returns:

@@ -77,7 +77,7 @@ _NEUTRAL = frozenset(
     "runtime_config",
   )
 )
-# Fields that change what is computed, and the values that can be honoured.
+# Fields that change what is computed, and the values that can be honored.
 _ONLY: dict[str, Sequence[Any]] = {
   "peft_type": ("LORA",),
   "bias": ("none", None),

@@ -13,7 +13,7 @@ HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's options."""
-  parser.add_argument("--out", required=True, metavar="DIR", help="results and DIR/parser.html")
+  parser.add_argument("--out", required=True, metavar="DIR", help="results and DIR/gradients.html")
   parser.add_argument(
     "--estimators",
     nargs="+",

@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -87,12 +88,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
       raise
     print(f"clara {options.command}: {_one_line(error)}", file=sys.stderr)
     return 1
-  if report is not None:
-    value = dataclasses.asdict(report) if dataclasses.is_dataclass(report) else report
+  if report is None:
+    return 0
+  value = dataclasses.asdict(report) if dataclasses.is_dataclass(report) else report
+  try:
     if options.json:
       print(json.dumps(value, ensure_ascii="utf" not in (sys.stdout.encoding or "").lower()))
     else:
       getattr(command, "show", output.show_fields)(value)
+    sys.stdout.flush()
+  except BrokenPipeError:  # `clara … | head` has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   return 0
 
 

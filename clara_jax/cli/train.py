@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--workdir", required=True, metavar="DIR")
   arguments.reading(
-    parser, "compute dtype and of the frozen base; default: the configuration's, or the base's"
+    parser,
+    "dtype of the computation and of the frozen base; default: the configuration's, or the base's",
   )
   arguments.several_processes(parser)
 

@@ -1,1 +1,1 @@
-"""Rows, token layouts, batches, and the generated world."""
+"""Rows, tokenizers, token layouts and batches."""

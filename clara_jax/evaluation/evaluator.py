@@ -26,7 +26,6 @@ from clara_jax.io import parse_json
 from clara_jax.memory.store import fingerprint
 from clara_jax.training import metrics as means
 from clara_jax.training import stages
-from clara_jax.training.step import evaluation_step
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def evaluate(
     max_new_tokens: longest answer.
     path: a JSONL file to which each pass adds its predictions; rows that it has from this
       checkpoint and setting are not answered again.
-    progress: whether lines go to standard error.
+    progress: whether progress is logged.
     name: what they call it; default: the setting.
     weights_sha256: `weights_hash` of the weights, where it is known.
 
@@ -386,25 +385,27 @@ def stage_loss(
     )
   data = DataConfig(candidates=min(counts))
   encoder = RowEncoder(prompt_tokenizer, stage.data, data, model.config.top_k)
-  step = jax.jit(
-    lambda w, b: evaluation_step(model, dataclasses.replace(stage, diagnostics=None), w, {}, b)
-  )
+  step = jax.jit(lambda w, b: stage.loss(model.reading(b), w, {}, b, None))
   retrieve = jax.jit(lambda w, b: _scores(model, w, b))
-  total, listed = None, []
+  terms, total, listed = None, None, []
   for batch in evaluation_batches(rows, encoder, min(batch_size, len(rows))):
-    total = means.add(total, step(weights, batch))
+    of_batch = step(weights, batch)
+    terms, total = means.add(terms, of_batch[0]), means.add(total, of_batch[1])
     if stage.selects:
       scores, indices = jax.device_get(retrieve(weights, batch))
       listed += [
         {"scores": s.tolist(), "selected": i.tolist()} for s, i in zip(scores, indices, strict=True)
       ]
   values = means.values(total)
-  main = values[stage.main_metric]
-  mse = values.get("mse")
+  if stage.main_metric not in values:
+    raise ConfigError(
+      f"stage {stage.name!r}: its main_metric {stage.main_metric!r} is none of its metrics, "
+      f"{sorted(values)}"
+    )
   report = {
-    "loss": main,
-    "mse": mse,
-    "total": main + (model.config.mse_weight * mse if mse is not None else 0.0),
+    "loss": values[stage.main_metric],
+    "mse": values.get("mse"),
+    "total": sum(means.values(terms).values()),
   }
   return report | ({"rows": listed[: len(rows)]} if stage.selects else {})
 

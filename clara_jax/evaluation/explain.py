@@ -262,7 +262,7 @@ def pca_2d(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """PCA of both sets together: ([n, 2], [n, 2], share of the variance of each axis [2])."""
   both = np.concatenate([documents, memories]).astype(np.float64)
-  centred = both - both.mean(0)
-  _, values, directions = np.linalg.svd(centred, full_matrices=False)
-  flat = centred @ directions[:2].T
+  centered = both - both.mean(0)
+  _, values, directions = np.linalg.svd(centered, full_matrices=False)
+  flat = centered @ directions[:2].T
   return flat[: len(documents)], flat[len(documents) :], (values**2 / (values**2).sum())[:2]

@@ -38,7 +38,7 @@ def paraphrase(
     max_new_tokens: longest paraphrase.
     bert_model: a Hugging Face model for BERTScore (arXiv 1904.09675), as NAME or NAME:LAYER; by
       default its best layer, where it is a published one.
-    progress: whether lines go to standard error.
+    progress: whether progress is logged.
 
   Raises:
     ConfigError: a library is missing (extras 'evaluate', 'bertscore').

@@ -32,7 +32,7 @@ _CLOSED = ("yes", "no", "noanswer")
 def squad_normalize(text: str) -> str:
   """Lower case, no punctuation (ASCII), no articles, single spaces: SQuAD's `normalize_answer`.
 
-  >>> normalise_officially("The  U.S. is a place")
+  >>> squad_normalize("The  U.S. is a place")
   'us is place'
   """
   text = "".join(c for c in text.lower() if c not in string.punctuation)

@@ -172,7 +172,7 @@ def against_ratio(points: Mapping[str, tuple[float, statistics.BootstrapMean]]) 
 
 
 def pca_plots(sets: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> str:
-  """PCA of document means and memory means (`explain.picture`), a plot a checkpoint; a line joins
+  """PCA of document means and memory means (`explain.pca_2d`), a plot a checkpoint; a line joins
   the two of a document."""
 
   def drawer(name, found):

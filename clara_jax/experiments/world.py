@@ -82,7 +82,7 @@ RELATIONS: dict[str, dict[str, dict[str, Any]]] = {
       "tell": (
         "{s} has made a good living for many years as a {v}.",
         "{s} went to school for a long time to become a {v}.",
-        "{s} is known to all of the neighbors as a skilful {v}.",
+        "{s} is known to all of the neighbours as a skilful {v}.",
       ),
       "ask": (
         "How does {s} make a living?",

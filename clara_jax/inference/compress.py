@@ -146,7 +146,7 @@ def compress_corpus(
     process, processes: which part of the corpus is this process's.
     mesh: of this process's devices; by default each has the whole compressor and a part of the
       batch.
-    progress: whether lines go to standard error.
+    progress: whether progress is logged.
 
   Raises:
     StoreError: the store was made by another compressor or in another encoding.

@@ -92,8 +92,8 @@ class Greedy:
       weights: the model's.
       prompt: ids [B, T], right-padded.
       memories: [B, K, M, D] for the memory slots, or None.
-      beginning: tokens that all prompts begin with and that were read already (`prefill_prefix`);
-        shorter than every prompt.
+      prefix_cache: tokens that all prompts begin with and that were read already
+        (`prefill_prefix`); shorter than every prompt.
     """
     model, (batch, length) = self.model, prompt.ids.shape
     start = 0 if prefix_cache is None else prefix_cache.positions.shape[1]
@@ -201,13 +201,13 @@ def make_generate(
   pad_id: int,
   role: Role | None = "generator",
 ):
-  """Whole answers, compiled: (weights, prompt, memories, beginning=None) -> ids [B,
+  """Whole answers, compiled: (weights, prompt, memories, prefix_cache=None) -> ids [B,
   max_new_tokens]; see `Greedy`."""
   return jax.jit(Greedy(model, max_new_tokens, end_ids, pad_id, role).__call__)
 
 
 def make_stream(greedy: Greedy) -> Callable[..., Any]:
-  """Answers that grow: (weights, prompt, memories, every, beginning=None) -> iterator of ids [B,
+  """Answers that grow: (weights, prompt, memories, every, prefix_cache=None) -> iterator of ids [B,
   max_new_tokens] after the first token, and then after every `every` more of them."""
   prefill = jax.jit(greedy.prefill)
   decode = jax.jit(greedy.decode, donate_argnums=1)

@@ -978,7 +978,7 @@ def _last_of_each(keys: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 class MemoryLookup:
-  """What the joint stage reads its candidates with (`pipeline.MemoryLookup`)."""
+  """What the joint stage reads its candidates with (`pipeline.MemorySource`)."""
 
   def __init__(self, store: MemoryStore):
     self.store = store

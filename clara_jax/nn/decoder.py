@@ -249,7 +249,7 @@ class Decoder(nn.Module):
     return nn.with_logical_constraint(head.astype(self.config.dtype), (axes.WIDTH, axes.VOCAB))
 
   def logits(self, hidden: jax.Array, output_matrix: jax.Array | None = None) -> jax.Array:
-    """hidden: [..., D], after the final norm -> [..., V] float32. padding vocabulary entries
+    """hidden: [..., D], after the final norm -> [..., V] float32. Padding vocabulary entries
     (`vocab_multiple`) get a logit that no softmax sees. `output_matrix` may be given where many
     calls share it."""
     matrix = self.output_matrix() if output_matrix is None else output_matrix

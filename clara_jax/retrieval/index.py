@@ -277,8 +277,9 @@ def _digest(rows: np.ndarray) -> str:
 
 
 class Index:
-  """The search index of a store, as one name: `Index.build(store)`, `Index.update(store, kind)`,
-  `Index.load(store)`; what they return is a `base.Retriever`."""
+  """The search index of a store, as one name: `Index.build(store)` and `Index.load(store)` return a
+  `base.Retriever`, `Index.update(store, kind)` returns it with the number of changed documents.
+  """
 
   build = staticmethod(build)
   update = staticmethod(update)

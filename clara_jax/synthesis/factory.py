@@ -190,7 +190,7 @@ async def produce(
     share: of the items that were handed out, for the time left.
     retry_rejected: items that were rejected with a reason that begins so are open again, with other
       seeds ('' is all).
-    progress: whether lines go to standard error.
+    progress: whether progress is logged.
 
   Raises:
     ConfigError: the directory has items made by other prompts, model or sampling.

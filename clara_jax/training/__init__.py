@@ -1,1 +1,1 @@
-"""Stages, optimizer, step, loop and checkpoints."""
+"""Stages, optimizer, step and trainer."""

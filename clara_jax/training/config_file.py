@@ -79,20 +79,36 @@ def describe(
     fields = {**fields, "clara": {**clara, "model": {**_ANY_SHAPE, **given}}}
   values = _flat(dataclasses.asdict(from_config_dict(RunConfig, _with_shape(fields, allow))))
   defaults, meanings = _flat(config_dict().to_dict()), field_meanings()
-  if unknown:
-    values |= {
-      name: _OF_THE_BASE
-      for name in values
-      if name.startswith("clara.model.") and name.removeprefix("clara.model.") not in given
-    }
+  named = _named(clara) | (clara.get("fresh_model") or {}) if isinstance(clara, Mapping) else {}
+  run_only = {
+    field.name: field.default
+    for field in dataclasses.fields(ModelConfig)
+    if field.name in _RUN_ONLY
+  }
+  for name in [name for name in values if name.startswith("clara.model.")]:
+    field = name.removeprefix("clara.model.")
+    if field in run_only:
+      defaults[name] = run_only[field]
+      continue
+    if unknown and field not in named:
+      values[name] = _OF_THE_BASE
+    # Of the shape, what a configuration does not name is the base's.
+    defaults[name] = _OF_THE_BASE if field in named else values[name]
   return {
-    name: {
-      "value": value,
-      "default": _OF_THE_BASE if name.startswith("clara.model.") else defaults.get(name),
-      "meaning": meanings.get(name, ""),
-    }
+    name: {"value": value, "default": defaults.get(name), "meaning": meanings.get(name, "")}
     for name, value in values.items()
   }
+
+
+# Fields of a model that no base says anything about.
+_RUN_ONLY = (
+  "attention",
+  "scan_unroll",
+  "remat",
+  "vocab_multiple",
+  "logits_chunk",
+  "base_quantization",
+)
 
 
 _ANY_SHAPE = {

@@ -67,7 +67,7 @@ class Reporter:
       DIRECTORY/tensorboard. None writes no file.
     stage: name shown in front.
     steps: length of the run, for the time left.
-    progress: whether lines go to standard error.
+    progress: whether progress is logged.
   """
 
   def __init__(self, directory: Any, stage: str, steps: int, progress: bool = True):

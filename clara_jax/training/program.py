@@ -1,6 +1,6 @@
 """The computations of a run on a mesh: where every array lies, and the step that is compiled.
 
-`loop.train` runs it and `launch/aot.py` compiles it for machines that are not there: one and the
+`Trainer` runs it and `launch/aot.py` compiles it for machines that are not there: one and the
 same step.
 """
 

@@ -5,6 +5,7 @@ import os
 
 import jax
 import numpy as np
+from etils import epath
 
 from clara_jax import distributed, io
 from clara_jax.checkpoints.workdir import CheckpointError, claim, write_config
@@ -51,6 +52,9 @@ def _inputs(config: RunConfig, init_weights: Weights, base_sha256: str | None) -
     if group != "base" or not base_sha256
   }
   hashes = {"init_from": fingerprint(start, sorted(start))} if start else {}
+  for name, code in (("train.stage", config.train.stage), ("estimator", config.estimator or "")):
+    if ".py:" in code:  # code of the user's is known by its content
+      hashes[name] = io.checksum(epath.Path(code.rpartition(":")[0]))
   data = config.data
   for name, paths in (("data.rows", data.rows), ("data.eval_rows", data.eval_rows)):
     if paths and all(

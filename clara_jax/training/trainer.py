@@ -184,6 +184,8 @@ class Trainer:
       NonFiniteLossError: naming the step and its rows.
       KeyboardInterrupt: Ctrl-C; after the first one the run has saved.
     """
+    if self.state is not None:
+      raise RuntimeError("this Trainer has run; make another one")
     start = time.monotonic()
     with self.program.context(), Signals() as signals, contextlib.ExitStack() as held:
       self._place_weights()
@@ -196,7 +198,7 @@ class Trainer:
         self.total_steps,
         self._progress and main,
       )
-      # of the state: what an interruption saves belongs together
+      # The position of the state: what an interruption saves belongs together.
       self._position = self._batches.get_state()
       finished = False
       try:
@@ -348,7 +350,9 @@ class Trainer:
       hook.after_report(self, metrics)
 
   def evaluate(self) -> dict[str, float]:
-    """Runs the evaluation rows, without dropout; records and returns their metrics."""
+    """Runs the evaluation rows, without dropout; records and returns their metrics. For
+    hooks, while `run` is at work."""
+    self._check_running()
     metrics: dict[str, float] = {}
     with self._untimed():
       size = self.config.data.eval_batch_size
@@ -368,7 +372,11 @@ class Trainer:
     return metrics
 
   def save(self) -> None:
-    """Saves the state with the position in the data, in the background."""
+    """Saves the state with the position in the data, in the background. For hooks, while `run`
+    is at work; there is a `workdir`."""
+    self._check_running()
+    if self._checkpointer is None:
+      raise ConfigError("workdir: a Trainer without one has nowhere to save")
     with self._untimed():
       evaluated = (
         self.evaluations[-1][1]
@@ -382,6 +390,10 @@ class Trainer:
         {"data": self._position, "productive_seconds": self._watch.productive},
         evaluated,
       )
+
+  def _check_running(self) -> None:
+    if self.state is None:
+      raise RuntimeError("the Trainer is not at work: call run()")
 
   def _close(self, save: bool) -> None:
     """Saves if asked to, and frees threads and files."""

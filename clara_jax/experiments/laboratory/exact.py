@@ -77,7 +77,7 @@ def uniform_noise_policy(
   arguments.
 
   p(i) = ∫ f_{i_1}(x_1) ∫^{x_1} f_{i_2}(x_2) … ∫^{x_{K-1}} f_{i_K}(x_K) Π_{r∉i} F_r(x_K). Between
-  neighbouring ends of the N intervals everything is a polynomial of degree at most N, which N + 1
+  neighboring ends of the N intervals everything is a polynomial of degree at most N, which N + 1
   Gauss–Legendre nodes integrate exactly.
   """
   n, k = scores.shape[0], found.shape[1]

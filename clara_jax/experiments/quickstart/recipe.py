@@ -1,6 +1,6 @@
 """The quickstart's recipe: a tiny base, the stages of CLaRa, a compressed corpus, answers.
 
-Every part is the part that the large case uses: `trainer.train`, `compress_corpus`, the index,
+Every part is the part that the large case uses: `training.run.train`, `compress_corpus`, the index,
 `Answerer`. Only sizes differ.
 """
 
@@ -194,7 +194,7 @@ class _Stages:
     return os.path.join(self.workdir, "stages", name)
 
   def run(self, name: str, eval_rows=(), memories=None) -> None:
-    """Trains a stage from the previous stage it; a finished one is not repeated."""
+    """Trains a stage from the previous one; a finished one is not repeated."""
     log.info(f"\n== {name}: {SAYS[name]}")
     start = time.monotonic()
     previous = PREVIOUS[name]

@@ -8,13 +8,16 @@ from markupsafe import Markup
 
 from clara_jax.reports import html
 
+# Of metrics that version 0.1 wrote.
+_FORMER_NAMES = {"push_first": "gold_gradient_top1", "push_top3": "gold_gradient_top3"}
+
 
 def read_metrics(directory: str, kind: str) -> list[dict[str, float]]:
   """The lines of a run's metrics.jsonl of one kind ('train' or 'eval'), one a step, the last where
   a step was repeated."""
   by_step: dict[int, dict[str, float]] = {}
   for line in (epath.Path(directory) / "metrics.jsonl").read_text().splitlines():
-    value = json.loads(line)
+    value = {_FORMER_NAMES.get(k, k): v for k, v in json.loads(line).items()}
     if value["kind"] == kind:
       by_step[value["step"]] = value
   return [by_step[step] for step in sorted(by_step)]

@@ -112,7 +112,7 @@ def _validate_shapes(estimator: Estimator) -> None:
 def _from_file(name: str) -> EstimatorFn | None:
   function = extensions.from_file(name, "estimator")
   if function is not None and not callable(function):
-    raise ConfigError(f"estimator={name!r}: is no function")
+    raise ConfigError(f"estimator={name!r}: expected a function")
   return function
 
 

@@ -24,6 +24,7 @@ from clara_jax.training.stages.losses import (
   repeat,
 )
 from clara_jax.training.stages.table import (
+  BUILT_IN,
   FRESH,
   STAGES,
   LossFn,
@@ -120,3 +121,5 @@ CONTRASTIVE = register(
     starts={**_CARRIED, "generator": ("generator",), **_QUERY_REASONER},
   )
 )
+
+BUILT_IN.update(STAGES)

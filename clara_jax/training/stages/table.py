@@ -42,7 +42,7 @@ class Stage:
   """One row of the table.
 
   Attributes:
-    name: what `config.train.stage` says.
+    name: what `config.train.stage` says, unless it names a file (`FILE.py:STAGE`).
     data: what a batch holds: 'text' (documents as text in the prompt), 'given' (K documents) or
       'candidates' (N documents and the question on its own).
     loss: see `LossFn`.
@@ -97,10 +97,17 @@ class Stage:
 
 
 STAGES: dict[str, Stage] = {}
+BUILT_IN: set[str] = set()
 
 
 def register(stage: Stage) -> Stage:
-  """Adds a stage to the table."""
+  """Adds a stage to the table.
+
+  Raises:
+    ConfigError: its name is one of clara_jax's own.
+  """
+  if stage.name in BUILT_IN:
+    raise ConfigError(f"stage {stage.name!r}: is one of clara_jax's own; choose another name")
   STAGES[stage.name] = stage
   return stage
 
