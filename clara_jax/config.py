@@ -582,13 +582,12 @@ def _attributes(cls: type) -> dict[str, str]:
 def config_dict() -> ml_collections.ConfigDict:
   """The defaults of `RunConfig` for a config file, which then says what differs.
 
-  `clara.model` has a placeholder for each field: the shape is the base's unless the file says
-  otherwise.
+  `clara.model` is empty: the shape is the base's, and the file names only how it is run.
   """
   return ml_collections.ConfigDict(_defaults(RunConfig))
 
 
-def _defaults(cls: type, unset: bool = False) -> dict[str, Any]:
+def _defaults(cls: type) -> dict[str, Any]:
   hints, values = typing.get_type_hints(cls), {}
   for field in dataclasses.fields(cls):
     hint = hints[field.name]
@@ -599,20 +598,14 @@ def _defaults(cls: type, unset: bool = False) -> dict[str, Any]:
     )
     plain = options[0] if options else hint
     if dataclasses.is_dataclass(plain) and not options:
-      values[field.name] = _defaults(plain, unset=plain is ModelConfig)  # type: ignore[arg-type]
+      values[field.name] = {} if plain is ModelConfig else _defaults(plain)  # type: ignore[arg-type]
     elif field.default_factory is not dataclasses.MISSING:
       values[field.name] = field.default_factory()
-    elif not unset and field.default not in (None, dataclasses.MISSING):
+    elif field.default not in (None, dataclasses.MISSING):
       values[field.name] = field.default
     else:
       origin = typing.get_origin(plain) or plain
-      kind = (
-        type(typing.get_args(plain)[0])
-        if origin is Literal
-        else object
-        if dataclasses.is_dataclass(plain)
-        else origin
-      )
+      kind = type(typing.get_args(plain)[0]) if origin is Literal else origin
       values[field.name] = config_dict_lib.placeholder(kind)
   return values
 

@@ -2,12 +2,13 @@
 configuration, the Python API."""
 
 import argparse
+import dataclasses
 import pathlib
 import re
 
 import clara_jax
 from clara_jax.cli.main import COMMANDS, command_module
-from clara_jax.config import config_dict, field_meanings
+from clara_jax.config import ModelConfig, config_dict, field_meanings
 
 CONTENTS = {
   "Guides": (
@@ -124,7 +125,9 @@ def configuration() -> str:
       if name not in rows:
         add(f"{prefix}{name}", f"{prefix}{name}.", value)
 
-  add("The run", "", config_dict().to_dict())
+  values = config_dict().to_dict()
+  values["clara"]["model"] = dict.fromkeys(f.name for f in dataclasses.fields(ModelConfig))
+  add("The run", "", values)
   return "\n".join(lines) + "\n"
 
 

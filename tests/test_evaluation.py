@@ -518,7 +518,7 @@ def test_gains_and_attention_by_the_plain_formula(checkpoint):
   # would return these shares. Here the plain formula, from the keys and queries of each layer.
   variables = {"params": weights["base"], "lora": weights["generator"]}
   (_, read), sown = model.decoder.apply(
-    variables, model.splice(weights, ids, memories), keep=True, mutable=["queries"]
+    variables, model.splice(weights, ids, memories), return_kv=True, mutable=["queries"]
   )
   (queries,) = sown["queries"]["layers"]["attention"]["rotated"]
   slots = np.flatnonzero(np.isin(np.asarray(ids[0]), model.config.model.vocab_size + np.arange(2)))

@@ -498,6 +498,7 @@ def test_the_description_names_everything(client):
 
 _SERVE = """
 import sys
+from clara_jax.cli.output import configure_logging
 from clara_jax.inference.checkpoint import Checkpoint
 from clara_jax.inference.answer import Answerer
 from clara_jax.memory.store import MemoryStore

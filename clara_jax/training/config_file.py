@@ -75,8 +75,7 @@ def describe(
     or (clara.get("model") or {}).get("vocab_size")
   )
   if unknown:
-    given = {name: value for name, value in (clara.get("model") or {}).items() if value is not None}
-    fields = {**fields, "clara": {**clara, "model": {**_ANY_SHAPE, **given}}}
+    fields = {**fields, "clara": {**clara, "model": {**_ANY_SHAPE, **_named(clara)}}}
   values = _flat(dataclasses.asdict(from_config_dict(RunConfig, _with_shape(fields, allow))))
   defaults, meanings = _flat(config_dict().to_dict()), field_meanings()
   named = _named(clara) | (clara.get("fresh_model") or {}) if isinstance(clara, Mapping) else {}
@@ -202,7 +201,7 @@ def _with_shape(fields: dict[str, Any], allow: Sequence[str]) -> dict[str, Any]:
 
 def _named(clara: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of the model that a configuration names."""
-  return {name: value for name, value in (clara.get("model") or {}).items() if value is not None}
+  return dict(clara.get("model") or {})
 
 
 def _model_of(
