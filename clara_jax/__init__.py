@@ -11,7 +11,10 @@ the file to read first). Everything here is imported when it is first used.
 """  # noqa: E501
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+from clara_jax import former
 
 if TYPE_CHECKING:
   from clara_jax.checkpoints.formats import load
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
   from clara_jax.training.trainer import Trainer
 
 __version__ = "0.2.0"
+
+sys.meta_path.append(former.Finder())
 
 _MODULE_OF = {
   "Answerer": "inference.answer",

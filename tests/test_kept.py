@@ -4,6 +4,8 @@ resumed."""
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 import tarfile
 
 import jax
@@ -85,3 +87,35 @@ def test_predictions_of_before_are_not_made_again(kept):
     progress=False,
   )
   assert pathlib.Path("predictions.jsonl").read_text() == before
+
+
+def test_module_paths_of_before_still_work():
+  """With a warning, each once; code of 0.1 that only moved runs unchanged."""
+  code = """
+import warnings
+warnings.simplefilter("error", ImportWarning)
+with warnings.catch_warnings(record=True) as seen:
+  warnings.simplefilter("always")
+  from clara_jax.interop import checkpoints, families
+  from clara_jax.data.tokens import Layout
+  from clara_jax.data.world import World
+  from clara_jax.memory import quantise
+  from clara_jax.quickstart.recipe import Sizes
+  from clara_jax.synthesis.offline import Offline
+  from clara_jax.training.checkpoint import Checkpointer
+  import clara_jax.gradients.audit
+said = [str(w.message) for w in seen if "clara_jax" in str(w.message)]
+assert "clara_jax.interop.checkpoints is clara_jax.checkpoints.formats now" in said or (
+  "clara_jax.checkpoints.checkpoints is clara_jax.checkpoints.formats now" in said), said
+import clara_jax.checkpoints.formats as formats
+from clara_jax.data.prompt_tokenizer import PromptTokenizer
+assert checkpoints is formats and checkpoints.Opened is formats.LazyCheckpoint
+assert Layout is PromptTokenizer
+assert quantise.quantise is quantise.quantize
+assert formats.__spec__.name == "clara_jax.checkpoints.formats"
+try:
+  import clara_jax.interop.nothing
+except ModuleNotFoundError as error:
+  assert "clara_jax.checkpoints.nothing" in str(error), error
+"""
+  subprocess.run([sys.executable, "-c", code], check=True)

@@ -20,7 +20,7 @@ from tests import tiny
 
 ROOT = pathlib.Path(clara_jax.__file__).parent
 FLOORS = [
-  {"errors", "axes", "io"},
+  {"errors", "axes", "io", "former"},
   {"config", "batch"},
   {"extensions", "reports"},
   {"data"},

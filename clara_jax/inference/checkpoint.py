@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,12 @@ class Checkpoint:
   directory: str = ""
   base: str | None = None
   base_sha256: str | None = None
+
+  @property
+  def layout(self) -> PromptTokenizer:
+    """What `prompt_tokenizer` was called in version 0.1."""
+    warnings.warn("layout is prompt_tokenizer now", DeprecationWarning, stacklevel=2)
+    return self.prompt_tokenizer
 
   def require(self, *groups: str) -> None:
     """Refuses a checkpoint that lacks a role.
