@@ -1278,3 +1278,14 @@ def test_checks_in_other_languages(language):
     document * 40
   ).replace(" ", "")
   assert next(documents.chunks(Document("d", document), 500)).text == document
+
+
+@pytest.mark.parametrize("usage", ['["1", 2, 3]', "[1, 2]", "7", "null", "[1, 2, true]"])
+def test_a_journal_of_before_with_a_damaged_line(tmp_path, usage):
+  """Journals of before had no checksums; an hour of fuzzing found a count that was text."""
+  path = tmp_path / "journal.jsonl"
+  lines = ['{"n": "d1", "u": [1, 2, 3]}', f'{{"n": "d2", "u": {usage}}}', '{"n": "d3"}']
+  path.write_text("".join(f"{line}\n" for line in lines))
+  journal = Journal(str(path))
+  assert journal.damaged == 1 and journal.spent == [1, 2, 3]
+  journal.close()

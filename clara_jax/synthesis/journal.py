@@ -204,19 +204,13 @@ def _lines(path: str, on_damage: Callable[[], None] = lambda: None) -> Iterator[
 
 def _is_entry(value: Any) -> bool:
   """Whether a line without a checksum, as journals had them before, can be one of theirs."""
-  if (
-    not isinstance(value, dict)
-    or set(value) - {"u"} not in _FIELDS
-    or not _HASH.fullmatch(str(value.get("h", "00")))
-  ):
+  if not isinstance(value, dict) or set(value) - {"u"} not in _FIELDS:
+    return False
+  if "h" in value and not _HASH.fullmatch(str(value["h"])):
     return False
   usage = value.get("u", [0, 0, 0])
-  return (
-    isinstance(usage, list)
-    and len(usage) == 3
-    and all(type(n) is int for n in usage)
-    and all(isinstance(text, str) for name, text in value.items() if name not in ("u", "o"))
-  )
+  counts = isinstance(usage, list) and len(usage) == 3 and all(type(n) is int for n in usage)
+  return counts and all(isinstance(t, str) for name, t in value.items() if name not in ("u", "o"))
 
 
 def _digest(text: str, size: int = 8) -> bytes:
