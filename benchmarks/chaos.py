@@ -230,7 +230,7 @@ def store_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
       start(1, **({"kill_after": rng.uniform(0, 0.12)} if rng.random() < 0.5 else {}))
       first.join()
     else:
-      # the next writer enters what a kill left without an entry; it was not acknowledged
+      # The next writer enters what a kill left without an entry; it was not acknowledged.
       MemoryStore(str(folder), MANIFEST).close()
       before = content_of(folder)
       shutil.rmtree(copy, ignore_errors=True)
@@ -635,7 +635,7 @@ def crowd_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
           connection.sendall(b" ")
 
     threads = [threading.Thread(target=slow) for _ in range(50)]
-    # not in this process: it would share its lock
+    # Not in this process: it would share its lock.
     crowd = CHILDREN.Process(target=_huge_bodies, args=(port, 20))
     for thread in threads:
       thread.start()

@@ -318,7 +318,7 @@ def main() -> None:
   work.mkdir(parents=True)
   kept = pathlib.Path(options.scratch, "found")
   kept.mkdir(exist_ok=True)
-  # replies and bodies are answered by their own errors, which are ValueErrors
+  # Replies and bodies are answered by their own errors, which are ValueErrors.
   refusals = (*REFUSALS, ValueError)
 
   def too_long(*_):

@@ -32,7 +32,7 @@ def evaluate(directory: str, stage: str, quantization: str) -> dict[str, float]:
     config, model=dataclasses.replace(config.model, base_quantization=quantization)
   )
   data = DataConfig(batch_size=64, candidates=CANDIDATES, bucket=512)
-  # the loss of scp; scp itself would start with new adapters
+  # The loss of scp; scp itself would start with new adapters.
   loss = "joint" if stage == "joint" else "instruct"
   program = Program(RunConfig(config, data, TrainConfig(stage=loss)), steps=1)
   world = World(Sizes().world).question_rows(DOCUMENTS[stage], True, ROWS)

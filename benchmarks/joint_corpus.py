@@ -47,7 +47,7 @@ def main() -> None:
   store = MemoryStore(corpus_store)
   rows = [schemas.parse_row(r, f"joint:{i}") for i, r in enumerate(world.question_rows(1))]
   rows = [r for r in rows if r.document_ids[r.gold[0]] in store]
-  # their questions are not trained on; their documents are in the store as all are
+  # Their questions are not trained on; their documents are in the store as all are.
   held_out = rows[::10][:320]
   rows = [r for r in rows if r not in held_out]
   data = DataConfig(

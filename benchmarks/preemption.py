@@ -80,7 +80,7 @@ def main() -> None:
   run = {"workdir": str(work), "log": str(log)}
   kills, saving = [], 0
   for i in range(options.kills):
-    # a moment of the run, in steps
+    # A moment of the run, in steps.
     target = min(STEPS - 3, (i + 1) * STEPS // (options.kills + 1) + rng.randint(-3, 3))
     process = start({**job, "runs": [run]})
 

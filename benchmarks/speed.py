@@ -255,7 +255,7 @@ def jax_answer(scratch, size, merged=False):
       "base": linear.merge(weights["base"], weights["generator"], config.lora.scale),
       "memory_embedding": weights["memory_embedding"],
     }
-  # no token ends an answer
+  # No token ends an answer.
   greedy = Greedy(
     model, NEW_TOKENS, (-1,), prompt_tokenizer.pad_id, None if merged else "generator"
   )

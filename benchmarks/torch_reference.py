@@ -31,7 +31,7 @@ class Reference:
       task_type="CAUSAL_LM",
       target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     )
-    # in the model's type, as ours
+    # In the model's type, as ours.
     self.model = get_peft_model(
       model, config, adapter_name="compressor", autocast_adapter_dtype=False
     )

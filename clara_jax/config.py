@@ -570,7 +570,7 @@ def field_meanings(cls: type = RunConfig) -> dict[str, str]:
 
 
 def _attributes(cls: type) -> dict[str, str]:
-  text = inspect.getdoc(cls).partition("Attributes:\n")[2]
+  text = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
   entries = re.findall(r"^  ([\w, ]+): ((?:.+\n?)(?:    .*\n?)*)", text, re.MULTILINE)
   return {
     name.strip(): " ".join(meaning.split())

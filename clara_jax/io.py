@@ -248,7 +248,7 @@ class Lock:
         with contextlib.suppress(OSError):
           if not self._shared:
             os.ftruncate(self._descriptor, 0)
-          # also for a child that was forked meanwhile and holds the file open
+          # Also for a child that was forked meanwhile and holds the file open.
           fcntl.flock(self._descriptor, fcntl.LOCK_UN)
       os.close(self._descriptor)
       self._descriptor = -1

@@ -32,7 +32,7 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
   axes.KV_HEADS: "tensor",
   axes.VOCAB: "tensor",
   axes.RANK: None,
-  # adapters and their optimizer slots have one long axis: all of it is divided
+  # Adapters and their optimizer slots have one long axis: all of it is divided.
   axes.LORA: ("tensor", "fsdp"),
   axes.LAYERS: None,
   axes.MEMORY: None,
@@ -199,7 +199,7 @@ def place(leaf: Any, sharding: jax.sharding.Sharding, like: Any = None) -> jax.A
     filled = jnp.pad(
       leaf, [(0, want - have) for have, want in zip(leaf.shape, like.shape, strict=True)]
     )
-    # a copy: the caller may donate it
+    # A copy: the caller may donate it.
     return jax.device_put(jnp.array(filled, like.dtype, copy=True), sharding)
   # Shard by shard, so that the host holds one at a time beside what is on the devices; copies of a
   # shard are read once.

@@ -34,7 +34,7 @@ def get_config(stage: str = "scp") -> ml_collections.ConfigDict:
     }
   )
   config.clara.model.update({"vocab_multiple": 1, "logits_chunk": 0, "remat": "none"})
-  # three roles in bfloat16: 11 MB
+  # Three roles in bfloat16: 11 MB.
   config.clara.lora.update({"rank": 6, "alpha": 24.0, "dropout": 0.05})
   # Four rows of one paragraph share its compression: two or three questions, their list, the
   # paragraph told again.

@@ -23,5 +23,5 @@ html_title = "clara_jax"
 autodoc_typehints = "none"  # shapes are in the text
 autodoc_member_order = "bysource"
 napoleon_custom_sections = []
-# docstrings are written for the eye: tables and indented lines in them
+# Docstrings are written for the eye: tables and indented lines in them.
 suppress_warnings = ["myst.header", "docutils", "ref.python"]

@@ -3,7 +3,7 @@ has found.
 
     python examples/custom_retriever.py CHECKPOINT STORE "question" …
 
-`Answerer(index=…)` takes anything that has `rows` and `search` (`clara_jax/retrieval/base.py`).
+`Answerer(index=…)` takes anything that has `search` (`Searcher` in `clara_jax/retrieval/base.py`).
 """
 
 import sys
@@ -18,14 +18,14 @@ class Diverse:
   """Exact search; of documents more alike than `limit` only the best is kept."""
 
   def __init__(self, store: clara_jax.MemoryStore, limit: float = 0.98):
-    self.rows, self._limit = store.rows, limit
+    self._rows, self._limit = store.rows, limit
     self._vectors = unit_vectors(store.memories(store.rows))
 
   def search(self, queries: np.ndarray, k: int, among: np.ndarray | None = None):
-    """See `retrieval.base.Retriever.search`."""
+    """See `retrieval.base.Searcher.search`."""
     rows = np.full((len(queries), k), -1, np.int64)
     scores = np.full((len(queries), k), -np.inf, np.float32)
-    allowed = np.ones(len(self.rows), bool) if among is None else np.isin(self.rows, among)
+    allowed = np.ones(len(self._rows), bool) if among is None else np.isin(self._rows, among)
     for i, cosines in enumerate(queries @ self._vectors.T):
       chosen: list[int] = []
       for place in np.argsort(-cosines, kind="stable"):
@@ -34,7 +34,7 @@ class Diverse:
           chosen.append(int(place))
         if len(chosen) == k:
           break
-      rows[i, : len(chosen)], scores[i, : len(chosen)] = self.rows[chosen], cosines[chosen]
+      rows[i, : len(chosen)], scores[i, : len(chosen)] = self._rows[chosen], cosines[chosen]
     return rows, scores
 
 

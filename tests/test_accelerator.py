@@ -19,7 +19,7 @@ FOLDER = ROOT / "benchmarks" / "accelerator"
 
 
 def python(*arguments) -> str:
-  # one device, as one card
+  # One device, as one card.
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
   done = subprocess.run(
     [sys.executable, *map(str, arguments)], env=environment, text=True, capture_output=True

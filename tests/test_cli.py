@@ -514,7 +514,7 @@ def test_train_through_the_command(folder, capsys, tmp_path, own_estimator):
   assert status == 0 and report["step"] == 3
   for number, name in enumerate((own_estimator, "mine")):  # from a file, and by an entry point
     arguments[arguments.index("--workdir") + 1] = workdir = tmp_path / f"own{number}"
-    # fields that the file does not name
+    # Fields that the file does not name.
     more = ["--config.train.temperature=annealed", "--config.train.final_temperature=0.1"] * number
     status, report, err = run(
       capsys, *arguments, f"--config.estimator={name}", "--config.estimator_args.scale=0.5", *more

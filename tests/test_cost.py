@@ -47,7 +47,7 @@ def test_flops_are_counted_as_often_as_they_run():
   one = 2 * 4 * 8 * 8
   assert flops.count(lambda x, w: jax.lax.scan(layer, x, w)[0], x, w) == 5 * one
   loss = lambda x, w: jax.lax.scan(jax.checkpoint(layer), x, w)[0].sum()
-  # forward, again, two gradients
+  # Forward, again, two gradients.
   assert flops.count(jax.grad(loss, argnums=(0, 1)), x, w) == 5 * (one + one + 2 * one)
   assert flops.count(lambda x, w: (x @ w[0]).sum() * 0 + x.sum(), x, w) == one
   assert flops.count(lambda x, w: (x @ w[0], x)[1], x, w) == 0  # nobody needs it
@@ -72,7 +72,7 @@ def test_model_flops_leave_recomputation_out():
   )
   assert 4 / 3 < cost.step_flops(scp) / cost.model_flops(scp, scp.batch_shapes()) < 3 / 2
   a, b = (cost.model_flops(p, p.batch_shapes()) for p in (joint, contrastive))
-  # the contrastive stage reads questions only, of 288 tokens beside prompts of 1,024
+  # The contrastive stage reads questions only, of 288 tokens beside prompts of 1,024.
   assert b < 0.3 * a
 
 
@@ -110,7 +110,7 @@ def test_a_tpu_program_is_read_right():
   # One sum over the rows in each of seven layers, or one of all seven after the loop.
   assert found.collectives["all-reduce"] in (1, 7)
   assert found.interconnect_bytes == pytest.approx(7 * 2 * 512 * 4 * 3 / 4, rel=0.01)
-  # every layer's weights are read once
+  # Every layer's weights are read once.
   assert 7 * 512 * 512 * 4 <= found.memory_bytes < 4 * 7 * 512 * 512 * 4
 
 

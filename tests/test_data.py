@@ -277,7 +277,7 @@ def test_malformed_rows_are_counted_and_limited(tmp_path, caplog):
 
 def test_a_row_that_does_not_fit_is_replaced_and_counted(caplog):
   rows = tiny.rows("scp")[:16]
-  # too many memory slots
+  # Too many memory slots.
   rows[3] = dataclasses.replace(rows[3], documents=rows[3].documents * 100, identifier="long")
 
   def batches(limit):

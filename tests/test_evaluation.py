@@ -523,7 +523,7 @@ def test_gains_and_attention_by_the_plain_formula(checkpoint):
   (queries,) = sown["queries"]["layers"]["attention"]["rotated"]
   slots = np.flatnonzero(np.isin(np.asarray(ids[0]), model.config.model.vocab_size + np.arange(2)))
   total = np.zeros(len(slots))
-  # one key/value head
+  # One key/value head.
   for q, k in zip(np.asarray(queries)[:, 0], np.asarray(read.keys)[:, 0, 0], strict=True):
     for t in range(len(prompt) - 1, len(prompt) + 2):
       for head in range(2):
@@ -621,7 +621,7 @@ def test_one_claim_is_reproduced_and_kept(tmp_path, monkeypatch):
   monkeypatch.setattr(claims.Experiments, "_train", None)  # nothing is done again
   claims.run(str(tmp_path), ("h",), seeds=1, sizes=sizes)
   monkeypatch.undo()
-  # the trainings of clara gradients --train start from the same checkpoints
+  # The trainings of clara gradients --train start from the same checkpoints.
   name = "gumbel(temperature=0.1)"
   trained = compare(str(tmp_path), [parse(name)], seeds=1, sizes=sizes)
   assert trained["results"][name][0]["milliseconds"] > 0 and [

@@ -51,7 +51,7 @@ def test_a_run_of_before_is_resumed_to_the_same_end(kept):
   resumed = np.concatenate(
     [np.ravel(x) for x in jax.tree.leaves(jax.device_get(result.weights["generator"]))]
   )
-  # to the bit where JAX is that which wrote it
+  # To the bit where JAX is that which wrote it.
   np.testing.assert_allclose(resumed, kept["generator"], atol=1e-6)
 
 

@@ -117,7 +117,7 @@ def test_a_half_written_segment_does_not_count(tmp_path):
   store.append(*numbered(3))
   (tmp_path / "segments-0" / "000001-000" / "segment.json").unlink()
   store.close()
-  # as a kill between the files and their record leaves it, or one within a line
+  # As a kill between the files and their record leaves it, or one within a line.
   ledger = tmp_path / "ledger-0-000.jsonl"
   ledger.write_bytes(ledger.read_bytes()[:-30])
   store = MemoryStore(str(tmp_path))
@@ -422,7 +422,7 @@ def test_every_flipped_bit_is_named_or_harmless(tmp_path):
         assert content(store) == whole, (file, place)
         if file.name != "manifest.json":
           store.verify()
-          # the end of the last line alone
+          # The end of the last line alone.
           assert file.suffix == ".jsonl" and place == len(before) - 1, (file, place)
       except StoreError:
         pass

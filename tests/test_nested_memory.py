@@ -341,7 +341,7 @@ def test_commands(folder, capsys):
   np.testing.assert_allclose(
     MemoryStore(str(fresh)).memories(), MemoryStore(str(small)).memories(), atol=1e-5
   )
-  # goes on with as many as the store has
+  # Goes on with as many as the store has.
   report, _ = clara("compress", *checkpoint, *documents, "--store", small)
   assert report["skipped"] == report["documents"]
   report, _ = clara("index", "--store", store, "--kind", "exact", "--memory-tokens", 2)

@@ -41,7 +41,7 @@ def test_the_prompt_is_the_templates_own_and_begins_the_training_text(name):
   made = prompt_tokenizer(name)
   tokenizer = made.tokenizer
   messages = prompts.answer_messages(made.slots(2), "Where is it?")
-  # refuses a system message: in front of the user's, one newline between, as in the released code
+  # Refuses a system message: in front of the user's, one newline between, as in the released code.
   if "v0.1" in name:
     messages = [{"role": "user", "content": f"{messages[0]['content']}\n{messages[1]['content']}"}]
   rendered = tokenizer.apply_chat_template(

@@ -102,7 +102,9 @@ def test_answers_are_those_of_the_command(client, answerer):
 def test_what_is_shared_is_read_once(answerer):
   """Several questions over the same documents, and a generator that is merged into the base, answer
   as one question does alone."""
-  merged = Answerer(answerer, answerer.store, index=answerer._index, max_new_tokens=6, merge=True)
+  merged = Answerer(
+    answerer.checkpoint, answerer.store, index=answerer._index, max_new_tokens=6, merge=True
+  )
   ids = tuple(d.id for d in answerer.search([Question(question())])[0])
   asked = [Question(question(i), ids=ids) for i in (0, 1)]
   alone = [answerer.answer([q])[0].answer for q in asked]
@@ -443,7 +445,7 @@ def test_clients_that_are_slow_silent_or_half_closed(answerer):
       with contextlib.suppress(ConnectionResetError):
         assert connection.recv(100) == b""
     assert 1 < time.monotonic() - start < 8
-    # one connection that is always busy for less than a second
+    # One connection that is always busy for less than a second.
     with httpx.Client(base_url=client.base_url) as pooled:
       start = time.monotonic()
       while time.monotonic() - start < 3.5:

@@ -90,7 +90,7 @@ def test_resume_is_exact(tmp_path, stage):
 
 
 def test_another_configuration_is_refused(tmp_path):
-  # a run that never saved a step holds nothing
+  # A run that never saved a step holds nothing.
   workdir.write_config(str(tmp_path), tiny.run_config("contrastive", learning_rate=0.7))
   train("contrastive", str(tmp_path), stop_at=1)
   with pytest.raises(CheckpointError, match="train.learning_rate"):
@@ -193,7 +193,7 @@ def test_the_generator_learns_from_the_joint_stage_without_labels():
 def test_nested_dropout_keeps_a_first_part():
   selected = jnp.ones((400, 4, 2, 3))
   kept = np.asarray(stages.nested_dropout(selected, 0.5, jax.random.key(0)))[..., 0, 0]
-  # never a gap, never nothing
+  # Never a gap, never nothing.
   assert (np.diff(kept, axis=1) <= 0).all() and (kept[:, 0] == 1).all()
   counts = np.bincount(kept.sum(1).astype(int), minlength=5) / 400
   np.testing.assert_allclose(counts, [0, 1 / 6, 1 / 6, 1 / 6, 1 / 2], atol=0.07)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 QUESTION, ANSWER, NEW_TOKENS = 64, 32, 32
-# tokens of a prompt beside memory slots: the instruction, the question, the answer
+# Tokens of a prompt beside memory slots: the instruction, the question, the answer.
 SLOTS_AROUND = 128
 VECTORS, DIMENSION, SEARCHED = 1_000_000, 512, 64
 
@@ -215,7 +215,7 @@ def jax_compress(sizes: Sizes, count: int, **model: Any) -> dict:
   compress = jax.jit(Clara(clara_config(sizes, **model)).compress)
   weights, texts = weights_of(sizes), jax.device_put(_texts(sizes, count))
   found = timed(lambda: compress(weights, texts), sizes.repeats, jax.block_until_ready)
-  # a kernel's products are not counted
+  # A kernel's products are not counted.
   plain = jax.jit(Clara(clara_config(sizes, attention="grouped")).compress)
   return _with_flops(found, flops.count(plain, weights, texts), count)
 
@@ -298,7 +298,7 @@ def jax_answer(sizes: Sizes, batch: int, merged: bool) -> dict:
       weights["base"], weights["generator"]
     )
     weights = {"base": base, "memory_embedding": weights["memory_embedding"]}
-  # no token ends an answer
+  # No token ends an answer.
   greedy = Greedy(model, NEW_TOKENS, (-1,), 0, None if merged else "generator")
   tokens = jax.device_put(_prompts(sizes, batch, sizes.top_k, ANSWER).tokens)
   memories = jax.numpy.zeros((batch, sizes.top_k, sizes.memory_tokens, sizes.width), sizes.dtype)

@@ -188,7 +188,7 @@ def _to_clara(opened: LazyCheckpoint, directory: str, final: str, role: str | No
   del role
   groups = dict(opened.groups)
   base_sha256 = opened.base_sha256
-  # a model on its own becomes a base of ours; a source with a base goes on naming it
+  # A model on its own becomes a base of ours; a source with a base goes on naming it.
   if opened.base is None:
     groups["base"] = opened.plain_base
     base_sha256 = native.write_weights(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from transformers import PreTrainedTokenizerFast
 
 from clara_jax.checkpoints import families, huggingface, lazy, native, peft, upstream
 from clara_jax.checkpoints.hub import local_directory
@@ -40,7 +41,7 @@ class LazyCheckpoint:
     plain_base: the base without special tokens, None where it is not to be found.
     base: the base's path; None where the checkpoint holds it.
     base_sha256: what the checkpoint says of its base's content, if it does.
-    tokenizer: a directory, or None.
+    tokenizer: a directory, a tokenizer in its place, or None.
     hf_files: a directory with the config.json, and perhaps the generation_config.json, that the
       base came with, or None.
     chat_template: takes the place of the tokenizer's.
@@ -54,7 +55,7 @@ class LazyCheckpoint:
   plain_base: dict[str, Any] | None
   base: str | None
   base_sha256: str | None
-  tokenizer: str | None
+  tokenizer: PreTrainedTokenizerFast | str | None
   hf_files: str | None
   chat_template: str | None = None
 
@@ -409,7 +410,7 @@ def load(
   prompt_tokenizer = opened.prompt_tokenizer()
   found = opened.check_base()
   weights = on_device(opened)
-  # a plain model has none; whoever reads text alone needs none
+  # A plain model has none; whoever reads text alone needs none.
   if "memory_embedding" not in weights:
     weights["memory_embedding"] = jnp.zeros(
       (opened.config.num_memory_tokens, opened.config.model.width)

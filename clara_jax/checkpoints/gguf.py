@@ -73,7 +73,7 @@ _SPLITS: dict[str, str | None] = {
   "tekken": _CASED.replace("{end}", "") + r"\p{N}" + _SLASHES,
   "gpt-4o": _CASED.replace("{end}", f"{_CONTRACTION}?") + r"\p{N}{1,3}" + _SLASHES,
 }
-# a piece that is a token is not merged anew
+# A piece that is a token is not merged anew.
 _WHOLE_PIECES = ("llama3", "llama-v3", "llama-bpe", "dbrx", "smaug-bpe", "tekken", "gpt-4o")
 _CONTROL, _USER_DEFINED = 3, 4
 
@@ -264,7 +264,7 @@ def _config(path: str, values: Mapping[str, Any], tensors: Mapping[str, Any]) ->
 
   def field(name: str, *default: Any) -> Any:
     value = values.get(f"{family}.{name}", *default) if default else values[f"{family}.{name}"]
-    # stored as float32: 1e-05, not 9.9999997e-06
+    # Stored as float32: 1e-05, not 9.9999997e-06.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
   heads, width = field("attention.head_count"), field("embedding_length")
@@ -304,7 +304,7 @@ def _config(path: str, values: Mapping[str, Any], tensors: Mapping[str, Any]) ->
       "original_max_position_embeddings": field("rope.scaling.original_context_length", positions),
     }
   for token, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-    # null, or a class of transformers would have its own
+    # Null, or a class of transformers would have its own.
     config[f"{token}_token_id"] = values.get(f"tokenizer.ggml.{name}_token_id")
   return config
 

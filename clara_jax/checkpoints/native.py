@@ -44,7 +44,7 @@ class StoredArray:
 
   def __getitem__(self, index: lazy.Index) -> np.ndarray:
     layers = range(self.shape[0])[index[0]]
-    # a stacked matrix lies column-major on disk: read so, nothing is turned
+    # A stacked matrix lies column-major on disk: read so, nothing is turned.
     if len(self.shape) < 3 or len(layers) == 1:
       return self._store[index].read(order="F" if len(self.shape) == 3 else "C").result()
     value = np.empty([len(range(n)[i]) for n, i in zip(self.shape, index, strict=True)], self.dtype)
@@ -94,7 +94,7 @@ def open_weights(directory: str) -> dict[str, Any]:
   if step is None:
     raise CheckpointError(f"{directory}: has no saved step yet")
   folder = _absolute(directory) / "checkpoints" / str(step) / "weights"
-  # one process reads it all, the others their parts
+  # One process reads it all, the others their parts.
   if jax.process_index() == 0 and (found := io.damage(folder.parent, "weights")):
     raise CheckpointError(f"{directory}: step {step} is damaged: {found}")
   try:

@@ -83,7 +83,7 @@ _ONLY: dict[str, Sequence[Any]] = {
   "bias": ("none", None),
   "fan_in_fan_out": (False, None),
   "lora_bias": (False, None),
-  # the others change the base's weights
+  # The others change the base's weights.
   "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
   "use_dora": (False, None),
   "use_qalora": (False, None),

@@ -196,7 +196,7 @@ def write(
   edges = {t.name: t for t in base_tensors(base) if t.name in (EMBEDDING, HEAD)}
   embedding, memory = edges[EMBEDDING].read(), lazy.read(groups["memory_embedding"])
   if not (memory.astype(embedding.dtype).astype(np.float32) == memory.astype(np.float32)).all():
-    # which holds a bfloat16 base, too: the trained rows would be rounded
+    # Which holds a bfloat16 base, too: the trained rows would be rounded.
     embedding = embedding.astype(np.float32)
   embedding = np.array(embedding)
   embedding[config.model.vocab_size : config.model.vocab_size + config.num_memory_tokens] = memory

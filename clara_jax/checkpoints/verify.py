@@ -227,8 +227,8 @@ def _run_merged(opened: LazyCheckpoint, directory: str, role: str | None) -> dic
         )["logits/base"][..., :words]
       ).max()
     )
-  # what rounding W + A B to the base's type costs; where the head is tied, it has the MEM rows too,
-  # the adapter has not
+  # What rounding W + A B to the base's type costs; where the head is tied, it has the MEM rows too,
+  # the adapter has not.
   if role:
     words = opened.config.model.vocab_size
     unmerged = _outputs(opened, [role], _ids(opened))[f"logits/{role}"]
@@ -252,7 +252,7 @@ def _run_peft(
       base, directory if single else os.path.join(directory, role)
     )
     theirs = _torch_logits(model, _ids(opened))
-    # without CLaRa's tokens here and what fills the base up there
+    # Without CLaRa's tokens here and what fills the base up there.
     words = min(opened.config.model.vocab_size, theirs.shape[-1])
     worst = max(
       worst, float(np.abs(ours[f"logits/{role}"][..., :words] - theirs[..., :words]).max())

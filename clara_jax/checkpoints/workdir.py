@@ -131,7 +131,7 @@ def check_config(
     or not any(p.name.isdigit() for p in steps.iterdir())
   ):
     return
-  # through the dataclass: fields that are new here have their defaults
+  # Through the dataclass: fields that are new here have their defaults.
   before = json.loads(to_json(read_config(directory)[0]))
   record, inputs = read_record(directory), {"base": base_sha256, **(inputs or {})}
   known = {

@@ -69,7 +69,7 @@ def answerer(options: argparse.Namespace) -> Answerer:
   from clara_jax.memory.store import MemoryStore
 
   store = MemoryStore(options.store, memory_tokens=options.memory_tokens)
-  # the store says how many are read
+  # The store says how many are read.
   loaded = checkpoint(options, "compressor", "query_reasoner", "generator").first(None)
   return Answerer(
     loaded, store, top_k=options.top_k, max_new_tokens=options.max_new_tokens, merge=options.merge

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if overrides and options.command not in _WITH_OVERRIDES:
     parser.error(f"unrecognized arguments: {' '.join(overrides)}")
   output.configure_logging()
-  # a terminal that knows ASCII only shows the rest as escapes
+  # A terminal that knows ASCII only shows the rest as escapes.
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):
       stream.reconfigure(errors="backslashreplace")

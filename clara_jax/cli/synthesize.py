@@ -146,7 +146,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if not count:
       raise ConfigError(f"--records: {options.out} has no accepted rows")
     directory = os.path.join(options.out, "records")
-    # takes the place of earlier ones when it is whole
+    # Takes the place of earlier ones when it is whole.
     with tempfile.TemporaryDirectory(prefix="records-", dir=options.out) as folder:
       fresh = os.path.join(folder, "records")
       built = records.build(

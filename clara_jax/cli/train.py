@@ -28,8 +28,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any] | N
   """Returns the last metrics (None on all processes but the first)."""
   from clara_jax import distributed
   from clara_jax.compilation import enable_compilation_cache
-  from clara_jax.ops import estimators
-  from clara_jax.training import config_file, stages
+  from clara_jax.training import config_file
   from clara_jax.training.run import train
 
   if options.dtype:
@@ -38,9 +37,6 @@ def run(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any] | N
       *(f"--config.clara.model.{field}={options.dtype}" for field in ("dtype", "param_dtype")),
     ]
   config = config_file.load_config(options.config, overrides, options.allow_config)
-  stages.get(config.train.stage)  # a wrong name costs no start of processes
-  if config.estimator:
-    estimators.get(config.estimator, config.estimator_args)
   if (
     options.distributed
     or options.coordinator

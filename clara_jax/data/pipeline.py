@@ -519,7 +519,7 @@ class TrainingBatches:
       for rows, m in zip(batches, drawn, strict=True)
     ]
     sizes = self._agree(np.stack([self._encoder.sizes(rows) for rows in batches]))
-    # once more: rows are filled up with empty documents to what all have agreed on
+    # Once more: rows are filled up with empty documents to what all have agreed on.
     if self._encoder.together > 1:
       different = [
         [self._encoder.different(rows, int(size[2]))]

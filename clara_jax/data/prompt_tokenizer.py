@@ -129,9 +129,9 @@ class PromptTokenizer:
   def _ends(self, given: Iterable[int]) -> tuple[str, tuple[int, ...]]:
     """(what ends an answer in training, ids that end one)."""
     tokenizer, after = self.tokenizer, self._template.after
-    # of a config's ids only these: some name a word of another vocabulary
+    # Of a config's ids only these: some name a word of another vocabulary.
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-    # blanks may be tokens, and end nothing
+    # Blanks may be tokens, and end nothing.
     names = sorted((t.content for t in added.values() if t.content.strip()), key=len, reverse=True)
     special = re.compile("|".join(map(re.escape, names)))
     ends = [
@@ -262,7 +262,7 @@ class PromptTokenizer:
       return PromptTokens(np.array(before, np.int32), len(before))
     rest = f"{self._template.before}{self._sealed.quoted(answer)}{self._end}"
     whole = self._sealed.ids(self._sealed.control(text + rest))
-    # the answer's beginning would melt into the prompt's last token, which is asked alone
+    # The answer's beginning would melt into the prompt's last token, which is asked alone.
     if whole[: len(before)] != before:
       whole = before + self._sealed.ids(self._sealed.control(rest))
     return PromptTokens(np.array(whole[:limit], np.int32), len(before))

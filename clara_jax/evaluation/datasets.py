@@ -220,7 +220,7 @@ def _natural_questions(value: Mapping[str, Any], where: str) -> Iterator[Row]:
 
   passages = [c for c in value["long_answer_candidates"] if c["top_level"]]
   answers, gold = [], set()
-  # one in training, five in validation; what any of them says counts
+  # One in training, five in validation; what any of them says counts.
   for annotation in value["annotations"]:
     closed = annotation.get("yes_no_answer", "NONE")
     answers += (

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from clara_jax.batch import Tokens
-from clara_jax.config import ConfigError, DataConfig
-from clara_jax.data.pipeline import RowEncoder, evaluation_batches, pad_tokens
+from clara_jax.config import ConfigError
+from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.prompt_tokenizer import PromptTokenizer
 from clara_jax.data.schemas import DataError, Row
 from clara_jax.evaluation.candidates import Bm25
@@ -296,7 +296,7 @@ class _Answers:
       -(-max(map(len, tokens)) // 32),
       None if memories is None else memories.shape,
     )
-    # the first one compiles
+    # The first one compiles.
     seconds = (time.perf_counter() - begin) / len(rows) if shape in self._shapes else None
     self._shapes.add(shape)
     confidence = np.exp(
@@ -352,7 +352,7 @@ class _Answers:
     """As many documents as fit the window, first ones first: (prompt, documents, their tokens)."""
     prompt_tokenizer, count = self._prompt_tokenizer, len(documents)
     while True:
-      # a trained reader: as its stage joins them
+      # A trained reader: as its stage joins them.
       text = ("\n" if self._how.reader else "\n\n").join(documents[:count])
       try:
         ids = prompt_tokenizer.text_prompt(question, text, where=f"question {question!r:.60}").ids
@@ -369,26 +369,18 @@ def stage_loss(
   """A stage's loss over all label tokens of the rows, without dropout or update.
 
   Returns:
-    `loss` (CE, or the contrastive loss), `mse` and `total`; for joint also `rows`: [{`scores`,
-    `selected`}].
+    `loss` (the stage's main metric), `mse` and `total`; where the stage selects documents also
+    `rows`: [{`scores`, `selected`}].
+
+  Raises:
+    DataError: there are no rows, or a row does not fit.
+    ConfigError: the stage's main metric is none of its metrics.
   """
-  model, prompt_tokenizer, weights = (
-    checkpoint.model,
-    checkpoint.prompt_tokenizer,
-    checkpoint.weights,
-  )
-  stage = stages.get(stage_name)
-  counts = {len(r.documents) for r in rows}
-  if stage.data == "candidates" and len(counts) > 1:
-    raise DataError(
-      f"{rows[0].identifier}: rows have {sorted(counts)} candidates; all must have the same number"
-    )
-  data = DataConfig(candidates=min(counts))
-  encoder = RowEncoder(prompt_tokenizer, stage.data, data, model.config.top_k)
+  model, weights, stage = checkpoint.model, checkpoint.weights, stages.get(stage_name)
   step = jax.jit(lambda w, b: stage.loss(model.reading(b), w, {}, b, None))
   retrieve = jax.jit(lambda w, b: _scores(model, w, b))
   terms, total, listed = None, None, []
-  for batch in evaluation_batches(rows, encoder, min(batch_size, len(rows))):
+  for batch in stages.make_batches(stage_name, checkpoint, rows, batch_size):
     of_batch = step(weights, batch)
     terms, total = means.add(terms, of_batch[0]), means.add(total, of_batch[1])
     if stage.selects:

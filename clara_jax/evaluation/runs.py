@@ -219,7 +219,7 @@ def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):
     sets: dict[str, Any] = {}
     for name, c in {"this checkpoint": checkpoint, **also}.items():
       made = pca_2d(*document_and_memory_means(c, texts))
-      # one compressor
+      # One compressor.
       same = next((n for n, other in sets.items() if np.array_equal(other[0], made[0])), None)
       if same:
         sets = {f"{n}, {name}" if n == same else n: value for n, value in sets.items()}

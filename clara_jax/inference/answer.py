@@ -17,7 +17,7 @@ from clara_jax.memory.store import MemoryStore
 from clara_jax.nn import linear
 from clara_jax.nn.decoder import KeyValues
 from clara_jax.retrieval import index as index_lib
-from clara_jax.retrieval.base import Retriever, unit_vectors
+from clara_jax.retrieval.base import Searcher, unit_vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Answerer:
     checkpoint: Checkpoint,
     store: MemoryStore,
     *,
-    index: Retriever | None = None,
+    index: Searcher | None = None,
     top_k: int | None = None,
     max_new_tokens: int = 64,
     stream_every: int = 4,
@@ -103,9 +103,10 @@ class Answerer:
         index_lib.load(store),
         index_lib.saved_settings(store)["memory_tokens"],
       )
+    self.checkpoint = checkpoint.first(read)
     self._asking = prompt_tokenizer.first(self.search_tokens)
     encode = model.first(self.search_tokens).encode_query
-    model, prompt_tokenizer = model.first(read), prompt_tokenizer.first(read)
+    model, prompt_tokenizer = self.checkpoint.model, self.checkpoint.prompt_tokenizer
     self.model, self.prompt_tokenizer, self.weights, self.store = (
       model,
       prompt_tokenizer,

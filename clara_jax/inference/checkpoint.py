@@ -16,7 +16,7 @@ from clara_jax.errors import InputError
 from clara_jax.inference.generate import make_generate
 from clara_jax.model import Clara
 
-# texts are padded to multiples of these: few shapes, few compilations
+# Texts are padded to multiples of these: few shapes, few compilations.
 _TEXT_BUCKET, _PROMPT_BUCKET = 32, 128
 
 

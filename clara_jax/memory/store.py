@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 3
 BLOCK = 4096  # documents that are read at once when a whole store is walked through
-# bytes that are compressed, checked and read together; a larger document stands alone
+# Bytes that are compressed, checked and read together; a larger document stands alone.
 _GROUP = 8192
 _OPEN_FILES = 128
 _MAX_RUNS = 32
@@ -487,8 +487,8 @@ class MemoryStore:
       self._close_readers()
       folder.rewrite_ledgers()
       self._read_segments()
-      # rows are others now: a new generation says so to all who have the store open, and to its
-      # index
+      # Rows are others now: a new generation says so to all who have the store open, and to its
+      # index.
       self.compact()
     return {"lost": lost, "segments": segments}
 
@@ -504,7 +504,7 @@ class MemoryStore:
     Raises:
       StoreError: another process compacts, or reads under this name.
     """
-    # nobody writes there from here
+    # Nobody writes there from here.
     if "://" in self.directory or not os.access(self.directory, os.W_OK):
       yield
       return
@@ -882,7 +882,7 @@ class _Folder:
       io.write(ledger, b"")
     io.cut_back(os.fspath(ledger))
     entries, own = self._entries(), f"-{self.writer:03}"
-    # a kill came between it and its entry
+    # A kill came between it and its entry.
     for name in [n for n in self.names() if n.endswith(own) and n not in entries]:
       self._append(self._read(name, None), io.checksum(self.path / name / "segment.json"))
 
@@ -932,7 +932,7 @@ class _Keys:
 
   def put(self, keys: np.ndarray, rows: np.ndarray) -> None:
     """keys: [n, 2] uint64, rows: [n], -1 for an id that is gone; of equal keys the last counts."""
-    # a new list: another thread may be searching the old one
+    # A new list: another thread may be searching the old one.
     self._runs = [_last_of_each(keys, rows), *self._runs]
     if len(self._runs) > _MAX_RUNS:
       self._merge()

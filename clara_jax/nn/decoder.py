@@ -115,7 +115,7 @@ class Attention(nn.Module):
         for name, z in (("q_norm", q), ("k_norm", k))
       )
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    # kept where a caller asks for the collection (evaluation/explain.py)
+    # Kept where a caller asks for the collection (evaluation/explain.py).
     self.sow("queries", "rotated", q)
     q = nn.with_logical_constraint(q, (axes.BATCH, axes.LENGTH, axes.HEADS, None))
     k, v = (
@@ -123,12 +123,12 @@ class Attention(nn.Module):
     )
     if cache is None:
       partition = nn.logical_to_mesh_axes((axes.BATCH, axes.LENGTH, axes.HEADS, None))
-      # a kernel's mesh does not divide the one token of `init`
+      # A kernel's mesh does not divide the one token of `init`.
       backend = "xla" if self.is_initializing() else config.attention
       mix = functools.partial(attend, backend=backend, partition=partition)
     else:
       mix = lambda q, k, v, window: attend_cached(q, k, v, positions, *cache, window=window)
-    # kernels want to know their window, the layers are one program: both, of which one runs
+    # Kernels want to know their window, the layers are one program: both, of which one runs.
     if config.full_attention_layers:
       mixed = jax.lax.cond(
         windowed,

@@ -60,7 +60,7 @@ def llama3_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndar
   """Long wavelengths are stretched, short ones kept, those between interpolated. [P/2] -> [P/2]
   float32."""
   low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  # of a frequency within the original context
+  # Of a frequency within the original context.
   turns = scaling.original_max_positions * frequencies / (2 * math.pi)
   kept = np.clip((turns - low) / (high - low), 0, 1)
   return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)

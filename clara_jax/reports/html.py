@@ -64,7 +64,7 @@ def figure(
     made.savefig(buffer, format="svg", metadata={"Date": None})
     pyplot.close(made)
   text = buffer.getvalue()
-  # matplotlib escapes what it writes
+  # Matplotlib escapes what it writes.
   return Markup("<figure>{}</figure>").format(Markup(text[text.index("<svg") :]))
 
 

@@ -5,20 +5,8 @@ from typing import Protocol
 import numpy as np
 
 
-class Retriever(Protocol):
-  """Finds the nearest vectors.
-
-  Attributes:
-    rows: of the documents in it, ascending.
-  """
-
-  rows: np.ndarray
-
-  def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-    """Adds documents: rows [n] int64 that are not in it, their unit vectors [n, d]."""
-
-  def remove(self, rows: np.ndarray) -> None:
-    """Removes documents."""
+class Searcher(Protocol):
+  """Finds the nearest vectors."""
 
   def search(
     self, queries: np.ndarray, k: int, among: np.ndarray | None = None
@@ -34,6 +22,22 @@ class Retriever(Protocol):
       (rows [Q, k] int64, scores [Q, k] float32); where there are fewer than k, row -1 and score
       -inf.
     """
+
+
+class Retriever(Searcher, Protocol):
+  """A search that follows its store and is saved beside it.
+
+  Attributes:
+    rows: of the documents in it, ascending.
+  """
+
+  rows: np.ndarray
+
+  def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+    """Adds documents: rows [n] int64 that are not in it, their unit vectors [n, d]."""
+
+  def remove(self, rows: np.ndarray) -> None:
+    """Removes documents."""
 
   def save(self, directory: str) -> None:
     """Writes what loading needs."""

@@ -16,8 +16,8 @@ from clara_jax.retrieval.base import Retriever
 
 FILE = "projection.npz"
 RERANKED = 10  # times k
-# documents that it is learned on: as many as PCA by their inner products takes, whatever their
-# dimension
+# Documents that it is learned on: as many as PCA by their inner products takes, whatever their
+# dimension.
 SAMPLE = 8_192
 
 

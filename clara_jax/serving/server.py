@@ -240,7 +240,7 @@ class Service:
   async def lens(self, request: Request) -> Response:
     """POST /lens."""
     wanted = await self._read(request, schema.LensRequest)
-    a = self.answerer
+    a = self.answerer.checkpoint
     found = await self._within_time(
       self.others.submit(lambda: logit_lens.queries(a, [wanted.question], wanted.top)[0]["tokens"])
     )
@@ -502,7 +502,7 @@ def _serve(answerer: Answerer, listener: socket.socket, limits: Limits, access: 
   server = configured(app, limits)
   host, port = listener.getsockname()[:2]
   log.info(f"serve: http://{f'[{host}]' if ':' in host else host}:{port}")
-  # uvicorn, having stopped, raises the signal once more
+  # Uvicorn, having stopped, raises the signal once more.
   signal.signal(signal.SIGTERM, lambda *_: None)
   with contextlib.suppress(KeyboardInterrupt):
     server.run(sockets=[listener])

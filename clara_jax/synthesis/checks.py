@@ -78,7 +78,7 @@ def _stands_in(asked: Sequence[str], told: Sequence[str]) -> bool:
   """Whether enough words stand there; many of these languages inflect: a word is known by its first
   two thirds."""
   there = set(told)
-  # its words are characters, which any text has: pairs of them
+  # Its words are characters, which any text has: pairs of them.
   if _UNSPACED.search("".join(asked)) and len(asked) > 1:
     asked, there = (
       ["".join(pair) for pair in zip(asked, asked[1:])],

@@ -90,7 +90,7 @@ class Reading:
 def _file(file: pathlib.Path, root: pathlib.Path) -> Iterator[Document]:
   try:
     with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as raw:
-      # a JSON escape may still be half a character: `_clean`
+      # A JSON escape may still be half a character: `_clean`.
       stream = io.TextIOWrapper(raw, encoding="utf-8-sig")
       first = next((line for line in stream if line.strip()), "")
       stream.seek(0)

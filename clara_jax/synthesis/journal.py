@@ -41,7 +41,7 @@ class Journal:
 
   def __init__(self, path: str):
     self.path = path
-    # hashes of names and of what they said: a corpus has millions
+    # Hashes of names and of what they said: a corpus has millions.
     self._done: dict[bytes, bytes] = {}
     self._tries: collections.Counter = collections.Counter()
     self.spent = [0, 0, 0]

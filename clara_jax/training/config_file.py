@@ -27,19 +27,17 @@ from clara_jax.config import (
   from_config_dict,
 )
 
-# Fields of a model in which a run may differ from its base, and a stage from the one before it.
-FREE_FIELDS = (
-  "dtype",
-  "param_dtype",
+# Fields of a model that no base says anything about.
+RUN_ONLY_FIELDS = (
   "attention",
   "scan_unroll",
   "remat",
-  "initializer_range",
-  "max_positions",
   "vocab_multiple",
   "logits_chunk",
   "base_quantization",
 )
+# Fields of a model in which a run may differ from its base, and a stage from the previous one.
+FREE_FIELDS = ("dtype", "param_dtype", "initializer_range", "max_positions", *RUN_ONLY_FIELDS)
 
 
 def load_config(path: str, overrides: Sequence[str] = (), allow: Sequence[str] = ()) -> RunConfig:
@@ -82,7 +80,7 @@ def describe(
   run_only = {
     field.name: field.default
     for field in dataclasses.fields(ModelConfig)
-    if field.name in _RUN_ONLY
+    if field.name in RUN_ONLY_FIELDS
   }
   for name in [name for name in values if name.startswith("clara.model.")]:
     field = name.removeprefix("clara.model.")
@@ -97,17 +95,6 @@ def describe(
     name: {"value": value, "default": defaults.get(name), "meaning": meanings.get(name, "")}
     for name, value in values.items()
   }
-
-
-# Fields of a model that no base says anything about.
-_RUN_ONLY = (
-  "attention",
-  "scan_unroll",
-  "remat",
-  "vocab_multiple",
-  "logits_chunk",
-  "base_quantization",
-)
 
 
 _ANY_SHAPE = {
@@ -187,7 +174,7 @@ def _with_shape(fields: dict[str, Any], allow: Sequence[str]) -> dict[str, Any]:
     if name in FREE_FIELDS or name not in wanted:  # an unknown field is refused with all the others
       wanted[name] = value
       continue
-    # the number in config.json, which counts rows that no word has
+    # The number in config.json, which counts rows that no word has.
     if name == "vocab_size" and value == padded:
       continue
     made = from_config_dict(ModelConfig, {**dataclasses.asdict(model), name: value}, "clara.model")

@@ -168,7 +168,7 @@ class Program:
           )
         else:
           documents = tokens(b, data.candidates, length=text(clara.doc_max_length))
-    # at worst each row has documents of its own
+    # At worst each row has documents of its own.
     if documents is not None and data.share_documents > 1:
       slots = array(*documents.lengths.shape)
       documents = tokens(documents.lengths.size, length=documents.ids.shape[-1])

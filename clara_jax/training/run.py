@@ -144,12 +144,10 @@ def resolve(
       config = dataclasses.replace(
         config, clara=dataclasses.replace(config.clara, prompt_date=opened.config.prompt_date)
       )
-    opened.config = config.clara
+    opened.config, opened.tokenizer = config.clara, tokenizer or opened.tokenizer
     formats.note_rounding(opened.plain_base, config.clara, config.base)
     weights, base_sha256 = opened.weights, opened.check_base()
-    prompt_tokenizer = (
-      PromptTokenizer(tokenizer, config.clara) if tokenizer else opened.prompt_tokenizer()
-    )
+    prompt_tokenizer = opened.prompt_tokenizer()
   else:
     prompt_tokenizer = _base_tokenizer(config, tokenizer, chat_template)
     weights, base_sha256 = _base_weights(config, allow) if config.base else ({}, None)
@@ -185,7 +183,7 @@ def _base_weights(config: RunConfig, allow: Sequence[str]) -> tuple[dict[str, An
   clara = config.clara
   plain, special = formats.open_base(Clara(clara), config.base, "config.base", allow)
   formats.note_rounding(plain, clara, config.base)
-  # for as many memory tokens as wanted
+  # For as many memory tokens as wanted.
   if special is None or special["embedding"].shape[0] != clara.vocab_size - clara.model.vocab_size:
     special = huggingface.special_tokens(clara)
   return (

@@ -158,14 +158,9 @@ class Trainer:
     chip = cost.chip_of(jax.devices()[0])
     self._peak_flops = chip.flops * self.program.mesh.size if chip else None
     self._window = _Window(self.program, counts_flops=self._peak_flops is not None)
-    self._hooks = [
-      *hooks,
-      *(
-        [ProfileOnRequest(self._folder)]
-        if self._folder is not None and distributed.is_main()
-        else []
-      ),
-    ]
+    self._hooks = list(hooks)
+    if self._folder is not None and distributed.is_main():
+      self._hooks.append(ProfileOnRequest(self._folder))
     self._compiled: set[tuple] = set()
     self._last_report: dict[str, float] = {}
     self._frozen: dict[str, Any] = {}
@@ -207,7 +202,7 @@ class Trainer:
         if signals.interrupted:
           raise KeyboardInterrupt
       except KeyboardInterrupt:
-        # a second Ctrl-C, anywhere: what is in memory may be neither before nor after a step
+        # A second Ctrl-C, anywhere: what is in memory may be neither before nor after a step.
         if not finished:
           self._stopped = None
         raise

@@ -30,7 +30,7 @@ from clara_jax.evaluation.candidates import Bm25
 
 TEST_ARTICLES, TEST_SQUAD, TEST_HOTPOTQA = 15, 500, 300
 LISTED = 4  # questions of a list
-# words of a document; longer ones are left out: few of the others are cut at 256 tokens
+# Words of a document; longer ones are left out: few of the others are cut at 256 tokens.
 LONGEST = 220
 
 

@@ -167,7 +167,7 @@ class Recipe:
       ).run()
 
     each, end = None, None if seconds is None else start + seconds
-    # it was stopped, and goes on to the end that it had
+    # It was stopped, and goes on to the end that it had.
     if is_checkpoint(str(self.workdir / name)):
       steps = read_config(str(self.workdir / name))[0].train.steps
     elif seconds is not None:

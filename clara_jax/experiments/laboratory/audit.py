@@ -195,7 +195,7 @@ def _synthetic(rows, draws, facts, loss):
   return jax.vmap(LOSSES[loss])(rows, stages.repeat(facts, draws))
 
 
-# one object each: jit knows them again
+# One object each: jit knows them again.
 _LOSS_OF = {name: functools.partial(_synthetic, loss=name) for name in LOSSES}
 
 

@@ -274,7 +274,7 @@ def _polynomials(theta: Scores, k: int) -> Float[Array, "B N K"]:
   if k > 1:
     one = one.at[..., 1].set(theta)
   degree = jnp.arange(k)
-  # of the second factor, by [degree of the product, of the first]
+  # Of the second factor, by [degree of the product, of the first].
   difference = degree[:, None] - degree
 
   def multiply(a, b):

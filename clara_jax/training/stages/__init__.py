@@ -9,7 +9,7 @@ whose terms are `Mean`s; the loss is the sum of their values. To add a stage, wr
 is what `register` returned; `examples/new_stage.py`).
 """
 
-from clara_jax.training.stages.batches import make_batch
+from clara_jax.training.stages.batches import make_batch, make_batches
 from clara_jax.training.stages.candidates import Candidates, candidates
 from clara_jax.training.stages.gradient_paths import selection_gradients
 from clara_jax.training.stages.losses import (
@@ -44,6 +44,7 @@ __all__ = [
   "candidates",
   "get",
   "make_batch",
+  "make_batches",
   "nested_dropout",
   "register",
   "repeat",

@@ -1,4 +1,4 @@
-"""A stage's batch of rows in memory, for experiments with its loss."""
+"""A stage's batches of rows in memory, to compute its loss outside of a run."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,17 @@ from clara_jax.inference.checkpoint import Checkpoint
 from clara_jax.training.stages.table import get
 
 
-def make_batch(stage: str, checkpoint: Checkpoint, rows: Sequence[Row]) -> Batch:
-  """One batch of all rows, as the stage reads it.
+def make_batches(
+  stage: str, checkpoint: Checkpoint, rows: Sequence[Row], batch_size: int
+) -> list[Batch]:
+  """All rows in order, as the stage reads them; the last batch is filled up with rows that do not
+  count.
 
   Args:
     stage: a name of the table, or FILE.py:STAGE.
     checkpoint: whose tokenizer makes the tokens.
-    rows: with the same number of documents each, where the stage selects among them.
+    rows: with the same number of documents each, where the stage reads candidates.
+    batch_size: rows in a batch, at most.
 
   Raises:
     DataError: there are no rows, or a row does not fit.
@@ -29,11 +33,12 @@ def make_batch(stage: str, checkpoint: Checkpoint, rows: Sequence[Row]) -> Batch
     raise DataError(
       f"{rows[0].identifier}: rows have {sorted(counts)} candidates; all must have the same number"
     )
-  encoder = RowEncoder(
-    checkpoint.prompt_tokenizer,
-    kind,
-    DataConfig(candidates=min(counts)),
-    checkpoint.model.config.top_k,
-  )
-  (batch,) = evaluation_batches(rows, encoder, len(rows))
+  data = DataConfig(candidates=min(counts))
+  encoder = RowEncoder(checkpoint.prompt_tokenizer, kind, data, checkpoint.model.config.top_k)
+  return evaluation_batches(rows, encoder, min(batch_size, len(rows)))
+
+
+def make_batch(stage: str, checkpoint: Checkpoint, rows: Sequence[Row]) -> Batch:
+  """One batch of all rows; see `make_batches`."""
+  (batch,) = make_batches(stage, checkpoint, rows, len(rows))
   return batch
