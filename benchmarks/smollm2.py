@@ -35,7 +35,7 @@ from clara_jax.inference.generate import make_generate
 TOKENS, NEW = 1500, 24
 QUESTIONS = (
   "What is the capital of France?",
-  "Name three primary colors.",
+  "Name three primary colours.",
   "How many legs has a spider?",
   "Write a short poem about rain.",
   "What is 12 times 12?",
@@ -50,7 +50,7 @@ QUESTIONS = (
   "Explain gravity to a child.",
   "What is the largest ocean?",
   "Say hello.",
-  "What color is a banana?",
+  "What colour is a banana?",
   "Write a haiku about winter.",
   "Who painted the Mona Lisa?",
   "Why is the sky blue?",
