@@ -328,8 +328,8 @@ def checkpoints_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> 
   import jax
 
   from clara_jax.checkpoints.workdir import Checkpointer, CheckpointError
+  from clara_jax.testing import tiny
   from clara_jax.training import trainer
-  from tests import tiny
 
   config = tiny.run_config(
     "contrastive", steps=4, checkpoint_every=1, keep_checkpoints=9, log_every=4
@@ -469,7 +469,7 @@ def served(scratch: pathlib.Path):
   from clara_jax.model import Clara
   from clara_jax.retrieval import index
   from clara_jax.serving import server
-  from tests import tiny
+  from clara_jax.testing import tiny
 
   documents = [Document(d["id"], d["text"], d["title"]) for d in tiny.world().documents(False)[:20]]
   model, prompt_tokenizer, weights = Clara(tiny.config()), tiny.prompt_tokenizer(), tiny.weights()

@@ -23,10 +23,10 @@ STEPS, EVERY = 200, 5
 
 
 def start(job: dict) -> subprocess.Popen:
-  """A worker of the tests (`tests/pod_worker.py`)."""
+  """A worker (`clara_jax/testing/pod_worker.py`)."""
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
   return subprocess.Popen(
-    [sys.executable, "-m", "tests.pod_worker", json.dumps(job)],
+    [sys.executable, "-m", "clara_jax.testing.pod_worker", json.dumps(job)],
     env=environment,
     cwd=ROOT,
     text=True,
@@ -63,7 +63,7 @@ def main() -> None:
   rng, began = random.Random(options.seed), time.monotonic()
   folder = pathlib.Path(tempfile.mkdtemp())
   sys.path.insert(0, str(ROOT))
-  from tests import tiny
+  from clara_jax.testing import tiny
 
   rows = folder / "rows.jsonl"
   rows.write_text("\n".join(map(json.dumps, tiny.raw_rows("contrastive"))))

@@ -3,7 +3,8 @@ command, with its base alone named?
 
     python benchmarks/published.py [--only NAME] [--json F]
 
-For each model of tests/published.py (the fields, the tokenizer and the template of a published one;
+For each model of clara_jax/testing/published.py (the fields, the tokenizer and the template of a
+published one;
 random weights): logits beside transformers', the conversion to our format and back (tensors and
 files), a LoRA adapter beside PEFT's, and then train (`scp`, `instruct`, `joint`), compress, index,
 ask and evaluate with `--config configs/clara.py:STAGE --config.base=DIR`. Prints the table of
@@ -32,7 +33,7 @@ import numpy as np
 from clara_jax.checkpoints import formats
 from clara_jax.cli import main as cli
 from clara_jax.model import Clara
-from tests import published
+from clara_jax.testing import published
 
 CONFIG = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "clara.py")
 ANSWER = "Paris"

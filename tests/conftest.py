@@ -1,5 +1,5 @@
-"""Shared test helpers. Golden data and real data live beside the repository; tests that need them
-skip where they are missing."""
+"""Shared fixtures. Real data lives beside the repository; tests that need it skip where it is
+missing."""
 
 import logging
 import os
@@ -37,16 +37,45 @@ def shared(*parts: str) -> pathlib.Path:
   """A path below the shared data folder; skips the test where it is missing."""
   path = SHARED.joinpath(*parts)
   if not path.exists():
-    pytest.skip(
-      f"{'/'.join(parts)} is not there: set CLARA_SHARED to the folder with golden/ and data/"
-    )
+    pytest.skip(f"{'/'.join(parts)} is not there: set CLARA_SHARED to the folder with data/")
   return path
 
 
 @pytest.fixture(scope="session")
 def golden() -> pathlib.Path:
   """The folder with the reference implementation's numbers."""
-  return shared("golden")
+  return pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def answerer(tmp_path_factory):
+  """Over a store of 20 documents; tests leave it as it is."""
+  from clara_jax.data.schemas import Document
+  from clara_jax.inference.answer import Answerer
+  from clara_jax.inference.checkpoint import Checkpoint
+  from clara_jax.inference.compress import compress_corpus
+  from clara_jax.memory.store import MemoryStore
+  from clara_jax.model import Clara
+  from clara_jax.retrieval import index
+  from clara_jax.testing import tiny
+
+  folder = str(tmp_path_factory.mktemp("served"))
+  documents = [Document(d["id"], d["text"], d["title"]) for d in tiny.world().documents(False)[:20]]
+  compress_corpus(
+    Checkpoint(Clara(tiny.config()), tiny.prompt_tokenizer(), tiny.weights()),
+    documents,
+    folder,
+    bucket=64,
+    progress=False,
+  )
+  store = MemoryStore(folder)
+  return Answerer(
+    Checkpoint(Clara(tiny.config()), tiny.prompt_tokenizer(), tiny.weights()),
+    store,
+    index=index.build(store, "exact"),
+    max_new_tokens=6,
+    stream_every=2,
+  )
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from clara_jax.data.schemas import write_rows
-from tests import published, tiny
+from clara_jax.testing import published, tiny
 from tests.conftest import SHARED, shared
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ import clara_jax
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import write_rows
 from clara_jax.inference.checkpoint import CheckpointError
-from tests import tiny
+from clara_jax.testing import tiny
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 

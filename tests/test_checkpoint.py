@@ -14,9 +14,9 @@ from clara_jax.checkpoints import native
 from clara_jax.checkpoints.workdir import OF_ORBAX, Checkpointer, CheckpointError, claim
 from clara_jax.config import ConfigError
 from clara_jax.data.pipeline import TrainingBatches
+from clara_jax.testing import tiny
 from clara_jax.training import program, trainer
 from clara_jax.training.hooks import Hook
-from tests import tiny
 
 
 def run(workdir, stop_at=None, eval_rows=(), **fields):

@@ -8,8 +8,8 @@ import pytest
 
 from clara_jax.cli.main import main
 from clara_jax.data.schemas import write_rows
+from clara_jax.testing import tiny
 from clara_jax.training import trainer
-from tests import tiny
 
 
 def run(capsys, *arguments):

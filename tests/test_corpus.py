@@ -15,9 +15,9 @@ from clara_jax.inference.compress import compress_corpus
 from clara_jax.memory.store import MemoryStore
 from clara_jax.model import Clara
 from clara_jax.sharding import make_mesh, put_batch
+from clara_jax.testing import tiny
 from clara_jax.training import corpus, stages, trainer
 from clara_jax.training.program import Program
-from tests import tiny
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from clara_jax.config import ClaraConfig, ConfigError, DataConfig, ModelConfig
 from clara_jax.data import records, schemas
 from clara_jax.data.pipeline import RowEncoder, TrainingBatches, evaluation_batches, pad_prompts
 from clara_jax.data.prompt_tokenizer import PromptTokenizer, PromptTokens
-from tests import tiny
+from clara_jax.testing import tiny
 
 
 @pytest.fixture(scope="module")

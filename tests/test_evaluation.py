@@ -33,7 +33,7 @@ from clara_jax.experiments.laboratory.compare import compare
 from clara_jax.experiments.laboratory.variants import parse
 from clara_jax.inference.checkpoint import Checkpoint
 from clara_jax.model import Clara
-from tests import tiny
+from clara_jax.testing import tiny
 from tests.conftest import shared
 
 # ---- the official definitions, written from their descriptions -----------------------------------

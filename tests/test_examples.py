@@ -12,8 +12,8 @@ import clara_jax
 from clara_jax.cli.main import main
 from clara_jax.config import ConfigError
 from clara_jax.data import schemas
+from clara_jax.testing import tiny
 from clara_jax.training import stages
-from tests import tiny
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 

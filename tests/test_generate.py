@@ -6,11 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clara_jax.batch import Tokens
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.prompt_tokenizer import PromptTokenizer
-from clara_jax.inference.generate import Greedy, make_generate
-from tests.test_golden import load
+from clara_jax.inference.generate import Greedy
+from clara_jax.testing.golden import compress, continuations, load
 
 
 @pytest.fixture(scope="module")
@@ -21,24 +20,6 @@ def inputs(golden):
 @pytest.fixture(scope="module")
 def expected(golden):
   return json.loads((golden / "generation.json").read_text())
-
-
-def continuations(model, weights, prompt_tokenizer, prompts, memories, end_ids=None, new=12):
-  tokens = pad_tokens(prompts, prompt_tokenizer.pad_id, 1)
-  generate = make_generate(
-    model, new, prompt_tokenizer.end_ids if end_ids is None else end_ids, prompt_tokenizer.pad_id
-  )
-  ids = generate(weights, Tokens(jnp.asarray(tokens.ids), jnp.asarray(tokens.lengths)), memories)
-  return np.asarray(ids).tolist()
-
-
-def compress(model, weights, prompt_tokenizer, texts, *shape):
-  tokens = pad_tokens([prompt_tokenizer.document(t) for t in texts], prompt_tokenizer.pad_id, 1)
-  return model.compress(weights, tokens).reshape(*shape, *model_shape(model))
-
-
-def model_shape(model):
-  return model.config.num_memory_tokens, model.config.model.width
 
 
 def test_given_documents(golden, inputs, expected):

@@ -13,8 +13,8 @@ from clara_jax.checkpoints.convert import convert
 from clara_jax.checkpoints.tensors import TensorFiles
 from clara_jax.config import RopeScaling
 from clara_jax.ops.rope import llama3_frequencies
-from tests import published
-from tests.test_published import refused
+from clara_jax.testing import published
+from tests.helpers import refused
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("torch")

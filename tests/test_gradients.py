@@ -19,9 +19,9 @@ from clara_jax.experiments.laboratory.compare import verdict
 from clara_jax.experiments.laboratory.variants import parse_all
 from clara_jax.model import Clara
 from clara_jax.ops import estimators
+from clara_jax.testing import tiny
 from clara_jax.training import optim, stages, trainer
 from clara_jax.training.step import TrainState, gradient_paths_step
-from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -19,7 +19,7 @@ from clara_jax.data import schemas
 from clara_jax.evaluation import evaluator
 from clara_jax.inference.compress import check_compressor
 from clara_jax.retrieval import index
-from tests import tiny
+from clara_jax.testing import tiny
 
 KEPT = pathlib.Path(__file__).with_name("kept") / "v0.1.tar.gz"
 

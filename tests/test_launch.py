@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
+from clara_jax.testing import tiny
 from clara_jax.training import trainer
-from tests import tiny
-from tests.test_pod import free_port
+from tests.helpers import free_port
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -23,7 +23,7 @@ from clara_jax.memory.quantize import quantize
 from clara_jax.memory.store import Manifest, MemoryStore, StoreError, _Keys
 from clara_jax.model import Clara
 from clara_jax.retrieval import index
-from tests import tiny
+from clara_jax.testing import tiny
 
 MANIFEST = Manifest("x", 2, 16, 40, "float32")
 
@@ -460,8 +460,15 @@ def test_a_store_of_version_2_is_read_and_goes_on(tmp_path):
     MemoryStore(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["memories.array_record", "documents.array_record", "keys.npy"])
-def test_damage_is_named(tmp_path, name):
+@pytest.mark.parametrize(
+  "name, reads",
+  [
+    ("memories.array_record", MemoryStore.memories),
+    ("documents.array_record", MemoryStore.documents),
+    ("keys.npy", MemoryStore.documents),
+  ],
+)
+def test_damage_is_named(tmp_path, name, reads):
   store = MemoryStore(str(tmp_path), MANIFEST)
   store.append(*numbered(*range(50)))
   file = tmp_path / "segments-0" / "000000-000" / name
@@ -472,8 +479,7 @@ def test_damage_is_named(tmp_path, name):
     MemoryStore(str(tmp_path)).verify()
   file.write_bytes(file.read_bytes()[:100])
   with pytest.raises(StoreError, match=name):
-    MemoryStore(str(tmp_path)).memories()
-    MemoryStore(str(tmp_path)).documents()
+    reads(MemoryStore(str(tmp_path)))
   store.close()
   assert MemoryStore(str(tmp_path), damaged=True).repair() == {"lost": 50, "segments": 1}
   assert len(MemoryStore(str(tmp_path))) == 0

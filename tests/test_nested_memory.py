@@ -22,8 +22,8 @@ from clara_jax.memory.quantize import quantize, truncate
 from clara_jax.memory.store import MemoryStore, StoreError
 from clara_jax.model import Clara
 from clara_jax.retrieval import index as index_lib
+from clara_jax.testing import tiny
 from clara_jax.training import stages, trainer
-from tests import tiny
 
 SIZES = (1, 2, 4)
 

@@ -11,7 +11,7 @@ import pytest
 from playwright import sync_api as playwright
 
 from clara_jax.serving import server
-from tests.test_serving import answerer, question, running  # noqa: F401 (a fixture)
+from tests.helpers import question, running
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if not CHROMIUM:
@@ -36,7 +36,7 @@ def keep(page, name):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_ask_and_be_answered(browser, answerer, size):  # noqa: F811
+def test_ask_and_be_answered(browser, answerer, size):
   expected = answerer.answer([question()])[0]
   page = browser.new_page(viewport=dict(zip(("width", "height"), SIZES[size], strict=True)))
   faults = []

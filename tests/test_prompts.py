@@ -16,7 +16,7 @@ from clara_jax.data import prompts, schemas, templates
 from clara_jax.data.pipeline import RowEncoder
 from clara_jax.data.prompt_tokenizer import PromptTokenizer
 from clara_jax.data.schemas import DataError
-from tests import published, tiny
+from clara_jax.testing import published, tiny
 
 M = 2
 

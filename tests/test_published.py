@@ -1,8 +1,6 @@
 """What others publish: bases of every family, adapters of every kind, files as they lie there;
 compared with transformers and PEFT."""
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -16,11 +14,11 @@ from clara_jax.checkpoints import families, formats
 from clara_jax.checkpoints.convert import convert
 from clara_jax.checkpoints.keymap import KeyMapError
 from clara_jax.checkpoints.workdir import CheckpointError
-from clara_jax.cli import main as cli
 from clara_jax.config import ConfigError
 from clara_jax.model import Clara
+from clara_jax.testing import published
 from clara_jax.training import config_file
-from tests import published
+from tests.helpers import refused
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -46,15 +44,6 @@ def base(bases, tmp_path):
   """A copy of a small Llama 2, to be harmed."""
   shutil.copytree(bases("Llama-2-7b-chat"), tmp_path / "base")
   return tmp_path / "base"
-
-
-def refused(*arguments) -> str:
-  """The one line of a command that is refused."""
-  errors = io.StringIO()
-  with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-    status = cli.main([str(a) for a in arguments])
-  assert status == 2, (status, errors.getvalue())
-  return errors.getvalue().strip().splitlines()[-1]
 
 
 # ---- bases ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from benchmarks import smollm2
 from clara_jax.config import ClaraConfig, ModelConfig
 from clara_jax.data import schemas
 from clara_jax.data.prompt_tokenizer import PromptTokenizer
-from tests import published
+from clara_jax.testing import published
 from tests.conftest import REAL
 
 pytestmark = pytest.mark.real

@@ -11,9 +11,9 @@ from clara_jax.data import records
 from clara_jax.data.pipeline import RowEncoder, TrainingBatches
 from clara_jax.data.schemas import DataError, Row
 from clara_jax.sharding import make_mesh, positions_of, put_batch
+from clara_jax.testing import tiny
 from clara_jax.training import trainer
 from clara_jax.training.program import Program
-from tests import tiny
 
 CONFIG = dataclasses.replace(tiny.config(), lora=LoraConfig(rank=2, alpha=4.0, dropout=0.0))
 SHARE = 4

@@ -39,7 +39,7 @@ from clara_jax.synthesis.client import (
   parse,
 )
 from clara_jax.synthesis.journal import Journal
-from tests import tiny
+from clara_jax.testing import tiny
 
 web = pytest.importorskip("aiohttp.web")
 SCHEMA = {

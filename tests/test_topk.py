@@ -7,26 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clara_jax.ops.topk import EPSILON, push, straight_through_top_k
-
-
-def plain(scores, memories, k, temperature, masking):
-  """W = hard + soft - stop_gradient(soft), with W formed (paper Algorithm 1)."""
-  n = scores.shape[0]
-  scores = scores.astype(jnp.float32)
-  taken = jnp.zeros(n)
-  rows = []
-  order = jax.lax.top_k(scores, k)[1]
-  for j in range(k):
-    mask = jnp.log(jnp.where(taken > 0, EPSILON, 1.0))
-    logits = (
-      scores / temperature + mask if masking == "algorithm1" else (scores + mask) / temperature
-    )
-    soft = jax.nn.softmax(logits)
-    hard = jax.nn.one_hot(order[j], n)
-    rows.append(hard + soft - jax.lax.stop_gradient(soft))
-    taken = taken + hard
-  return jnp.tensordot(jnp.stack(rows), memories.astype(jnp.float32), 1), order
+from clara_jax.ops.topk import push, straight_through_top_k
+from clara_jax.testing import formulas
 
 
 @pytest.mark.parametrize("masking", ["algorithm1", "equation33"])
@@ -50,7 +32,7 @@ def test_equals_the_plain_formula(masking, n, k, temperature, ties):
     return jax.value_and_grad(inner, (0, 1), has_aux=True)(scores, memories)
 
   (_, (selected, indices)), grads = jax.jit(lambda: loss(straight_through_top_k))()
-  (_, (plain_selected, plain_indices)), plain_grads = loss(plain)
+  (_, (plain_selected, plain_indices)), plain_grads = loss(formulas.straight_through_top_k)
   np.testing.assert_array_equal(indices, plain_indices)
   np.testing.assert_array_equal(selected, memories[indices])  # exactly, not nearly
   np.testing.assert_allclose(selected, plain_selected, rtol=0, atol=1e-6)
@@ -66,9 +48,9 @@ def test_bfloat16_scores():
   grad = jax.grad(
     lambda s: straight_through_top_k(s, memories, 2, 0.5)[0].astype(jnp.float32).sum()
   )(scores)
-  want = jax.grad(lambda s: plain(s, memories, 2, 0.5, "algorithm1")[0].sum())(
-    scores.astype(jnp.float32)
-  )
+  want = jax.grad(
+    lambda s: formulas.straight_through_top_k(s, memories, 2, 0.5, "algorithm1")[0].sum()
+  )(scores.astype(jnp.float32))
   assert grad.dtype == jnp.bfloat16
   np.testing.assert_allclose(grad.astype(jnp.float32), want, rtol=0.02, atol=0.02)
 

@@ -15,10 +15,10 @@ from clara_jax.config import ConfigError, TrainConfig
 from clara_jax.data.pipeline import RowEncoder, evaluation_batches
 from clara_jax.data.schemas import DataError
 from clara_jax.model import Clara
+from clara_jax.testing import tiny
 from clara_jax.training import optim, program, stages, trainer
 from clara_jax.training.metrics import Mean
 from clara_jax.training.step import init_state, train_step
-from tests import tiny
 
 
 def train(stage, workdir=None, stop_at=None, before=None, config=None, **fields):

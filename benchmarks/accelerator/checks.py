@@ -64,9 +64,9 @@ def precision(dtype: str) -> Iterator[None]:
 
 def _load(golden, name, dtype):
   from clara_jax.model import Clara
-  from tests import test_golden
+  from clara_jax.testing import golden as golden_lib
 
-  model, weights = test_golden.load(golden, name)
+  model, weights = golden_lib.load(golden, name)
   config = dataclasses.replace(
     model.config, model=dataclasses.replace(model.config.model, dtype=dtype)
   )
@@ -75,43 +75,25 @@ def _load(golden, name, dtype):
 
 def golden_losses(golden: pathlib.Path, name: str, stage: str, dtype: str) -> dict[str, Any]:
   """Loss and gradients of a stage beside the reference implementation's (float32)."""
-  from clara_jax.batch import Batch
-  from clara_jax.checkpoints.keymap import lora_place
+  from clara_jax.testing import golden as golden_lib
   from clara_jax.training import stages
-  from tests import test_golden
 
   reference = np.load(golden / f"{name}.npz")
   model, weights = _load(golden, name, dtype)
   with precision(dtype):
     if stage == "joint":
       batch, trained, wanted = (
-        test_golden.joint_batch(reference, golden),
+        golden_lib.joint_batch(reference, golden),
         ("query_reasoner", "generator"),
         float(reference["loss"]),
       )
     else:
-      documents = test_golden.right_pad(reference["enc_input_ids"], reference["enc_attention_mask"])
-      prompt = test_golden.prompt_of(reference)
-      batch = Batch(
-        prompt, test_golden.leading(documents, len(prompt.labels), 2 if name == "stage1_2" else 1)
-      )
+      batch = golden_lib.given_batch(reference, 2 if name == "stage1_2" else 1)
       trained, wanted = ("compressor", "generator"), float(reference["total"])
-    loss, _, grads = test_golden.objective(model, stages.get(stage), weights, batch, trained)
+    loss, _, grads = golden_lib.objective(model, stages.get(stage), weights, batch, trained)
   worst = 0.0
-  for key in (n for n in reference.files if n.startswith("grad/")):
-    adapter = next(a for a in test_golden.ROLE_OF if f".{a}." in key)
-    place = lora_place(key.removeprefix("grad/").replace(f".{adapter}.", "."))
-    leaf = grads[test_golden.ROLE_OF[adapter]]
-    for part in place.path:
-      leaf = leaf[part]
-    expected = reference[key]
-    worst = max(
-      worst,
-      float(
-        np.abs(np.asarray(leaf[place.layer], np.float32).T - expected).max()
-        / np.abs(expected).max()
-      ),
-    )
+  for _, ours, expected in golden_lib.gradients(reference, grads):
+    worst = max(worst, float(np.abs(ours - expected).max() / np.abs(expected).max()))
   found = {"loss": abs(loss - wanted), "gradient": worst}
   return {
     "found": found,
@@ -124,7 +106,8 @@ def continuations(golden: pathlib.Path, dtype: str) -> dict[str, Any]:
   """Greedy continuations of 12 tokens: share of tokens that are the reference implementation's
   before the first that is not."""
   from clara_jax.data.prompt_tokenizer import PromptTokenizer
-  from tests import test_generate
+  from clara_jax.testing.golden import compress
+  from clara_jax.testing.golden import continuations as continue_greedily
 
   model, weights = _load(golden, "stage1_2", dtype)
   prompt_tokenizer = PromptTokenizer(str(golden / "tiny_mistral"), model.config)
@@ -132,9 +115,9 @@ def continuations(golden: pathlib.Path, dtype: str) -> dict[str, Any]:
   wanted = json.loads((golden / "generation.json").read_text())["from_text_stage1_2"]["ids"]
   with precision(dtype):
     texts = [t for pool in inputs["POOL"] for t in pool[:2]]
-    memories = test_generate.compress(model, weights, prompt_tokenizer, texts, 2, 2)
+    memories = compress(model, weights, prompt_tokenizer, texts, 2, 2)
     prompts = [prompt_tokenizer.answer_prompt(q, 2).ids for q in inputs["STAGE2_QUESTIONS"]]
-    made = test_generate.continuations(model, weights, prompt_tokenizer, prompts, memories)
+    made = continue_greedily(model, weights, prompt_tokenizer, prompts, memories)
   same = [
     next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(y))
     for x, y in zip(made, wanted, strict=True)
@@ -149,7 +132,7 @@ def top_k_gradient() -> dict[str, Any]:
   import jax.numpy as jnp
 
   from clara_jax.ops.topk import straight_through_top_k
-  from tests.test_topk import plain
+  from clara_jax.testing import formulas
 
   keys = jax.random.split(jax.random.key(0), 3)
   scores, memories = jax.random.uniform(keys[0], (20,)), jax.random.normal(keys[1], (20, 8, 512))
@@ -164,7 +147,7 @@ def top_k_gradient() -> dict[str, Any]:
             (0, 1),
           )
         )(scores, memories)
-        for f in (straight_through_top_k, plain)
+        for f in (straight_through_top_k, formulas.straight_through_top_k)
       ]
       worst = max(
         worst,
@@ -237,7 +220,7 @@ RUN = """
 import sys
 from clara_jax.training.hooks import Hook
 from clara_jax.training.trainer import Trainer
-from tests import tiny
+from clara_jax.testing import tiny
 class Tell(Hook):
   def after_step(self, trainer, row_ids):
     print(trainer.step, flush=True)
@@ -251,8 +234,8 @@ def kill_and_resume() -> dict[str, Any]:
   difference."""
   import jax
 
+  from clara_jax.testing import tiny
   from clara_jax.training import trainer
-  from tests import tiny
 
   root = pathlib.Path(__file__).resolve().parents[2]
   with tempfile.TemporaryDirectory() as folder:

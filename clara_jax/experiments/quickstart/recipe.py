@@ -4,13 +4,14 @@ Every part is the part that the large case uses: `training.run.train`, `compress
 `Answerer`. Only sizes differ.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ from clara_jax.experiments.quickstart import shipped as shipped_stages
 from clara_jax.experiments.world import World, WorldConfig
 from clara_jax.inference.answer import Answerer
 from clara_jax.inference.compress import compress_corpus
-from clara_jax.memory.store import MemoryStore
+from clara_jax.memory.store import MemoryLookup, MemoryStore
 from clara_jax.retrieval import index as index_lib
 from clara_jax.training import run as training
 
@@ -71,7 +72,7 @@ class Sizes:
   joint: int = 200
 
 
-SAYS = {
+DESCRIPTIONS = {
   "pretrain": "A tiny base learns to find a fact in a text that it has before it.",
   "scp": "Compressor and generator learn to put a document into a few memory tokens and to answer "
   "from them.",
@@ -178,25 +179,58 @@ def _stage(name: str, sizes: Sizes, seed: int) -> tuple[DataConfig, TrainConfig]
   return data, train[name]
 
 
-@dataclasses.dataclass
-class _Stages:
-  """Where each stage lies, and how long it took."""
+class Recipe:
+  """The recipe's parts, each under `workdir`; one that is finished is not repeated.
 
-  workdir: str
-  sizes: Sizes
-  seed: int
-  world: World
-  prompt_tokenizer: PromptTokenizer
-  config: ClaraConfig
-  seconds: dict[str, float]
+  Args:
+    workdir: where everything is kept.
+    seed: of the training; the world is always the same.
+    sizes: see `Sizes`.
+  """
+
+  def __init__(self, workdir: str, seed: int = 0, sizes: Sizes = Sizes()):
+    self.workdir, self.seed, self.sizes = workdir, seed, sizes
+    self.world = World(sizes.world)
+    tokenizer = self.world.tokenizer()
+    self.config = clara_config(len(tokenizer))
+    self.prompt_tokenizer = PromptTokenizer(tokenizer, self.config)
+    self.shipped: dict[str, Any] | None = None
+    self.seconds: dict[str, float] = {}
+    questions = os.path.join(workdir, "questions.jsonl")
+    write_rows(self.world.question_rows(CANDIDATES, True, sizes.evaluation_rows), questions)
+    self.test_rows = schemas.read_rows([questions])
 
   def directory(self, name: str) -> str:
+    """The workdir of a stage."""
     return os.path.join(self.workdir, "stages", name)
 
-  def run(self, name: str, eval_rows=(), memories=None) -> None:
-    """Trains a stage from the previous one; a finished one is not repeated."""
-    log.info(f"\n== {name}: {SAYS[name]}")
+  def load(self, name: str) -> formats.Checkpoint:
+    """The checkpoint of a stage."""
+    return formats.load(self.directory(name))
+
+  @contextlib.contextmanager
+  def _timed(self, name: str) -> Iterator[None]:
     start = time.monotonic()
+    yield
+    self.seconds[name] = round(time.monotonic() - start, 1)
+
+  def unpack_shipped(self) -> bool:
+    """Takes over the stages that the installation ships; False where it ships none."""
+    self.shipped = shipped_stages.unpack(
+      os.path.join(self.workdir, "stages"), self.prompt_tokenizer
+    )
+    return self.shipped is not None
+
+  def train(
+    self,
+    name: str,
+    eval_rows: Sequence[schemas.Row] = (),
+    memories: MemoryLookup | None = None,
+  ) -> None:
+    """Trains a stage from the previous one, unless it is shipped."""
+    if self.shipped and name in self.shipped["stages"]:
+      return
+    log.info(f"\n== {name}: {DESCRIPTIONS[name]}")
     previous = PREVIOUS[name]
     data, train = _stage(name, self.sizes, self.seed)
     rows = [schemas.parse_row(r, f"{name}:{i}") for i, r in enumerate(stage_rows(self.world, name))]
@@ -212,17 +246,58 @@ class _Stages:
       base=self.directory("pretrain") if previous else None,
       init_from=self.directory(previous) if previous else None,
     )
-    result = training.train(
-      run,
-      self.directory(name),
-      rows=rows,
-      eval_rows=eval_rows,
-      memories=memories,
-      tokenizer=None if previous else self.prompt_tokenizer.tokenizer,
-    )
+    with self._timed(name):
+      result = training.train(
+        run,
+        self.directory(name),
+        rows=rows,
+        eval_rows=eval_rows,
+        memories=memories,
+        tokenizer=None if previous else self.prompt_tokenizer.tokenizer,
+      )
     if result.stopped is not None:  # by SIGTERM; what was done is saved
       raise KeyboardInterrupt
-    self.seconds[name] = round(time.monotonic() - start, 1)
+
+  def training_memories(self) -> MemoryLookup:
+    """The memory tokens of all documents, compressed by the `instruct` stage."""
+    everyone = [schemas.Document(**d) for side in (False, True) for d in self.world.documents(side)]
+    store = os.path.join(self.workdir, "training_store")
+    with self._timed("compress for training"):
+      compress_corpus(self.load("instruct"), everyone, store)
+    return MemoryStore(store).lookup()
+
+  def one_document(self) -> dict[str, float]:
+    """The scores of the `scp` stage on unseen people, one document at a time."""
+    rows = [
+      schemas.parse_row(r, f"test:{i}")
+      for i, r in enumerate(self.world.question_rows(1, True, self.sizes.evaluation_rows))
+    ]
+    return _evaluate(self.load("scp"), rows, "compressor")
+
+  def before_and_after(self) -> list[dict[str, float]]:
+    """The scores on unseen people with a new query reasoner and after the joint stage."""
+    before, after = self.load("instruct"), self.load("joint")
+    before.weights |= before.model.init(jax.random.key(0), ("query_reasoner",))
+    return [_evaluate(checkpoint, self.test_rows, "joint") for checkpoint in (before, after)]
+
+  def corpus_and_answers(self) -> tuple[Answerer, list[dict[str, Any]]]:
+    """Unseen documents compressed and indexed, and the answers to three questions on them."""
+    checkpoint = self.load("joint")
+    corpus, store = (os.path.join(self.workdir, name) for name in ("documents.jsonl", "store"))
+    write_rows(self.world.documents(test=True, limit=self.sizes.corpus), corpus)
+    with self._timed("compress"):
+      compress_corpus(checkpoint, schemas.read_documents(corpus), store)
+    memory_store = MemoryStore(store)
+    with self._timed("index"):
+      kind = "scann" if index_lib.available("scann") else "exact"
+      index, _ = index_lib.update(memory_store, kind)
+    answerer = Answerer(checkpoint, memory_store, index=index, max_new_tokens=4)
+    rows = list(self.world.question_rows(1, True, 40, seed=7))
+    one_a_relation = {row["relation"]: row["question"] for row in reversed(rows)}
+    relations = list(dict.fromkeys(row["relation"] for row in rows))[:3]
+    with self._timed("ask"):
+      answers = answerer.answer([one_a_relation[relation] for relation in relations])
+    return answerer, [dataclasses.asdict(answer) for answer in answers]
 
 
 def run(
@@ -240,139 +315,96 @@ def run(
   Returns:
     The report, as in report.json.
   """
-  began = time.monotonic()
+  start = time.monotonic()
   os.makedirs(workdir, exist_ok=True)
-  world = World(sizes.world)
-  tokenizer = world.tokenizer()
-  config = clara_config(len(tokenizer))
-  prompt_tokenizer = PromptTokenizer(tokenizer, config)
-  stages = _Stages(workdir, sizes, seed, world, prompt_tokenizer, config, {})
+  recipe = Recipe(workdir, seed, sizes)
   log.info(
     f"CLaRa on a generated world: {sizes.world.people:,} people with {sizes.world.pages} "
     f"documents each. "
     "A fifth of the people is never seen in training."
   )
-  shipped = (
-    None
-    if from_scratch or sizes != Sizes()
-    else shipped_stages.unpack(os.path.join(workdir, "stages"), prompt_tokenizer)
-  )
-  if shipped:
-    log.info(
-      "Starting from the shipped result of this same recipe; --from-scratch trains all of it here."
-    )
-  elif not from_scratch:
-    log.info("This installation ships no trained result: training everything here.")
-    from_scratch = True
-
-  questions = os.path.join(workdir, "questions.jsonl")
-  write_rows(world.question_rows(CANDIDATES, True, sizes.evaluation_rows), questions)
-  test_rows = schemas.read_rows([questions])
-  one_rows = [
-    schemas.parse_row(r, f"test:{i}")
-    for i, r in enumerate(world.question_rows(1, True, sizes.evaluation_rows))
-  ]
-  there = shipped["stages"] if shipped else ()
+  if not from_scratch:
+    if sizes == Sizes() and recipe.unpack_shipped():
+      log.info(
+        "Starting from the shipped result of this same recipe; --from-scratch trains all of it "
+        "here."
+      )
+    else:
+      log.info("This installation ships no trained result: training everything here.")
+      from_scratch = True
   for name in ("pretrain", "scp", "instruct"):
-    if name not in there:
-      stages.run(name)
+    recipe.train(name)
   log.info("\n== The scp stage on people never seen in training, one document at a time.")
-  scp = _load(stages, "scp")
-  scp_scores = evaluator.evaluate(
-    scp, one_rows, "compressor", batch_size=100, max_new_tokens=4, progress=False
-  ).scores
-
+  scp = recipe.one_document()
   log.info(
     "\n== All documents through the compressor, once: the joint stage reads memory tokens, not "
     "text."
   )
-  start = time.monotonic()
-  instruct = _load(stages, "instruct")
-  everyone = [schemas.Document(**d) for side in (False, True) for d in world.documents(side)]
-  store = os.path.join(workdir, "training_store")
-  compress_corpus(instruct, everyone, store)
-  memories = MemoryStore(store).lookup()
-  stages.seconds["compress for training"] = round(time.monotonic() - start, 1)
+  memories = recipe.training_memories()
   for name in RETRIEVAL:
-    if name not in there:
-      stages.run(name, test_rows, memories)
-
+    recipe.train(name, recipe.test_rows, memories)
   log.info(
     "\n== Before and after the joint stage, on unseen people: 20 candidates with hard "
     "distractors, the best 3 are read."
   )
-  before, after = (_load(stages, name) for name in ("instruct", "joint"))
-  before.weights |= before.model.init(jax.random.key(0), ("query_reasoner",))
-  scores = [
-    evaluator.evaluate(
-      c, test_rows, "joint", batch_size=100, max_new_tokens=4, progress=False
-    ).scores
-    for c in (before, after)
-  ]
-
+  joint = recipe.before_and_after()
   log.info(f"\n== {sizes.corpus:,} unseen documents: compress, index, ask.")
-  start = time.monotonic()
-  corpus = os.path.join(workdir, "documents.jsonl")
-  write_rows(world.documents(test=True, limit=sizes.corpus), corpus)
-  store = os.path.join(workdir, "store")
-  compressed = compress_corpus(after, schemas.read_documents(corpus), store)
-  stages.seconds["compress"] = round(time.monotonic() - start, 1)
-  start = time.monotonic()
-  memory_store = MemoryStore(store)
-  kind = "scann" if index_lib.available("scann") else "exact"
-  index, _ = index_lib.update(memory_store, kind)
-  stages.seconds["index"] = round(time.monotonic() - start, 1)
-  answerer = Answerer(after, memory_store, index=index, max_new_tokens=4)
-  shown = [r for r in world.question_rows(1, True, 40, seed=7)]
-  picked = [
-    next(r for r in shown if r["relation"] == relation)
-    for relation in dict.fromkeys(r["relation"] for r in shown)
-  ][:3]
-  start = time.monotonic()
-  answers = [dataclasses.asdict(a) for a in answerer.answer([r["question"] for r in picked])]
-  stages.seconds["ask"] = round(time.monotonic() - start, 1)
+  answerer, answers = recipe.corpus_and_answers()
 
-  curves = {name: report_lib.read_metrics(stages.directory(name), "eval") for name in RETRIEVAL}
-  tokens = sum(len(prompt_tokenizer.ids(d.text)) for d in memory_store.documents()) / len(
-    memory_store
-  )
+  curves = {name: report_lib.read_metrics(recipe.directory(name), "eval") for name in RETRIEVAL}
   report = {
-    "scp": {"answer_em": scp_scores["em"]},
-    "joint": {
-      **{name: [s[name] for s in scores] for name in ("recall_at_1", "recall_at_3", "recall_at_5")},
-      "answer_em": [s["em"] for s in scores],
-      "generator_only_recall_at_1": _ends(curves["generator_only"], "recall_at_1"),
-      "without_nested_dropout_recall_at_1": _ends(curves["without_nested_dropout"], "recall_at_1"),
-      "from_compressor_recall_at_1": _ends(curves["from_compressor"], "recall_at_1"),
-      "answers_given_gold": _ends(curves["joint"], "answers_given_gold"),
-      **{
-        name: round(curves["joint"][0][name], 4)
-        for name in ("gold_gradient_top1", "gold_gradient_top3")
-      },
-    },
+    "scp": {"answer_em": scp["em"]},
+    "joint": _joint(joint, curves),
     "contrastive": {"recall_at_1": _ends(curves["contrastive"], "recall_at_1")},
-    "compression_ratio": round(tokens / config.num_memory_tokens, 2),
-    "documents": compressed.documents,
-    "index": kind,
+    "compression_ratio": round(_mean_tokens(answerer) / recipe.config.num_memory_tokens, 2),
+    "documents": len(answerer.store),
+    "index": index_lib.saved_settings(answerer.store)["kind"],
     "seed": seed,
     "from_scratch": from_scratch,
-    "seconds": stages.seconds | {"total": round(time.monotonic() - began, 1)},
+    "seconds": recipe.seconds | {"total": round(time.monotonic() - start, 1)},
   }
-  if shipped:
-    report["shipped"] = shipped
+  if recipe.shipped:
+    report["shipped"] = recipe.shipped
   with open(os.path.join(workdir, "report.json"), "w", encoding="utf-8") as file:
     json.dump(report, file, indent=2)
-  _write_page(stages, after, report, answers, curves)
+  _write_page(recipe, answerer.checkpoint, report, answers, curves)
   _tell(report, answers, workdir)
   return report
 
 
+def _evaluate(
+  checkpoint: formats.Checkpoint, rows: Sequence[schemas.Row], query: str
+) -> dict[str, float]:
+  return evaluator.evaluate(
+    checkpoint, rows, query, batch_size=100, max_new_tokens=4, progress=False
+  ).scores
+
+
+def _mean_tokens(answerer: Answerer) -> float:
+  tokenizer, store = answerer.checkpoint.prompt_tokenizer, answerer.store
+  return sum(len(tokenizer.ids(d.text)) for d in store.documents()) / len(store)
+
+
+def _joint(
+  scores: list[dict[str, float]], curves: dict[str, list[dict[str, float]]]
+) -> dict[str, Any]:
+  return {
+    **{name: [s[name] for s in scores] for name in ("recall_at_1", "recall_at_3", "recall_at_5")},
+    "answer_em": [s["em"] for s in scores],
+    **{
+      f"{name}_recall_at_1": _ends(curves[name], "recall_at_1")
+      for name in ("generator_only", "without_nested_dropout", "from_compressor")
+    },
+    "answers_given_gold": _ends(curves["joint"], "answers_given_gold"),
+    **{
+      name: round(curves["joint"][0][name], 4)
+      for name in ("gold_gradient_top1", "gold_gradient_top3")
+    },
+  }
+
+
 def _ends(curve: list[dict[str, float]], metric: str) -> list[float]:
   return [round(curve[i][metric], 4) for i in (0, -1)]
-
-
-def _load(stages: _Stages, name: str) -> formats.Checkpoint:
-  return formats.load(stages.directory(name))
 
 
 TABLE = (
@@ -419,14 +451,14 @@ def _table(report: dict[str, Any]) -> list[tuple[str, Any, str]]:
 
 
 def _write_page(
-  stages: _Stages,
+  recipe: Recipe,
   checkpoint: formats.Checkpoint,
   report: dict[str, Any],
   answers: list[dict[str, Any]],
   curves: dict[str, list[dict[str, float]]],
 ) -> None:
   losses = {
-    name: report_lib.read_metrics(stages.directory(name), "train")
+    name: report_lib.read_metrics(recipe.directory(name), "train")
     for name in ("pretrain", "scp", "instruct", "joint")
   }
   question = answers[0]["question"]
@@ -450,7 +482,7 @@ def _write_page(
     answers,
     report,
   )
-  with open(os.path.join(stages.workdir, "report.html"), "w", encoding="utf-8") as file:
+  with open(os.path.join(recipe.workdir, "report.html"), "w", encoding="utf-8") as file:
     file.write(text)
 
 

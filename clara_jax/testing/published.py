@@ -1,6 +1,6 @@
 """Published models made small: the fields of their config.json and generation_config.json, their
 kind of tokenizer, and templates of their shape, with random weights of a few thousand numbers. The
-templates are written here; tests/test_real.py has the published ones.
+templates are written here; `make test-real` has the published ones.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Runs for tests that need more devices or more processes than the tests have; reports as one JSON
 line.
 
-    python -m tests.pod_worker JOB [COORDINATOR PROCESSES PROCESS]
+    python -m clara_jax.testing.pod_worker JOB [COORDINATOR PROCESSES PROCESS]
 
 JOB is JSON: {"stage": "scp", "rows": […], "data": {…}, "train": {…}, "runs": [{"mesh": {…},
 "workdir": …, "stop_at": …, "log": …}]}.
@@ -24,10 +24,10 @@ import numpy as np
 from clara_jax import distributed
 from clara_jax.config import DataConfig, MeshConfig, RunConfig
 from clara_jax.data import records
+from clara_jax.testing import tiny
 from clara_jax.training import trainer
 from clara_jax.training.hooks import Hook
 from clara_jax.training.program import Program
-from tests import tiny
 
 
 def run_config(job: dict, run: dict) -> RunConfig:

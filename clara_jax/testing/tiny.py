@@ -46,11 +46,13 @@ DATA = {
 
 @functools.cache
 def world() -> World:
+  """60 people, half of a page each."""
   return World(WORLD)
 
 
 @functools.cache
 def config() -> ClaraConfig:
+  """Two layers of width 16; documents of 40 tokens become 2 memory tokens."""
   model = ModelConfig(
     vocab_size=len(world().tokenizer()),
     width=16,
@@ -76,6 +78,7 @@ def config() -> ClaraConfig:
 
 
 def prompt_tokenizer(**fields) -> PromptTokenizer:
+  """The world's tokenizer; `fields` replace those of `config`."""
   return PromptTokenizer(world().tokenizer(), dataclasses.replace(config(), **fields))
 
 
@@ -93,10 +96,12 @@ def raw_rows(stage: str) -> list[dict]:
 
 
 def rows(stage: str) -> list[schemas.Row]:
+  """`raw_rows`, parsed."""
   return [schemas.parse_row(r, f"{stage}:{i}") for i, r in enumerate(raw_rows(stage))]
 
 
 def run_config(stage: str, **train) -> RunConfig:
+  """Four steps; `train` replaces fields of `TrainConfig`."""
   settings = {
     "stage": stage,
     "steps": 4,
