@@ -63,14 +63,14 @@ def free_port():
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
   folder = tmp_path_factory.mktemp("rows")
-  made = {}
+  paths = {}
   for stage in STAGES:
     path = folder / f"{stage}.jsonl"
     write_rows(tiny.raw_rows(stage), str(path))
-    made[stage] = str(path)
+    paths[stage] = str(path)
   for kind in ("scp", "joint"):
-    made[f"{kind} records"] = records.build(kind, [made[kind]], str(folder), files=4).directory
-  return made
+    paths[f"{kind} records"] = records.build(kind, [paths[kind]], str(folder), files=4).directory
+  return paths
 
 
 # 'instruct' has the loss of 'scp', and 'contrastive' a part of 'joint'.
@@ -103,9 +103,9 @@ def test_collectives(stage):
     "action": "collectives",
     "runs": [{"mesh": mesh} for mesh in MESHES.values()],
   }
-  found = dict(zip(MESHES, finish(start(job, 8)), strict=True))
-  assert all(not run["gathered_logits"] for run in found.values())
-  counts = {name: run["counts"] for name, run in found.items()}
+  runs = dict(zip(MESHES, finish(start(job, 8)), strict=True))
+  assert all(not run["gathered_logits"] for run in runs.values())
+  counts = {name: run["counts"] for name, run in runs.items()}
   assert counts["one"] == {}
   assert set(counts["data"]) <= {"all-reduce", "all-gather"} and counts["data"]["all-reduce"] >= 1
   assert counts["fsdp"]["all-gather"] >= 7  # the weights of a layer, at least
@@ -220,9 +220,9 @@ def test_sigterm_saves_and_ends_well(files, tmp_path, processes):
       p.communicate()[1][-2000:] for p in started if p.poll() is not None
     ]
     time.sleep(0.05)
-  asked = time.monotonic()
+  signal_time = time.monotonic()
   started[-1].send_signal(signal.SIGTERM)
   runs = [finish(p)[0] for p in started]
-  assert time.monotonic() - asked < 10
+  assert time.monotonic() - signal_time < 10
   assert len({run["stopped"] for run in runs}) == 1 and runs[0]["stopped"] == runs[0]["step"] >= 10
   assert (tmp_path / "run" / "checkpoints" / str(runs[0]["stopped"]) / "weights").exists()

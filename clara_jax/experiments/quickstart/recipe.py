@@ -272,9 +272,9 @@ def run(
     schemas.parse_row(r, f"test:{i}")
     for i, r in enumerate(world.question_rows(1, True, sizes.evaluation_rows))
   ]
-  there = shipped["stages"] if shipped else ()
+  shipped_names = shipped["stages"] if shipped else ()
   for name in ("pretrain", "scp", "instruct"):
-    if name not in there:
+    if name not in shipped_names:
       stages.run(name)
   log.info("\n== The scp stage on people never seen in training, one document at a time.")
   scp = _load(stages, "scp")
@@ -294,7 +294,7 @@ def run(
   memories = MemoryStore(store).lookup()
   stages.seconds["compress for training"] = round(time.monotonic() - start, 1)
   for name in RETRIEVAL:
-    if name not in there:
+    if name not in shipped_names:
       stages.run(name, test_rows, memories)
 
   log.info(
