@@ -145,17 +145,17 @@ def store_work(
 def content_of(folder: pathlib.Path) -> dict[str, int]:
   """Versions of all documents, from their texts; their memory tokens must be of the same."""
   store = MemoryStore(str(folder))
-  found = {}
+  versions = {}
   for document, memory in zip(store.documents(), store.memories(), strict=True):
     version = int(document.text.rsplit(" ", 1)[1])
     if (
       document.text != f"{document.id} version {version}"
       or not (memory == version).all()
-      or document.id in found
+      or document.id in versions
     ):
       raise BrokenPromiseError(f"{document}: {memory}")
-    found[document.id] = version
-  return found
+    versions[document.id] = version
+  return versions
 
 
 class Model:
@@ -187,12 +187,12 @@ class Model:
       new = None if action == "delete" else version
       self.may[i] = {new} if sure else self.may[i] | {new}
 
-  def check(self, found: dict[str, int]) -> None:
+  def check(self, versions: dict[str, int]) -> None:
     """Raises where something else is there; then that is what is known."""
-    for i in {*self.may, *found}:
-      if found.get(i) not in self.may[i]:
-        raise BrokenPromiseError(f"{i}: version {found.get(i)}, expected one of {self.may[i]}")
-      self.may[i] = {found.get(i)}
+    for i in {*self.may, *versions}:
+      if versions.get(i) not in self.may[i]:
+        raise BrokenPromiseError(f"{i}: version {versions.get(i)}, expected one of {self.may[i]}")
+      self.may[i] = {versions.get(i)}
 
 
 def store_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collections.Counter:
@@ -418,7 +418,7 @@ def factory_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> coll
   counts = collections.Counter()
   child(factory_work, str(scratch / "straight"))
   name = "journal-00000-of-00001.jsonl"
-  wanted = dict(journal.outcomes(str(scratch / "straight" / name)))
+  expected = dict(journal.outcomes(str(scratch / "straight" / name)))
   folder, number = scratch / "factory", 0
   while number < faults:
     shutil.rmtree(folder, ignore_errors=True)
@@ -442,18 +442,20 @@ def factory_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> coll
           del content[place : place + 200 if what == "gap" else None]
         path.write_bytes(content)
       if path.exists():
-        found = list(journal.outcomes(str(path)))
-        if len(dict(found)) < len(found) or any(wanted[d] != outcome for d, outcome in found):
+        outcomes = list(journal.outcomes(str(path)))
+        if len(dict(outcomes)) < len(outcomes) or any(
+          expected[d] != outcome for d, outcome in outcomes
+        ):
           raise BrokenPromiseError(kind)
     child(factory_work, str(folder))
     counts["ended"] += 1
-    if dict(journal.outcomes(str(folder / name))) != wanted:
+    if dict(journal.outcomes(str(folder / name))) != expected:
       raise BrokenPromiseError("another end")
     rows = [
       json.loads(line)["id"]
       for line in (folder / "rows-00000-of-00001.jsonl").read_text().splitlines()
     ]
-    if len(set(rows)) < len(rows) or len(rows) != sum(len(o["rows"]) for o in wanted.values()):
+    if len(set(rows)) < len(rows) or len(rows) != sum(len(o["rows"]) for o in expected.values()):
       raise BrokenPromiseError("rows twice, or missing")
   return counts
 
@@ -581,10 +583,10 @@ def bad_client(port: int, seed: int) -> str:
 def server_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collections.Counter:
   """After each bad client an honest one is answered right."""
   counts = collections.Counter()
-  with served(scratch) as told:
+  with served(scratch) as service:
     for _ in range(faults):
-      counts[bad_client(told[0], rng.random())] += 1
-      honest(*told)
+      counts[bad_client(service[0], rng.random())] += 1
+      honest(*service)
   return counts
 
 
@@ -593,13 +595,13 @@ def crowd_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
   percentile, alone and then."""
   del faults, rng
 
-  def percentile(told, requests=10):
+  def percentile(service, requests=10):
     seconds, wrong = [], []
 
     def client():
       for _ in range(requests):
         try:
-          seconds.append(honest(*told))
+          seconds.append(honest(*service))
         except Exception as error:
           wrong.append(error)
 
@@ -616,10 +618,10 @@ def crowd_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
     status = pathlib.Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in status if line.startswith("VmRSS")).split()[1]) // 1024
 
-  with served(scratch) as told:
-    port, over = told[0], threading.Event()
-    percentile(told, 3)
-    alone, before = percentile(told), memory()
+  with served(scratch) as service:
+    port, over = service[0], threading.Event()
+    percentile(service, 3)
+    alone, before = percentile(service), memory()
     silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(500)]
 
     def slow():
@@ -641,14 +643,14 @@ def crowd_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
       thread.start()
     crowd.start()
     time.sleep(1)
-    crowded, most = percentile(told), memory()
+    crowded, most = percentile(service), memory()
     over.set()
     crowd.kill()
     for connection in silent:
       connection.close()
     for thread in threads:
       thread.join()
-  found = collections.Counter(
+  measurements = collections.Counter(
     {
       "p99 alone, ms": round(1e3 * alone),
       "p99 crowded, ms": round(1e3 * crowded),
@@ -657,8 +659,8 @@ def crowd_part(scratch: pathlib.Path, faults: int, rng: random.Random) -> collec
     }
   )
   if crowded > 3 * alone or most > before + 100:
-    raise BrokenPromiseError(dict(found))
-  return found
+    raise BrokenPromiseError(dict(measurements))
+  return measurements
 
 
 def _huge_bodies(port: int, count: int) -> None:

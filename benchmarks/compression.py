@@ -67,7 +67,7 @@ def main() -> None:
     subprocess.run(command(options, straight), stdout=subprocess.PIPE, check=True, text=True).stdout
   )
   print("straight run:", first, file=sys.stderr, flush=True)
-  rng, there = random.Random(0), []
+  rng, document_counts = random.Random(0), []
   for _ in range(options.kills):
     process = subprocess.Popen(
       command(options, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -83,14 +83,14 @@ def main() -> None:
     time.sleep(rng.uniform(0, first["seconds"] / options.kills / 2))
     process.kill()
     process.wait()
-    there.append(len(MemoryStore(killed)))
-    print("killed with", there[-1], "documents", file=sys.stderr, flush=True)
+    document_counts.append(len(MemoryStore(killed)))
+    print("killed with", document_counts[-1], "documents", file=sys.stderr, flush=True)
   last = json.loads(
     subprocess.run(command(options, killed), stdout=subprocess.PIPE, check=True, text=True).stdout
   )
   one, other = MemoryStore(straight), MemoryStore(killed)
   verified = other.verify()
-  found = [d.id for d in other.documents()]
+  stored_ids = [d.id for d in other.documents()]
   rows = other.locate([d.id for d in one.documents()])
   equal = all(
     np.array_equal(one.memories(a), other.memories(b))
@@ -101,10 +101,10 @@ def main() -> None:
       {
         "documents": len(ids),
         "kills": options.kills,
-        "documents_at_each_kill": there,
+        "documents_at_each_kill": document_counts,
         "straight": first,
         "last": last,
-        "every_id_once": sorted(found) == sorted(ids),
+        "every_id_once": sorted(stored_ids) == sorted(ids),
         "equal_to_straight_run": equal,
         "verified": verified,
       },

@@ -84,9 +84,11 @@ def main() -> None:
   encoder = RowEncoder(PromptTokenizer(world.tokenizer(), clara), "given", data, 1)
 
   def batches(step=0):
-    made = TrainingBatches(records.open_sources([report.directory], data.shards), encoder, seed=0)
-    made.set_state({"step": step})
-    return made
+    training_batches = TrainingBatches(
+      records.open_sources([report.directory], data.shards), encoder, seed=0
+    )
+    training_batches.set_state({"step": step})
+    return training_batches
 
   steps = options.rows // BATCH
   middle, resumed_for = steps // 2, min(200, steps // 4)

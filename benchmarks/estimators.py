@@ -58,17 +58,17 @@ def main() -> None:
   parser.add_argument("--width", type=int, default=512, help="M · D")
   parser.add_argument("--runs", type=int, default=5)
   options = parser.parse_args()
-  found = {}
+  measurements = {}
   for name in estimators.REGISTRY:
-    found[name] = measure(name, options.candidates, options.k, options.width, options.runs)
-    print(name, found[name], file=sys.stderr, flush=True)
+    measurements[name] = measure(name, options.candidates, options.k, options.width, options.runs)
+    print(name, measurements[name], file=sys.stderr, flush=True)
   print(
     json.dumps(
       {
         "cores": os.cpu_count(),
         "device": str(jax.devices()[0]),
         **vars(options),
-        "estimators": found,
+        "estimators": measurements,
       },
       indent=2,
     )

@@ -226,7 +226,7 @@ def readers(work: pathlib.Path, quickstart: pathlib.Path) -> dict:
 
   values = Values()
   lines = work / "documents.jsonl"
-  found = {
+  cases = {
     "documents": (lines, mutated, lambda p: list(schemas.read_documents(p))),
     "documents of synthesize": (lines, mutated, lambda p: list(documents.read(p))),
     "ids": (lines, mutated, schemas.read_ids),
@@ -282,8 +282,8 @@ def readers(work: pathlib.Path, quickstart: pathlib.Path) -> dict:
     "tokenizer.json, values": (work / "hf" / "tokenizer.json", values, loaded("hf")),
     "tokenizer_config.json, values": (work / "hf" / "tokenizer_config.json", values, loaded("hf")),
   }
-  found["GGUF header"] = (_gguf(work), mutated, lambda p: gguf.opened(p).__enter__())
-  return {name: value for name, value in found.items() if value[0].exists()}
+  cases["GGUF header"] = (_gguf(work), mutated, lambda p: gguf.opened(p).__enter__())
+  return {name: value for name, value in cases.items() if value[0].exists()}
 
 
 def _gguf(work: pathlib.Path) -> pathlib.Path:

@@ -82,12 +82,12 @@ def measure(
     )
 
   shapes = program.batch_shapes()
-  made = jax.tree.map(array, shapes)
+  filled_batch = jax.tree.map(array, shapes)
 
   def full(tokens):
     return Tokens(tokens.ids, np.full_like(tokens.lengths, tokens.ids.shape[-1]))
 
-  prompt, slots = made.prompt, 5 * clara.num_memory_tokens
+  prompt, slots = filled_batch.prompt, 5 * clara.num_memory_tokens
   prompt.tokens.ids[:, :slots] = clara.model.vocab_size + np.arange(slots) % clara.num_memory_tokens
   answers = 16  # label positions, as a short answer has
   prompt = prompt.replace(
@@ -97,17 +97,17 @@ def measure(
     label_positions=np.full_like(prompt.label_positions[:, :answers], slots + 8)
     + np.arange(answers, dtype=np.int32),
   )
-  made = made.replace(
+  filled_batch = filled_batch.replace(
     prompt=prompt,
-    documents=made.documents and full(made.documents),
-    question=made.question and full(made.question),
+    documents=filled_batch.documents and full(filled_batch.documents),
+    question=filled_batch.question and full(filled_batch.question),
     valid=np.ones(batch, np.float32),
   )
   with program.context():
     key = jax.random.key(0)
     weights = program.place_weights(jax.jit(program.model.init)(key))
     state = program.initial_state({g: weights.pop(g) for g in program.trained})
-    placed = jax.device_put(made, program.batch_sharding)
+    placed = jax.device_put(filled_batch, program.batch_sharding)
     start = time.perf_counter()
     step = program.step.lower(state, weights, placed).compile()
     compiled = time.perf_counter() - start

@@ -71,12 +71,12 @@ def main() -> int:
     "| EM, evaluate | EM, ask |"
   )
   print("|---|---|---|---|---|---|", flush=True)
-  found, right = {}, True
+  measurements, right = {}, True
   for name in published.MODELS:
     if options.only and options.only not in name:
       continue
     with tempfile.TemporaryDirectory() as folder:
-      found[name] = measured = measure(name, folder)
+      measurements[name] = measured = measure(name, folder)
     right &= measured["evaluate"] == measured["ask"] == 1 and not measured["differs"]
     right &= max(measured["logits"], measured["adapter"]) < 1e-4
     print(
@@ -87,7 +87,7 @@ def main() -> int:
       flush=True,
     )
   if options.json:
-    pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
+    pathlib.Path(options.json).write_text(json.dumps(measurements, indent=2))
   return 0 if right else 1
 
 
@@ -116,12 +116,14 @@ def logit_difference(base: str) -> tuple[float, float]:
   ids = np.random.default_rng(0).integers(0, words, (2, 90))
   reference = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
   with torch.no_grad():
-    wanted = reference(
+    expected_logits = reference(
       torch.tensor(ids), attention_mask=torch.ones(ids.shape, dtype=torch.long)
     ).logits.numpy()[..., :words]
   return float(
-    np.abs(_logits(checkpoint.model, checkpoint.weights, None, ids)[..., :words] - wanted).max()
-  ), float(np.abs(wanted).max())
+    np.abs(
+      _logits(checkpoint.model, checkpoint.weights, None, ids)[..., :words] - expected_logits
+    ).max()
+  ), float(np.abs(expected_logits).max())
 
 
 def adapter_difference(base: str, folder: str) -> float:
@@ -143,13 +145,13 @@ def adapter_difference(base: str, folder: str) -> float:
   words = opened.config.model.vocab_size
   ids = np.random.default_rng(0).integers(0, words, (2, 30))
   with torch.no_grad():
-    wanted = adapted(
+    expected_logits = adapted(
       torch.tensor(ids), attention_mask=torch.ones(ids.shape, dtype=torch.long)
     ).logits.numpy()[..., :words]
   return float(
     np.abs(
       _logits(Clara(opened.config), formats.on_device(opened), "generator", ids)[..., :words]
-      - wanted
+      - expected_logits
     ).max()
   )
 
@@ -240,12 +242,12 @@ def learned(base: str, folder: str) -> dict[str, float]:
     f"{folder}/store",
   )
   run("index", "--store", f"{folder}/store", "--kind", "exact")
-  given = ("--checkpoint", f"{folder}/joint", "--max-new-tokens", "8")
-  asked = run("ask", *given, "--store", f"{folder}/store", *(r["question"] for r in rows))
-  scores = run("evaluate", *given, "--rows", f"{folder}/joint.jsonl", "--setting", "joint")
+  arguments = ("--checkpoint", f"{folder}/joint", "--max-new-tokens", "8")
+  ask_report = run("ask", *arguments, "--store", f"{folder}/store", *(r["question"] for r in rows))
+  scores = run("evaluate", *arguments, "--rows", f"{folder}/joint.jsonl", "--setting", "joint")
   return {
     "evaluate": scores["em"],
-    "ask": float(np.mean([a["answer"] == ANSWER for a in asked["answers"]])),
+    "ask": float(np.mean([a["answer"] == ANSWER for a in ask_report["answers"]])),
   }
 
 

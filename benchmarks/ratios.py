@@ -86,15 +86,15 @@ class Variant:
     sizes = {}
     for m in self._config.nested_memory or (self._config.num_memory_tokens,):
       answers = self._evaluate(before.first(m), recipe.TOP_K, "compressor")
-      found = self._evaluate(after.first(m), recipe.CANDIDATES, "joint")
+      joint_scores = self._evaluate(after.first(m), recipe.CANDIDATES, "joint")
       sizes[m] = {
         "answers": [p["em"] for p in answers],
-        "joint_answers": [p["em"] for p in found],
-        **{k: [p[k] for p in found] for k in ("recall_at_1", "recall_at_3")},
+        "joint_answers": [p["em"] for p in joint_scores],
+        **{k: [p[k] for p in joint_scores] for k in ("recall_at_1", "recall_at_3")},
       }
-    made = {"sizes": {str(m): v for m, v in sizes.items()}, "training_seconds": seconds}
-    path.write_text(json.dumps(made))
-    return made
+    result = {"sizes": {str(m): v for m, v in sizes.items()}, "training_seconds": seconds}
+    path.write_text(json.dumps(result))
+    return result
 
   def _directory(self, stage: str) -> str:
     return os.path.join(self._workdir, self.name, stage)
@@ -165,45 +165,47 @@ def main() -> None:
   parser.add_argument("--out", metavar="F.svg", help="the drawing")
   options = parser.parse_args()
   configure_logging()
-  found = {
+  results = {
     seed: {
       m: Variant(options.workdir, seed, m, options.rows, options.scale).result()
       for m in (*SIZES, None)
     }
     for seed in options.seeds
   }
-  table = compare(found)
+  table = compare(results)
   if options.out:
     text = html.figure(lambda axes: draw(axes, table), 10, 3.6, (1, 2))
     pathlib.Path(options.out).write_text(re.sub("</?figure>", "", text), encoding="utf-8")
   print(json.dumps(table, indent=2))
 
 
-def compare(found: dict[int, dict[int | None, dict]]) -> dict:
+def compare(results: dict[int, dict[int | None, dict]]) -> dict:
   """Means over all rows of all seeds."""
-  made = {"rows": 0, "metrics": {}, "largest_loss": {}}
+  report = {"rows": 0, "metrics": {}, "largest_loss": {}}
   for metric in METRICS:
-    made["metrics"][metric] = {}
+    report["metrics"][metric] = {}
     for m in SIZES:
       single, nested = (
-        np.concatenate([np.asarray(r[variant]["sizes"][str(m)][metric]) for r in found.values()])
+        np.concatenate([np.asarray(r[variant]["sizes"][str(m)][metric]) for r in results.values()])
         for variant in (m, None)
       )
-      made["rows"] = len(nested)
+      report["rows"] = len(nested)
       difference = statistics.compare(single, nested)
-      made["metrics"][metric][m] = {
+      report["metrics"][metric][m] = {
         "single": single.mean(),
         "nested": nested.mean(),
         "difference": difference.mean,
         "low": difference.low,
         "high": difference.high,
       }
-    made["largest_loss"][metric] = min(v["difference"] for v in made["metrics"][metric].values())
+    report["largest_loss"][metric] = min(
+      v["difference"] for v in report["metrics"][metric].values()
+    )
   seconds = {
-    name: float(np.mean([r[m]["training_seconds"] for r in found.values()]))
+    name: float(np.mean([r[m]["training_seconds"] for r in results.values()]))
     for m, name in ((None, "nested"), *((m, str(m)) for m in SIZES))
   }
-  return made | {
+  return report | {
     "training_seconds": seconds,
     "training_seconds_singles": sum(seconds[str(m)] for m in SIZES),
   }

@@ -32,12 +32,12 @@ def vectors(seed: int, count: int, centers: tuple[np.ndarray, np.ndarray]) -> np
   rng = np.random.default_rng([1, seed])
   topics, parts = centers
   topic = rng.integers(0, TOPICS, count)
-  made = (
+  points = (
     topics[topic]
     + 0.7 * parts[topic, rng.integers(0, SUBTOPICS, count)]
     + 0.7 * rng.normal(size=(count, M * D)).astype(np.float32)
   )
-  return made.reshape(count, M, D).astype(np.float32)
+  return points.reshape(count, M, D).astype(np.float32)
 
 
 def make_centers() -> tuple[np.ndarray, np.ndarray]:
@@ -52,11 +52,11 @@ def make_centers() -> tuple[np.ndarray, np.ndarray]:
 def write(store: str, documents: int) -> dict:
   """The store, in chunks."""
   start, centers = time.monotonic(), make_centers()
-  made = MemoryStore(store, Manifest("generated", M, D, 128, "float32"))
-  for chunk in range(len(made) // CHUNK, documents // CHUNK):
+  memory_store = MemoryStore(store, Manifest("generated", M, D, 128, "float32"))
+  for chunk in range(len(memory_store) // CHUNK, documents // CHUNK):
     ids = [Document(f"v{chunk * CHUNK + i}", "", "") for i in range(CHUNK)]
-    made.append(ids, vectors(chunk, CHUNK, centers))
-  return {"seconds": time.monotonic() - start, "bytes": made.nbytes(), "peak_mb": peak_mb()}
+    memory_store.append(ids, vectors(chunk, CHUNK, centers))
+  return {"seconds": time.monotonic() - start, "bytes": memory_store.nbytes(), "peak_mb": peak_mb()}
 
 
 def peak_mb() -> float:
@@ -92,15 +92,17 @@ def search(store: str, kind: str, count: int, batch: int, out: str) -> dict:
   start = time.monotonic()
   index = index_lib.load(opened) if kind == "scann" else index_lib.build(opened, kind)
   loaded = time.monotonic() - start
-  asked = queries(count)
-  index.search(asked[:batch], 10)  # compiles
+  query_vectors = queries(count)
+  index.search(query_vectors[:batch], 10)  # compiles
   start = time.monotonic()
-  rows = np.concatenate([index.search(asked[i : i + batch], 10)[0] for i in range(0, count, batch)])
+  rows = np.concatenate(
+    [index.search(query_vectors[i : i + batch], 10)[0] for i in range(0, count, batch)]
+  )
   seconds = time.monotonic() - start
   single = []
   for i in range(20):
     begun = time.monotonic()
-    index.search(asked[i : i + 1], 10)
+    index.search(query_vectors[i : i + 1], 10)
     single.append(time.monotonic() - begun)
   np.save(out, rows)
   return {
@@ -125,7 +127,7 @@ def main() -> None:
   options = parser.parse_args()
   store = os.path.join(options.scratch, "store")
 
-  def found(kind):
+  def rows_file(kind):
     return os.path.join(options.scratch, f"{kind}.npy")
 
   if options.step:
@@ -135,7 +137,7 @@ def main() -> None:
       if step == "write"
       else build(store, "scann")
       if step == "build"
-      else search(store, kind, options.queries, options.batch, found(kind))
+      else search(store, kind, options.queries, options.batch, rows_file(kind))
     )
     print(json.dumps(report))
     return
@@ -159,7 +161,7 @@ def main() -> None:
       subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1]
     )
     print(step, report[step], file=sys.stderr, flush=True)
-  exact, approximate = np.load(found("exact")), np.load(found("scann"))
+  exact, approximate = np.load(rows_file("exact")), np.load(rows_file("scann"))
   report["recall_at_10"] = float(
     np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, approximate, strict=True)])
   )

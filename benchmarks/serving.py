@@ -37,23 +37,23 @@ def expected(workdir: str, questions: int) -> list[tuple[dict, str, list[str]]]:
   store = MemoryStore(os.path.join(workdir, "store"))
   answerer = Answerer(checkpoint, store, max_new_tokens=4)
   rng = random.Random(0)
-  asked = []
+  requests = []
   for row in World(Sizes().world).question_rows(1, True, questions):
-    asked.append(
+    requests.append(
       {
         "question": rng.choice(FILLERS) + row["question"],
         "k": rng.choice((1, 2, 3)),
         "stream": rng.random() < 0.25,
       }
     )
-  made = []
-  for start in range(0, len(asked), 32):
-    batch = asked[start : start + 32]
+  expectations = []
+  for start in range(0, len(requests), 32):
+    batch = requests[start : start + 32]
     for request, answer in zip(
       batch, answerer.answer([Question(r["question"], r["k"]) for r in batch]), strict=True
     ):
-      made.append((request, answer.answer, [d.id for d in answer.documents]))
-  return made
+      expectations.append((request, answer.answer, [d.id for d in answer.documents]))
+  return expectations
 
 
 def client(requests: list, rng: random.Random, until: float, log: dict) -> None:

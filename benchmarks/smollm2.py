@@ -102,19 +102,21 @@ def compare(directory: str) -> dict[str, float]:
     directory, dtype=torch.float32
   ).eval()
   with torch.no_grad():
-    wanted = reference(torch.tensor(ids[None])).logits[0].numpy()
+    expected_logits = reference(torch.tensor(ids[None])).logits[0].numpy()
   model = checkpoint.model
 
   @jax.jit
   def logits(weights, ids):
     return model.logits(weights, model.hidden(weights, None, model.embed(weights, ids))[0])
 
-  found = np.asarray(logits(checkpoint.weights, jnp.asarray(ids[None])))[0, :, : wanted.shape[-1]]
+  computed_logits = np.asarray(logits(checkpoint.weights, jnp.asarray(ids[None])))[
+    0, :, : expected_logits.shape[-1]
+  ]
   return {
     "tokens": len(ids),
-    "max_abs_logit_difference": float(np.abs(found - wanted).max()),
-    "largest_logit": float(np.abs(wanted).max()),
-    "argmax_equal": float((found.argmax(-1) == wanted.argmax(-1)).mean()),
+    "max_abs_logit_difference": float(np.abs(computed_logits - expected_logits).max()),
+    "largest_logit": float(np.abs(expected_logits).max()),
+    "argmax_equal": float((computed_logits.argmax(-1) == expected_logits.argmax(-1)).mean()),
   }
 
 
@@ -139,10 +141,12 @@ def greedy(directory: str) -> dict[str, float]:
   for prompt, answer in zip(prompts, answers, strict=True):
     with torch.no_grad():
       ids = torch.tensor(prompt[None].astype(np.int64))
-      wanted = reference.generate(
+      expected_ids = reference.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
       )[0, len(prompt) :].numpy()
-    equal += prompt_tokenizer.truncate_at_eos(answer, with_end=True).tolist() == wanted.tolist()
+    equal += (
+      prompt_tokenizer.truncate_at_eos(answer, with_end=True).tolist() == expected_ids.tolist()
+    )
   return {"prompts": len(prompts), "greedy_equal": equal}
 
 
@@ -198,7 +202,7 @@ def round_trips(out: pathlib.Path) -> tuple[dict[str, dict[str, float]], list[st
       f"--config.base={out / 'hf'}",
       *(f"--config.{k}={v}" for k, v in sizes.items()),
     )
-  made = {}
+  reports = {}
   for number, (source, name, to) in enumerate(
     (
       ("hf", "clara", "clara"),
@@ -210,7 +214,7 @@ def round_trips(out: pathlib.Path) -> tuple[dict[str, dict[str, float]], list[st
     )
   ):
     if not (out / name).exists():
-      made[f"{number}: {source} -> {name}"] = convert(
+      reports[f"{number}: {source} -> {name}"] = convert(
         out / source, out / name, to, *(["--base", str(out / "hf")] if number > 3 else [])
       )
   differs = [
@@ -225,7 +229,7 @@ def round_trips(out: pathlib.Path) -> tuple[dict[str, dict[str, float]], list[st
   for path, leaf in before.items():
     if path[0] != "special_tokens" and not np.array_equal(lazy.read(leaf), lazy.read(after[path])):
       differs.append("/".join(path))
-  return made, differs
+  return reports, differs
 
 
 def answers(out: pathlib.Path, data: pathlib.Path) -> dict[str, dict[str, float]]:
@@ -249,7 +253,7 @@ def answers(out: pathlib.Path, data: pathlib.Path) -> dict[str, dict[str, float]
   )
   hotpot = [row for row in _lines(data / "multihop" / "hotpotqa.jsonl.gz") if len(row["docs"]) >= 5]
   (out / "hotpotqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hotpot[:200]))
-  found = {}
+  results = {}
   for name in ("squad", "hotpotqa"):
     for setting in ("no_documents", "full_text"):
       kept = out / f"{name}-{setting}.json"
@@ -271,8 +275,8 @@ def answers(out: pathlib.Path, data: pathlib.Path) -> dict[str, dict[str, float]
           )
         )
         kept.write_text(json.dumps(scores | {"seconds": round(time.monotonic() - start)}))
-      found[f"{name} {setting}"] = json.loads(kept.read_text())
-  return found
+      results[f"{name} {setting}"] = json.loads(kept.read_text())
+  return results
 
 
 def _lines(path: pathlib.Path) -> Iterator[dict]:

@@ -69,12 +69,12 @@ def make_weights(config) -> dict:
 
   from clara_jax.model import Clara
 
-  made = jax.jit(Clara(config).init)(jax.random.key(0))
+  weights = jax.jit(Clara(config).init)(jax.random.key(0))
   for i, role in enumerate(("compressor", "query_reasoner", "generator")):
-    made[role] = jax.tree.map(
-      lambda x, i=i: x + 0.02 * jax.random.normal(jax.random.key(i), x.shape), made[role]
+    weights[role] = jax.tree.map(
+      lambda x, i=i: x + 0.02 * jax.random.normal(jax.random.key(i), x.shape), weights[role]
     )
-  return made
+  return weights
 
 
 def encoder(scratch: pathlib.Path, task: str, config, memories=None):
@@ -154,8 +154,8 @@ def jax_training(scratch, task, from_store):
     ),
     1000,
   )
-  given = row_batches(scratch, task)
-  batches = [[rows.encode(r, random.Random(0)) for r in batch] for batch in given]
+  raw_batches = row_batches(scratch, task)
+  batches = [[rows.encode(r, random.Random(0)) for r in batch] for batch in raw_batches]
   with program.context():
     weights = program.place_weights(make_weights(config))
     state = program.initial_state({g: weights.pop(g) for g in program.trained})
@@ -165,7 +165,8 @@ def jax_training(scratch, task, from_store):
       encoded = batches[i]
       if from_store:  # reading is part of the step
         encoded = [
-          {**e, "memories": memories(r.documents)} for e, r in zip(encoded, given[i], strict=True)
+          {**e, "memories": memories(r.documents)}
+          for e, r in zip(encoded, raw_batches[i], strict=True)
         ]
       batch = put_batch(rows.collate(encoded), program.batch_sharding, len(encoded), None)
       state, metrics = program.step(state, weights, batch)

@@ -81,7 +81,7 @@ def prepare(data: pathlib.Path, work: pathlib.Path, articles: int, vocabulary: i
   for side in joint:
     rng.shuffle(joint[side])
   write_rows(train_scp, work / "scp.jsonl")
-  given = [
+  instruct_rows = [
     {
       **r,
       "docs": [
@@ -92,7 +92,7 @@ def prepare(data: pathlib.Path, work: pathlib.Path, articles: int, vocabulary: i
     }
     for r in joint[False]
   ]
-  write_rows(given, work / "instruct.jsonl")
+  write_rows(instruct_rows, work / "instruct.jsonl")
   write_rows(joint[False], work / "joint.jsonl")
   write_rows(joint[True][:100], work / "test.jsonl")
   write_rows(
@@ -139,10 +139,10 @@ def bm25_recall(rows, k: int) -> float:
   for row in rows:
     retriever = bm25s.BM25()
     retriever.index(bm25s.tokenize(row["docs"], show_progress=False), show_progress=False)
-    found, _ = retriever.retrieve(
+    top_documents, _ = retriever.retrieve(
       bm25s.tokenize([row["question"]], show_progress=False), k=k, show_progress=False
     )
-    hits += row["pos_index"][0] in set(found[0].tolist())
+    hits += row["pos_index"][0] in set(top_documents[0].tolist())
   return hits / len(rows)
 
 
@@ -215,7 +215,7 @@ def main() -> None:
   )
   index = clara("index", "--store", work / "store")
   test = [json.loads(line) for line in (work / "test.jsonl").read_text().splitlines()]
-  asked = clara(
+  ask_report = clara(
     "ask",
     "--checkpoint",
     work / "joint",
@@ -252,7 +252,7 @@ def main() -> None:
         },
         "compress": compressed,
         "index": index,
-        "ask": asked["answers"][0],
+        "ask": ask_report["answers"][0],
         "evaluate": scores,
         "seconds": round(time.monotonic() - start),
       },

@@ -31,18 +31,18 @@ DIMENSIONS = (192, 96, 48, 24)
 
 def score(answerer: Answerer, rows: list[schemas.Row]) -> dict[str, float]:
   """Recall over the whole store, and exact match of the answers."""
-  found, right = [], []
+  rankings, right = [], []
   for start in range(0, len(rows), 64):
     batch = rows[start : start + 64]
     texts = answerer.answer([r.questions[0] for r in batch])
     # Recall@5 needs more documents than the generator reads.
     listed = answerer.search([Question(r.questions[0], 5) for r in batch])
-    found += [[d.id for d in documents] for documents in listed]
+    rankings += [[d.id for d in documents] for documents in listed]
     right += [answer_scores(a.answer, r.answers)["em"] for a, r in zip(texts, batch, strict=True)]
   gold = [r.document_ids[r.gold[0]] for r in rows]
   return {
-    "recall_at_1": float(np.mean([f[0] == g for f, g in zip(found, gold, strict=True)])),
-    "recall_at_5": float(np.mean([g in f for f, g in zip(found, gold, strict=True)])),
+    "recall_at_1": float(np.mean([f[0] == g for f, g in zip(rankings, gold, strict=True)])),
+    "recall_at_5": float(np.mean([g in f for f, g in zip(rankings, gold, strict=True)])),
     "answer_em": float(np.mean(right)),
   }
 

@@ -150,13 +150,13 @@ def judged(accepted: list[dict]) -> dict:
       right += all(page.entity.facts[r] in row["answer"] for r in page.relations)
       pairs += 1
       continue
-    asked = set()
+    asked_relations = set()
     for question, answer in zip(row["question"], row["answers"], strict=True):
       right += truth.truth(question, document) == answer
       pairs += 1
-      asked |= truth.relations(question, document)
+      asked_relations |= truth.relations(question, document)
     facts += len(page.relations)
-    covered |= {(row["kind"], document, r) for r in asked}
+    covered |= {(row["kind"], document, r) for r in asked_relations}
   return {
     "pairs_and_paraphrases": pairs,
     "precision": right / pairs,
@@ -213,12 +213,12 @@ def kills(scratch: pathlib.Path, documents: pathlib.Path, count: int) -> dict:
         killed += 1
   answered = log.read_text().split()
   whole = {json.dumps(r, sort_keys=True) for r in rows(scratch / "faults")}
-  found = [json.dumps(r, sort_keys=True) for r in rows(out)]
+  row_lines = [json.dumps(r, sort_keys=True) for r in rows(out)]
   return {
     "kills": killed,
-    "rows": len(found),
-    "twice": len(found) - len(set(found)),
-    "same_as_without": set(found) == whole,
+    "rows": len(row_lines),
+    "twice": len(row_lines) - len(set(row_lines)),
+    "same_as_without": set(row_lines) == whole,
     "answered_twice": len(answered) - len(set(answered)),
     "wasted_a_kill": (len(answered) - len(set(answered))) / max(1, killed),
   }
@@ -304,7 +304,7 @@ def training(scratch: pathlib.Path, workdir: str) -> dict:
 
   world = World(recipe.Sizes().world)
   documents = [schemas.Document(d["id"], d["text"]) for d in world.documents(False)]
-  made = asyncio.run(
+  factory_report = asyncio.run(
     factory.produce(
       ((d.id, d) for d in documents),
       rounds.scp,
@@ -315,7 +315,7 @@ def training(scratch: pathlib.Path, workdir: str) -> dict:
   )
   before = formats.load(f"{workdir}/stages/pretrain")
   data, train = recipe._stage("scp", recipe.Sizes(), 0)
-  found = {"documents": len(documents), "accepted": made.accepted}
+  results = {"documents": len(documents), "accepted": factory_report.accepted}
   test = [schemas.parse_row(r, "test") for r in world.question_rows(1, True, 500)]
   for name, rows_ in (
     ("factory", rows(scratch / "quickstart")),
@@ -341,10 +341,10 @@ def training(scratch: pathlib.Path, workdir: str) -> dict:
       base_sha256=before.base_sha256,
     ).run()
     after = formats.load(where)
-    found[name] = evaluator.evaluate(
+    results[name] = evaluator.evaluate(
       after, test, "compressor", batch_size=100, max_new_tokens=4, progress=False
     ).scores["em"]
-  return found
+  return results
 
 
 def tokens(passages: str, rounds: float = 1.5, attempts: float = 1.2) -> dict:
@@ -357,10 +357,10 @@ def tokens(passages: str, rounds: float = 1.5, attempts: float = 1.2) -> dict:
   from clara_jax.data.schemas import read_documents
   from clara_jax.synthesis.templates import Templates
 
-  made = Templates()
+  prompt_templates = Templates()
 
   def prompt(name, **values):
-    return sum(len(m["content"].split()) for m in made.messages(name, **values)) * 4 / 3
+    return sum(len(m["content"].split()) for m in prompt_templates.messages(name, **values)) * 4 / 3
 
   sent, received = [], []
   for document in itertools.islice(read_documents(passages), 500):

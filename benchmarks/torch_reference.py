@@ -55,8 +55,8 @@ class Reference:
   def _pass(self, role, **inputs):
     self.model.set_adapter(role)
     # PEFT lets only the active adapter train; all that were chosen do.
-    for parameter, wanted in self._trained:
-      parameter.requires_grad_(wanted)
+    for parameter, requires_grad in self._trained:
+      parameter.requires_grad_(requires_grad)
     return self.model(**inputs, output_hidden_states=True, use_cache=False)
 
   def training(self, *roles):

@@ -520,7 +520,7 @@ def from_config_dict(cls: type, values: Mapping[str, Any], where: str = "") -> A
     )
   hints = typing.get_type_hints(cls)
   fields = {f.name: f for f in dataclasses.fields(cls)}
-  made: dict[str, Any] = {}
+  arguments: dict[str, Any] = {}
   for name, value in values.items():
     if (renamed := _FORMER_NAMES.get((cls, name))) is not None:
       if renamed in values and values[renamed] not in (value, fields[renamed].default):
@@ -528,25 +528,25 @@ def from_config_dict(cls: type, values: Mapping[str, Any], where: str = "") -> A
           f"{where}.{name}={value!r} and {renamed}={values[renamed]!r}: the first is the former "
           f"name of the second"
         )
-      made.pop(renamed, None)
+      arguments.pop(renamed, None)
       name = renamed
-    elif name in made:
+    elif name in arguments:
       continue
     path = f"{where}.{name}" if where else str(name)
     if name not in fields:
       raise ConfigError(
         f"{path}: unknown field of {cls.__name__}; known: {', '.join(sorted(fields))}"
       )
-    made[name] = _coerce(hints[name], value, path)
+    arguments[name] = _coerce(hints[name], value, path)
   for name, field in fields.items():
     if (
-      name not in made
+      name not in arguments
       and field.default is dataclasses.MISSING
       and field.default_factory is dataclasses.MISSING
     ):
       raise ConfigError(f"{where + '.' if where else ''}{name}: a value is required")
   try:
-    return cls(**made)
+    return cls(**arguments)
   except ConfigError as error:
     raise ConfigError(f"{where}: {error}" if where else str(error)) from None
 
@@ -557,16 +557,16 @@ _FORMER_NAMES: dict[tuple[type, str], str] = {(TrainConfig, "temperature"): "tem
 
 def field_meanings(cls: type = RunConfig) -> dict[str, str]:
   """What each field means, by its full path: the `Attributes` of the classes above."""
-  found = {}
+  meanings = {}
   hints = typing.get_type_hints(cls)
   for name, meaning in _attributes(cls).items():
     nested = next(
       (t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)), None
     )
-    found[name] = meaning
+    meanings[name] = meaning
     if nested:
-      found |= {f"{name}.{inner}": text for inner, text in field_meanings(nested).items()}  # type: ignore[arg-type]
-  return found
+      meanings |= {f"{name}.{inner}": text for inner, text in field_meanings(nested).items()}  # type: ignore[arg-type]
+  return meanings
 
 
 def _attributes(cls: type) -> dict[str, str]:

@@ -28,25 +28,25 @@ def initialize(
   Raises:
     ConfigError: only some of the three are given, or the others are not to be found.
   """
-  given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+  arguments = {"--coordinator": coordinator, "--processes": processes, "--process": process}
   environment = {
     "--coordinator": os.environ.get("JAX_COORDINATOR_ADDRESS"),
     "--processes": os.environ.get("JAX_NUM_PROCESSES"),
     "--process": os.environ.get("JAX_PROCESS_ID"),
   }
-  if any(v is not None for v in given.values()) or environment["--coordinator"]:
-    given = {
-      name: value if value is not None else environment[name] for name, value in given.items()
+  if any(v is not None for v in arguments.values()) or environment["--coordinator"]:
+    arguments = {
+      name: value if value is not None else environment[name] for name, value in arguments.items()
     }
-    if missing := [name for name, value in given.items() if value is None]:
+    if missing := [name for name, value in arguments.items() if value is None]:
       raise ConfigError(
         f"{', '.join(missing)}: missing; several processes by hand need --coordinator, "
         f"--processes and --process"
       )
     coordinator, processes, process = (
-      given["--coordinator"],
-      int(given["--processes"]),
-      int(given["--process"]),
+      arguments["--coordinator"],
+      int(arguments["--processes"]),
+      int(arguments["--process"]),
     )
   try:
     jax.distributed.initialize(coordinator, processes, process)

@@ -19,7 +19,7 @@ def from_file(name: str, field: str) -> Any:
   Raises:
     ConfigError: there is no such file or object, or the file fails.
   """
-  path, _, wanted = name.rpartition(":")
+  path, _, attribute = name.rpartition(":")
   if not path.endswith(".py"):
     return None
   file = pathlib.Path(path)
@@ -40,6 +40,6 @@ def from_file(name: str, field: str) -> Any:
     raise ConfigError(f"{field}={name!r}: {path} fails: {type(error).__name__}: {error}") from error
   finally:
     sys.path.remove(str(file.resolve().parent))
-  if not hasattr(module, wanted):
-    raise ConfigError(f"{field}={name!r}: {path} has no {wanted!r}")
-  return getattr(module, wanted)
+  if not hasattr(module, attribute):
+    raise ConfigError(f"{field}={name!r}: {path} has no {attribute!r}")
+  return getattr(module, attribute)

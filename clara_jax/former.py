@@ -54,10 +54,10 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     old = module.__name__
     new = _target(old)
     warnings.warn(f"{old} is {new} now", DeprecationWarning, stacklevel=2)
-    found = importlib.import_module(new)
+    target = importlib.import_module(new)
     for name, now in _NAMES.get(_former(old), {}).items():
-      setattr(found, name, getattr(found, now))
-    sys.modules[old] = found
+      setattr(target, name, getattr(target, now))
+    sys.modules[old] = target
 
 
 def _former(fullname: str) -> str:

@@ -58,12 +58,12 @@ SUMS = "checksums.json"
 def seal_folder(folder: Any, but: Sequence[str] = ()) -> None:
   """Writes FOLDER/checksums.json, with the checksums of all files below, `but` for those of some
   names."""
-  there = [f for f in files(folder) if f.name not in (SUMS, *but)]
+  paths = [f for f in files(folder) if f.name not in (SUMS, *but)]
   with concurrent.futures.ThreadPoolExecutor() as pool:
     sums = dict(
       zip(
-        [os.path.relpath(str(f), str(folder)) for f in there],
-        pool.map(checksum, there),
+        [os.path.relpath(str(f), str(folder)) for f in paths],
+        pool.map(checksum, paths),
         strict=True,
       )
     )
@@ -104,7 +104,9 @@ def damage(folder: Any, below: str = "") -> str | None:
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return next(
       (
-        found for found in pool.map(one, [name for name in sums if name.startswith(below)]) if found
+        problem
+        for problem in pool.map(one, [name for name in sums if name.startswith(below)])
+        if problem
       ),
       None,
     )
@@ -185,8 +187,8 @@ def cut_back(path: str) -> None:
     while end:
       start = max(0, end - 65536)
       file.seek(start)
-      if (found := file.read(end - start).rfind(b"\n")) >= 0:
-        end = start + found + 1
+      if (newline := file.read(end - start).rfind(b"\n")) >= 0:
+        end = start + newline + 1
         break
       end = start
     file.truncate(end)
@@ -230,16 +232,16 @@ class Lock:
       except OSError as error:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
           raise
-        if pause is None or _told(self._descriptor) != _SOMEBODY:
-          raise LockedError(_told(self._descriptor)) from None
+        if pause is None or _owner(self._descriptor) != _SOMEBODY:
+          raise LockedError(_owner(self._descriptor)) from None
         time.sleep(pause)  # who holds it does not say so: it may be `holder`, for a moment
 
   def _tell(self) -> None:
     since = datetime.datetime.now().isoformat(" ", "seconds")
     command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])[:120]
-    told = f"process {os.getpid()} on {socket.gethostname()}, since {since}: {command}\n"
+    owner = f"process {os.getpid()} on {socket.gethostname()}, since {since}: {command}\n"
     os.ftruncate(self._descriptor, 0)
-    os.pwrite(self._descriptor, told.encode("utf-8", "replace"), 0)
+    os.pwrite(self._descriptor, owner.encode("utf-8", "replace"), 0)
 
   def release(self) -> None:
     """Lets others have it."""
@@ -274,10 +276,10 @@ def holder(path: Any) -> str | None:
     fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return None
   except OSError:
-    return _told(descriptor)
+    return _owner(descriptor)
   finally:
     os.close(descriptor)
 
 
-def _told(descriptor: int) -> str:
+def _owner(descriptor: int) -> str:
   return os.pread(descriptor, 400, 0).decode("utf-8", "replace").strip() or _SOMEBODY

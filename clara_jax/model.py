@@ -101,7 +101,7 @@ class Clara:
   def init_boxed(self, rng: jax.Array, groups: tuple[str, ...] = GROUPS) -> dict[str, Any]:
     """Fresh weights whose leaves carry their logical axes (for shardings under
     `jax.eval_shape`)."""
-    made: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
     for index, group in enumerate(GROUPS):
       if group not in groups:
         continue
@@ -110,20 +110,20 @@ class Clara:
         init = nn.with_logical_partitioning(
           nn.initializers.normal(self.config.model.initializer_range), (axes.MEMORY, axes.WIDTH)
         )
-        made[group] = init(
+        weights[group] = init(
           key, (self.config.num_memory_tokens, self.config.model.width), jnp.float32
         )
       else:
         x = jnp.zeros((1, 1, self.config.model.width), self.config.model.dtype)
         variables = (self.plain_decoder if group == "base" else self.decoder).init(key, x)
-        made[group] = variables["params" if group == "base" else "lora"]
+        weights[group] = variables["params" if group == "base" else "lora"]
     if "temperature" in groups:
-      made["temperature"] = {
+      weights["temperature"] = {
         "log": nn.with_logical_partitioning(
           lambda _: jnp.full(1, jnp.log(self.config.temperature)), (None,)
         )(rng)
       }
-    return made
+    return weights
 
   def init(self, rng: jax.Array, groups: tuple[str, ...] = GROUPS) -> dict[str, Any]:
     """Fresh weights of the named groups."""

@@ -41,9 +41,9 @@ def main() -> None:
     shutil.copyfile(data / name, out / version / plain)
     (out / version / "config.json").write_text('{"model_type": "mistral"}')
     if version == "tekken":  # as tokenizer.json, which the hub's models have
-      made = MistralConverter(str(out / version / plain)).converted()
+      backend = MistralConverter(str(out / version / plain)).converted()
       PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>"
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
       ).save_pretrained(out / version)
   (out / "ids.json").write_text(json.dumps(ids))
 

@@ -31,15 +31,15 @@ def python(*arguments) -> str:
 def items(folder: pathlib.Path, side: str) -> dict:
   """What every item found; cuDNN is on cards alone."""
   values = json.loads((folder / f"{side}.json").read_text())
-  found = values["items"]
-  assert values["smoke"] and found
+  results = values["items"]
+  assert values["smoke"] and results
   wrong = {
     k: v
-    for k, v in found.items()
+    for k, v in results.items()
     if "failed" in v and "cudnn" not in k or "skipped" in v or v.get("passed") is False
   }
   assert not wrong
-  return found
+  return results
 
 
 @pytest.mark.real
@@ -56,13 +56,13 @@ def test_checks(golden, tmp_path):
     "--out",
     tmp_path,
   )
-  found = items(tmp_path, "checks")
+  results = items(tmp_path, "checks")
   assert {
     "golden stage1 float32",
     "golden continuations float32",
     "straight-through top-k",
     "kill and resume",
-  } <= set(found)
+  } <= set(results)
 
 
 @pytest.mark.real
@@ -103,8 +103,8 @@ def test_train(tmp_path):
     "--work",
     tmp_path,
   )
-  found = items(tmp_path, "train")
-  assert set(found["adapters"]["bytes"]) == {
+  results = items(tmp_path, "train")
+  assert set(results["adapters"]["bytes"]) == {
     f"joint-{role}.tar.xz" for role in ("compressor", "generator", "query_reasoner")
   }
   language = json.loads((tmp_path / "language.json").read_text())

@@ -76,7 +76,7 @@ def test_compress_index_ask(folder, capsys):
     capsys, "compress", *checkpoint, "--documents", folder / "documents.jsonl", "--store", store
   )
   assert (report["documents"], report["skipped"]) == (documents, documents)
-  found = {}
+  results = {}
   question = next(tiny.world().question_rows(1, test=True))["question"]
   for kind in ("exact", "scann"):
     if kind == "scann":
@@ -97,11 +97,11 @@ def test_compress_index_ask(folder, capsys):
       and second["question"] == "Who else?"
     )
     assert set(first["timings_ms"]) == {"encode", "search", "generate"}
-    found[kind] = [(d["id"], d["score"]) for d in first["documents"]]
-    assert len(found[kind]) == 2
-  if "scann" in found:
-    assert [i for i, _ in found["exact"]] == [i for i, _ in found["scann"]]
-    np.testing.assert_allclose(*([s for _, s in found[k]] for k in ("exact", "scann")), atol=1e-3)
+    results[kind] = [(d["id"], d["score"]) for d in first["documents"]]
+    assert len(results[kind]) == 2
+  if "scann" in results:
+    assert [i for i, _ in results["exact"]] == [i for i, _ in results["scann"]]
+    np.testing.assert_allclose(*([s for _, s in results[k]] for k in ("exact", "scann")), atol=1e-3)
 
 
 def test_a_store_is_looked_at_changed_and_made_smaller(folder, capsys, tmp_path):

@@ -58,15 +58,15 @@ def test_upstream_to_ours_and_back(golden, tmp_path, stage):
   before, after = pth(source), pth(tmp_path / "back")
   # Adapters that were created fresh carried the embedding and the head too; on export these have
   # their own file alone.
-  wanted = {k: v for k, v in flatten(before) if "lora" in k or k.startswith("decoder")}
+  expected = {k: v for k, v in flatten(before) if "lora" in k or k.startswith("decoder")}
   late = {
     k.rpartition("/")[2]: v
     for k, v in flatten(before)
     if k.startswith("adapters") and "lora" not in k
   }
   got = dict(flatten(after))
-  assert set(wanted) == set(got)
-  for name, value in wanted.items():
+  assert set(expected) == set(got)
+  for name, value in expected.items():
     value = late.get(name.rpartition("/")[2], value)
     assert got[name].dtype == value.dtype and torch.equal(got[name], value), name
 

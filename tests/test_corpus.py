@@ -31,9 +31,9 @@ def store(tmp_path_factory):
     bucket=64,
     progress=False,
   )
-  made = MemoryStore(folder)
-  made.delete([documents[2].id])
-  made.close()
+  memory_store = MemoryStore(folder)
+  memory_store.delete([documents[2].id])
+  memory_store.close()
   return MemoryStore(folder)
 
 
@@ -95,10 +95,10 @@ def test_loss_and_gradient_equal_the_dense_formula(store, candidates):
   cosines = query @ flat.T / np.linalg.norm(query, axis=1)[:, None] / np.linalg.norm(flat, axis=1)
   chosen = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
   is_gold = (chosen[:, :, None] == batch.gold_slots[:, None]).any(-1)
-  given = batch.replace(memories=memories[chosen], is_gold=is_gold, gold_slots=None)
+  row_batch = batch.replace(memories=memories[chosen], is_gold=is_gold, gold_slots=None)
   plain = dataclasses.replace(run, data=dataclasses.replace(run.data, retrieve="row"))
   expected, expected_metrics, expected_gradient = loss_and_gradient(
-    plain, given, {}, make_mesh(devices=jax.devices()[:1])
+    plain, row_batch, {}, make_mesh(devices=jax.devices()[:1])
   )
   assert value == pytest.approx(expected, rel=1e-6)
   for a, b in zip(gradient, expected_gradient, strict=True):

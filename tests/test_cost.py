@@ -106,12 +106,12 @@ def test_a_tpu_program_is_read_right():
   x = jax.ShapeDtypeStruct((64, 512), jnp.float32, sharding=rows)
   w = jax.ShapeDtypeStruct((7, 512, 512), jnp.float32, sharding=whole)
   text = jax.jit(step, out_shardings=(rows, whole)).lower(x, w).compile().as_text()
-  found = hlo.analyze(text)
+  report = hlo.analyze(text)
   # One sum over the rows in each of seven layers, or one of all seven after the loop.
-  assert found.collectives["all-reduce"] in (1, 7)
-  assert found.interconnect_bytes == pytest.approx(7 * 2 * 512 * 4 * 3 / 4, rel=0.01)
+  assert report.collectives["all-reduce"] in (1, 7)
+  assert report.interconnect_bytes == pytest.approx(7 * 2 * 512 * 4 * 3 / 4, rel=0.01)
   # Every layer's weights are read once.
-  assert 7 * 512 * 512 * 4 <= found.memory_bytes < 4 * 7 * 512 * 512 * 4
+  assert 7 * 512 * 512 * 4 <= report.memory_bytes < 4 * 7 * 512 * 512 * 4
 
 
 @needs_libtpu

@@ -41,45 +41,45 @@ def unpadded(entry):
 
 
 def test_encoder_inputs(reference, prompt_tokenizer):
-  wanted, inputs = reference
+  expected, inputs = reference
   assert [prompt_tokenizer.document(t).tolist() for t in inputs["DOCS"]] == unpadded(
-    wanted["encoder_inputs/max_length=32"]
+    expected["encoder_inputs/max_length=32"]
   )
   assert [prompt_tokenizer.query(t).tolist() for t in inputs["QUESTIONS"]] == unpadded(
-    wanted["query_inputs/generate (max_length=doc_max_length=32)"]
+    expected["query_inputs/generate (max_length=doc_max_length=32)"]
   )
 
 
 def test_special_tokens(reference, prompt_tokenizer):
-  wanted, _ = reference
-  for token, number in wanted["special"].items():
+  expected, _ = reference
+  for token, number in expected["special"].items():
     assert prompt_tokenizer.tokenizer.convert_tokens_to_ids(token) == number
-  assert prompt_tokenizer.pad_id == wanted["pad_token_id"]
+  assert prompt_tokenizer.pad_id == expected["pad_token_id"]
 
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_prompts(reference, prompt_tokenizer, k):
-  wanted, inputs = reference
+  expected, inputs = reference
   for i, question in enumerate(inputs["QUESTIONS"]):
-    with_answer = wanted["prompts"][f"standard+answer/top_k={k}"][i]
-    made = prompt_tokenizer.answer_prompt(question, k, inputs["ANSWERS"][i])
-    assert (made.ids.tolist(), made.prompt_length) == (
+    with_answer = expected["prompts"][f"standard+answer/top_k={k}"][i]
+    prompt = prompt_tokenizer.answer_prompt(question, k, inputs["ANSWERS"][i])
+    assert (prompt.ids.tolist(), prompt.prompt_length) == (
       with_answer["ids"],
       with_answer["prompt_len"],
     )
     assert (
       prompt_tokenizer.answer_prompt(question, k).ids.tolist()
-      == wanted["prompts"][f"standard/top_k={k}"][i]["ids"]
+      == expected["prompts"][f"standard/top_k={k}"][i]["ids"]
     )
-    listed = wanted["prompts"][f"qa/top_k={k}"][i]
+    listed = expected["prompts"][f"qa/top_k={k}"][i]
     row = schemas.Row(
       tuple(inputs["QA_QUESTIONS"][i]),
       tuple(inputs["QA_ANSWERS"][i]),
       ("d",),
       is_question_list=True,
     )
-    made = prompt_tokenizer.row_prompt(row, k)
-    assert (made.ids.tolist(), made.prompt_length) == (listed["ids"], listed["prompt_len"])
+    prompt = prompt_tokenizer.row_prompt(row, k)
+    assert (prompt.ids.tolist(), prompt.prompt_length) == (listed["ids"], listed["prompt_len"])
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(golden):
@@ -191,8 +191,8 @@ def test_an_epoch_has_every_row_once():
 def given_batches(data, **fields):
   rows = tiny.rows("scp")
   config = DataConfig(batch_size=8, bucket=16, **data)
-  made = RowEncoder(tiny.prompt_tokenizer(), "given", config, 2)
-  return TrainingBatches([records.divide(rows, config.shards)], made, seed=5, **fields)
+  row_encoder = RowEncoder(tiny.prompt_tokenizer(), "given", config, 2)
+  return TrainingBatches([records.divide(rows, config.shards)], row_encoder, seed=5, **fields)
 
 
 def test_batches_do_not_depend_on_who_reads_them():
@@ -286,13 +286,15 @@ def test_a_row_that_does_not_fit_is_replaced_and_counted(caplog):
       [[rows]], RowEncoder(tiny.prompt_tokenizer(), "given", config, 2), seed=1
     )
 
-  made = batches(1)
-  ids = [i for _ in range(4) for i in next(made).ids]
-  assert "long" not in ids and made.malformed == 1 and "long: the prompt has" in caplog.text
+  training_batches = batches(1)
+  ids = [i for _ in range(4) for i in next(training_batches).ids]
+  assert (
+    "long" not in ids and training_batches.malformed == 1 and "long: the prompt has" in caplog.text
+  )
   with pytest.raises(schemas.DataError, match="long: the prompt has"):
-    made = batches(0)
+    training_batches = batches(0)
     for _ in range(4):
-      next(made)
+      next(training_batches)
 
 
 @pytest.mark.parametrize("kind", ["scp", "instruct", "joint"])

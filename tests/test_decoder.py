@@ -174,9 +174,9 @@ def test_splash_attention(window, monkeypatch):
         q, k, v
       )
 
-  (value, grads), (wanted, wanted_grads) = value_and_grads("splash"), value_and_grads("xla")
-  np.testing.assert_allclose(value, wanted, rtol=1e-6)
-  for a, b in zip(grads, wanted_grads, strict=True):
+  (value, grads), (expected, expected_grads) = value_and_grads("splash"), value_and_grads("xla")
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+  for a, b in zip(grads, expected_grads, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-4)
   np.testing.assert_allclose(on_a_mesh(), attend(q, k, v, window=window), atol=1e-5)
 
@@ -205,7 +205,7 @@ def test_attention_backends_agree(window):
   positions = jnp.array([[6], [4]]) + jnp.arange(3)
   some = [jnp.stack([x[0, 6:9], x[1, 4:7]]) for x in (q, k, v)]
   at = jnp.broadcast_to(jnp.arange(13), (2, 13))
-  found = attend_cached(
+  output = attend_cached(
     *some, positions, *cached, jnp.where(at < positions[:, :1], at, EMPTY), window=window
   )
-  np.testing.assert_allclose(found, jnp.stack([whole[0, 6:9], whole[1, 4:7]]), atol=1e-5)
+  np.testing.assert_allclose(output, jnp.stack([whole[0, 6:9], whole[1, 4:7]]), atol=1e-5)

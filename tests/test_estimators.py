@@ -22,7 +22,7 @@ KEY = jax.random.key(7)
 SAMPLES = 100_000
 
 
-def given(batch=2, n=N, k=K, seed=0):
+def selection_inputs(batch=2, n=N, k=K, seed=0):
   """Scores [B, N], memories [B, N, 2, 3], a cotangent [B, K, 2, 3]."""
   keys = jax.random.split(jax.random.key(seed), 3)
   return (
@@ -61,7 +61,7 @@ def test_edges(name):
   """k = 1 … N, ties, scores of ±1e4, bfloat16, a batch over devices, vmap: finite, every document
   once, the same numbers."""
   estimator = estimators.get(name)
-  rows, memories, _ = given(batch=4)
+  rows, memories, _ = selection_inputs(batch=4)
   scores = jnp.stack(
     [rows[0], jnp.zeros(N), jnp.array([1e4, -1e4, 1e4, 0, -1e4]), jnp.round(rows[3])]
   )
@@ -100,7 +100,7 @@ def test_edges(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_documents_themselves_or_mixtures(name):
-  scores, memories, _ = given()
+  scores, memories, _ = selection_inputs()
   choice = estimators.get(name)(scores, K, TAU, KEY)
   is_soft = name in ("softmax", "iterated_softmax", "optimal_transport", "perturbed")
   exactly = np.array_equal(
@@ -117,7 +117,7 @@ def test_documents_themselves_or_mixtures(name):
 
 @pytest.mark.parametrize("masking", ["algorithm1", "equation33"])
 def test_straight_through(masking):
-  scores, memories, cotangent = given()
+  scores, memories, cotangent = selection_inputs()
   _, indices, gradient = pulled(estimators.get(masking), scores, memories, cotangent)
 
   def one(s, m, c):
@@ -127,7 +127,7 @@ def test_straight_through(masking):
 
 
 def test_a_temperature_that_is_learned():
-  scores, memories, cotangent = given()
+  scores, memories, cotangent = selection_inputs()
 
   def value(tau, name):
     return (estimators.get(name)(scores, K, tau, KEY).rows(memories) * cotangent).sum()
@@ -139,19 +139,19 @@ def test_a_temperature_that_is_learned():
     soft = jax.nn.softmax(jnp.where(taken[:, :K] > 0, -1e9, scores[:, None]) / tau)
     return (jnp.einsum("bkn,bnmd->bkmd", soft, memories) * cotangent).sum()
 
-  wanted = jax.grad(plain)(TAU)
+  expected = jax.grad(plain)(TAU)
   for name in ("equation33", "softmax"):
-    np.testing.assert_allclose(jax.grad(value)(TAU, name), wanted, rtol=1e-4)
+    np.testing.assert_allclose(jax.grad(value)(TAU, name), expected, rtol=1e-4)
   check_grads(lambda t: value(t, "softmax"), (TAU,), 1, ["rev"], atol=1e-2, rtol=1e-2)
 
 
 def test_the_control_teaches_nothing():
-  scores, memories, cotangent = given()
+  scores, memories, cotangent = selection_inputs()
   assert not pulled(estimators.get("selected_only"), scores, memories, cotangent)[2].any()
 
 
 def test_gumbel_is_algorithm1_at_perturbed_scores():
-  scores, memories, cotangent = given()
+  scores, memories, cotangent = selection_inputs()
   noisy = scores + TAU * jax.random.gumbel(KEY, scores.shape)
   for a, b in zip(
     pulled(estimators.get("gumbel"), scores, memories, cotangent),
@@ -195,7 +195,7 @@ def plain_simple(scores):
   "name, plain", [("iterated_softmax", plain_iterated), ("optimal_transport", plain_transport)]
 )
 def test_relaxations(name, plain):
-  scores, memories, cotangent = given()
+  scores, memories, cotangent = selection_inputs()
   soft = estimators.get(name)
   np.testing.assert_allclose(slot_weights(soft, scores[0]), plain(scores[0]), rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(slot_weights(soft, scores[0]).sum(-1), 1.0, rtol=1e-5)
@@ -203,30 +203,30 @@ def test_relaxations(name, plain):
     lambda s: soft(s, K, TAU, None).rows(memories), (scores,), 1, ["rev"], atol=1e-2, rtol=1e-2
   )
   # Straight-through: the derivative of the soft rows.
-  wanted = jax.grad(
+  expected = jax.grad(
     lambda s: (jnp.einsum("kn,nmd->kmd", plain(s), memories[0]) * cotangent[0]).sum()
   )(scores[0])
   for hard in (False, True):
     got = pulled(estimators.get(name, {"hard": hard}), scores, memories, cotangent)[2][0]
-    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_marginals_of_subsets():
-  scores, memories, cotangent = given()
+  scores, memories, cotangent = selection_inputs()
 
-  def wanted(s, m, c):
+  def simple_gradient(s, m, c):
     return jax.grad(lambda s: (jnp.einsum("kn,nmd->kmd", plain_simple(s), m) * c).sum())(s)
 
   for sample in (True, False):
     got = pulled(estimators.get("simple", {"sample": sample}), scores, memories, cotangent)[2]
     for b in range(2):
       np.testing.assert_allclose(
-        got[b], wanted(scores[b], memories[b], cotangent[b]), rtol=1e-3, atol=1e-5
+        got[b], simple_gradient(scores[b], memories[b], cotangent[b]), rtol=1e-3, atol=1e-5
       )
 
 
 def test_perturbed_by_its_formula():
-  scores, memories, cotangent = given()
+  scores, memories, cotangent = selection_inputs()
   estimator = estimators.get("perturbed", {"samples": 6})
   rows, _, gradient = pulled(estimator, scores, memories, cotangent)
   z = np.asarray(jax.random.normal(KEY, (6, 2, N)))
@@ -257,8 +257,8 @@ def frequencies(name, scores, samples):
   indices = np.asarray(
     jax.jit(lambda key: estimators.get(name)(tiled, 2, TAU, key).indices)(jax.random.key(1))
   )
-  found = exact.choices(len(scores), 2)
-  return np.array([(indices == c).all(-1).mean() for c in found]), found
+  choices = exact.choices(len(scores), 2)
+  return np.array([(indices == c).all(-1).mean() for c in choices]), choices
 
 
 @pytest.mark.parametrize(
@@ -268,23 +268,23 @@ def frequencies(name, scores, samples):
 def test_draws_have_their_distribution(name, policy):
   scores = jnp.array([0.3, -0.2, 0.1, 0.5])
   samples = 20_000 if name == "simple" else SAMPLES
-  got, found = frequencies(name, scores, samples)
-  wanted = np.asarray(exact.POLICIES[policy](scores, found, TAU))
-  assert np.abs(got - wanted).max() < 4.5 * np.sqrt(0.25 / samples)
-  assert got[wanted == 0].sum() == 0
+  got, choices = frequencies(name, scores, samples)
+  expected = np.asarray(exact.POLICIES[policy](scores, choices, TAU))
+  assert np.abs(got - expected).max() < 4.5 * np.sqrt(0.25 / samples)
+  assert got[expected == 0].sum() == 0
   if name == "score_function":
-    choice = estimators.get(name)(jnp.broadcast_to(scores, (len(found), 4)), 2, TAU, KEY)
-    at = [found.tolist().index(i) for i in choice.indices.tolist()]
-    np.testing.assert_allclose(jnp.exp(choice.log_prob), wanted[at], rtol=1e-5)
+    choice = estimators.get(name)(jnp.broadcast_to(scores, (len(choices), 4)), 2, TAU, KEY)
+    at = [choices.tolist().index(i) for i in choice.indices.tolist()]
+    np.testing.assert_allclose(jnp.exp(choice.log_prob), expected[at], rtol=1e-5)
 
 
 def test_the_score_function_is_unbiased():
   """1e5 draws of four, a loss that is no sum over documents, against the enumeration."""
   setting = audit.AuditSetting(n=5, k=2, temperature=0.5, spread=0.5, loss="two_hops")
-  (found,) = (
+  (summaries,) = (
     audit.audit_setting(setting, [parse("score_function")], draws=SAMPLES, count=1).values(),
   )
-  values = next(iter(found))["plackett_luce"]
+  values = next(iter(summaries))["plackett_luce"]
   assert values["bias"] < 2.5 * values["bias_error"] < 0.05 and values["cosine"] > 0.999
 
 
@@ -302,10 +302,10 @@ def test_perturbed_is_unbiased_for_linear_losses():
 
   drawn = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(KEY, SAMPLES)))
   sigma = TAU * np.sqrt(2)
-  wanted = np.exp(-0.5 * (0.2 / sigma) ** 2) / np.sqrt(2 * np.pi) / sigma
+  expected = np.exp(-0.5 * (0.2 / sigma) ** 2) / np.sqrt(2 * np.pi) / sigma
   error = drawn.std(0) / np.sqrt(SAMPLES)
-  assert (np.abs(drawn.mean(0) - [wanted, -wanted]) < 4 * error).all() and (
-    error < 0.02 * wanted
+  assert (np.abs(drawn.mean(0) - [expected, -expected]) < 4 * error).all() and (
+    error < 0.02 * expected
   ).all()
 
 
@@ -324,14 +324,14 @@ def test_leave_one_out_is_a_gradient_and_no_value():
 def test_exact_gradient_against_finite_differences(policy, n, k):
   with jax.enable_x64(True):
     rng = np.random.default_rng(n)
-    scores, found = jnp.asarray(rng.normal(size=n) * 0.3), exact.choices(n, k)
-    losses = jnp.asarray(rng.normal(size=len(found)))
-    value = jax.jit(lambda s: exact.expected_loss(exact.POLICIES[policy], s, losses, found, TAU))
-    got = exact.exact_gradient(exact.POLICIES[policy], scores, losses, found, TAU)
+    scores, choices = jnp.asarray(rng.normal(size=n) * 0.3), exact.choices(n, k)
+    losses = jnp.asarray(rng.normal(size=len(choices)))
+    value = jax.jit(lambda s: exact.expected_loss(exact.POLICIES[policy], s, losses, choices, TAU))
+    got = exact.exact_gradient(exact.POLICIES[policy], scores, losses, choices, TAU)
     steps = 1e-5 * np.eye(n)
-    wanted = [(value(scores + h) - value(scores - h)) / 2e-5 for h in steps]
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
-    probabilities = exact.POLICIES[policy](scores, found, TAU)
+    expected = [(value(scores + h) - value(scores - h)) / 2e-5 for h in steps]
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    probabilities = exact.POLICIES[policy](scores, choices, TAU)
     np.testing.assert_allclose(probabilities.sum(), 1.0, rtol=1e-9)
     assert (np.asarray(probabilities) >= 0).all()
 
@@ -340,10 +340,12 @@ def test_uniform_noise_by_drawing():
   scores = jnp.array([0.3, -0.2, 0.1, 0.5])
   noise = jax.random.uniform(KEY, (SAMPLES, 4), minval=-exact.HALF_WIDTH, maxval=exact.HALF_WIDTH)
   drawn = np.asarray(jax.lax.top_k(scores + TAU * noise, 2)[1])
-  found = exact.choices(4, 2)
+  choices = exact.choices(4, 2)
   with jax.enable_x64(True):
-    wanted = np.asarray(exact.uniform_noise_policy(jnp.asarray(scores, jnp.float64), found, TAU))
-  assert np.abs([(drawn == c).all(-1).mean() for c in found] - wanted).max() < 4.5 * np.sqrt(
+    expected = np.asarray(
+      exact.uniform_noise_policy(jnp.asarray(scores, jnp.float64), choices, TAU)
+    )
+  assert np.abs([(drawn == c).all(-1).mean() for c in choices] - expected).max() < 4.5 * np.sqrt(
     0.25 / SAMPLES
   )
 

@@ -78,8 +78,8 @@ def upstream(prediction, gold):
   equal; every gold token in the prediction, and at least one."""
 
   def normalize(text):
-    found = official_normalise(text)
-    return {"true": "yes", "false": "no"}.get(found, found)
+    normalized = official_normalise(text)
+    return {"true": "yes", "false": "no"}.get(normalized, normalized)
 
   p, g = normalize(prediction), normalize(gold)
   f1 = float(p == g) if not p and not g else official_hotpot(p, g)[1]
@@ -127,40 +127,40 @@ def random_texts(count):
 
 def test_metrics_equal_the_official_definitions():
   for prediction, golds in random_texts(10_000):
-    found = metrics.answer_scores(prediction, golds)
-    assert (found["squad_em"], found["squad_f1"]) == pytest.approx(
+    scores = metrics.answer_scores(prediction, golds)
+    assert (scores["squad_em"], scores["squad_f1"]) == pytest.approx(
       official_squad(prediction, golds)
     )
-    assert (found["hotpot_em"], found["hotpot_f1"]) == pytest.approx(
+    assert (scores["hotpot_em"], scores["hotpot_f1"]) == pytest.approx(
       official_hotpot(prediction, golds[0])
     )
-    assert (found["em_first"], found["f1_first"], found["cover_em_first"]) == pytest.approx(
+    assert (scores["em_first"], scores["f1_first"], scores["cover_em_first"]) == pytest.approx(
       upstream(prediction, golds[0])
     )
-    assert (found["em"], found["f1"], found["cover_em"]) == pytest.approx(
+    assert (scores["em"], scores["f1"], scores["cover_em"]) == pytest.approx(
       np.max([upstream(prediction, g) for g in golds], axis=0)
     )
 
 
 def test_ranking_by_hand():
-  found = metrics.retrieval_scores([7, 2, 9, 4], [2, 4, 5], (1, 2, 4))
+  scores = metrics.retrieval_scores([7, 2, 9, 4], [2, 4, 5], (1, 2, 4))
   assert (
-    found["mrr"] == 0.5
-    and found["recall_at_4"] == pytest.approx(2 / 3)
-    and found["precision_at_4"] == 0.5
+    scores["mrr"] == 0.5
+    and scores["recall_at_4"] == pytest.approx(2 / 3)
+    and scores["precision_at_4"] == 0.5
   )
   ideal = 1 + 1 / np.log2(3) + 1 / 2
   assert (
-    found["ndcg_at_4"] == pytest.approx((1 / np.log2(3) + 1 / np.log2(5)) / ideal)
-    and found["ndcg_at_1"] == 0
+    scores["ndcg_at_4"] == pytest.approx((1 / np.log2(3) + 1 / np.log2(5)) / ideal)
+    and scores["ndcg_at_1"] == 0
   )
 
 
 def test_paraphrases():
   source = "In 1912 Ada Lovelace met Charles Babbage. The engine had 25,000 parts."
   assert metrics.entities(source) == {"1912", "ada lovelace", "charles babbage", "25000"}
-  found = metrics.paraphrase_scores("Ada Lovelace knew Babbage; it had 25,000 parts.", source)
-  assert found["entities_kept"] == 0.5 and 0 < found["rouge_l"] <= found["rouge1"] < 1
+  scores = metrics.paraphrase_scores("Ada Lovelace knew Babbage; it had 25,000 parts.", source)
+  assert scores["entities_kept"] == 0.5 and 0 < scores["rouge_l"] <= scores["rouge1"] < 1
   assert metrics.paraphrase_scores(source, source) == {
     "rouge1": 1,
     "rouge_l": 1,
@@ -172,8 +172,8 @@ def test_intervals_cover():
   rng = np.random.default_rng(0)
   inside = 0
   for seed in range(60):
-    found = statistics.mean(rng.random(200) < 0.3, seed)
-    inside += found.low <= 0.3 <= found.high
+    interval = statistics.mean(rng.random(200) < 0.3, seed)
+    inside += interval.low <= 0.3 <= interval.high
   assert 52 <= inside <= 60
   a = rng.random(300)
   assert statistics.compare(a, a + 0.1).p < 0.01 and statistics.compare(a, a).p == 1
@@ -202,21 +202,21 @@ def test_intervals_cover():
   ],
 )
 def test_published_files(path, rows, documents, gold):
-  found = datasets.read(str(shared("data", *path.split("/"))))
-  assert len(found) == rows
-  assert documents is None or {len(r.documents) for r in found} == {documents}
-  assert all(r.answers and r.questions[0] for r in found)
-  assert gold is None or sum(len(r.gold) for r in found) == gold
+  loaded_rows = datasets.read(str(shared("data", *path.split("/"))))
+  assert len(loaded_rows) == rows
+  assert documents is None or {len(r.documents) for r in loaded_rows} == {documents}
+  assert all(r.answers and r.questions[0] for r in loaded_rows)
+  assert gold is None or sum(len(r.gold) for r in loaded_rows) == gold
 
 
 @pytest.mark.parametrize("stage, documents", [(1, 5), (2, 20)])
 def test_upstream_files(stage, documents):
   for path in sorted(shared("data", "clara_eval", f"stage{stage}_eval").rglob("*.jsonl")):
-    found = datasets.read(str(path))
+    rows = datasets.read(str(path))
     values = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(found) == 60 and {len(r.documents) for r in found} == {documents}
-    assert [list(r.gold) for r in found] == [v.get("pos_index") or [] for v in values]
-    assert [r.answers[0] for r in found] == [v["golden_answers"][0] for v in values]
+    assert len(rows) == 60 and {len(r.documents) for r in rows} == {documents}
+    assert [list(r.gold) for r in rows] == [v.get("pos_index") or [] for v in values]
+    assert [r.answers[0] for r in rows] == [v["golden_answers"][0] for v in values]
 
 
 def test_gold_positions_are_those_of_the_files():
@@ -225,8 +225,8 @@ def test_gold_positions_are_those_of_the_files():
   for value, row in zip(
     hotpot, datasets.read(str(folder / "hotpot_distractor_sample.json")), strict=True
   ):
-    wanted = {title for title, _ in value["supporting_facts"]}
-    assert {row.documents[g].split("\n")[0] for g in row.gold} == wanted & {
+    supporting_titles = {title for title, _ in value["supporting_facts"]}
+    assert {row.documents[g].split("\n")[0] for g in row.gold} == supporting_titles & {
       title for title, _ in value["context"]
     }
   musique = [
@@ -238,8 +238,8 @@ def test_gold_positions_are_those_of_the_files():
     assert [p["idx"] for p in value["paragraphs"] if p["is_supporting"]] == list(row.gold)
     assert row.answers == tuple(dict.fromkeys([value["answer"], *value["answer_aliases"]]))
   squad = json.loads((folder / "squad_v1.1_sample.json").read_text())
-  asked = [q for article in squad["data"] for p in article["paragraphs"] for q in p["qas"]]
-  assert [q["id"] for q in asked] == [
+  questions = [q for article in squad["data"] for p in article["paragraphs"] for q in p["qas"]]
+  assert [q["id"] for q in questions] == [
     r.identifier for r in datasets.read(str(folder / "squad_v1.1_sample.json"))
   ]
 
@@ -324,7 +324,7 @@ def test_broken_rows_are_named(tmp_path, caplog):
 # ---- candidates ----------------------------------------------------------------------------------
 
 
-def made(*arguments, **options):
+def make_candidates(*arguments, **options):
   *rows, summary = candidates.make(*arguments, **options)
   return rows, summary
 
@@ -332,12 +332,12 @@ def made(*arguments, **options):
 def test_bm25_candidates(tmp_path):
   rows = datasets.read(str(shared("data", "multihop", "hotpotqa.jsonl.gz")))[:150]
   corpus = candidates.own_corpus(rows)
-  normal, summary = made(rows, corpus, 20, "normal")
+  normal, summary = make_candidates(rows, corpus, 20, "normal")
   places = {d.text: i for i, d in enumerate(corpus)}
-  found = candidates.Bm25([d.text for d in corpus]).search([r.questions[0] for r in rows], 20)
+  rankings = candidates.Bm25([d.text for d in corpus]).search([r.questions[0] for r in rows], 20)
   hits = [
     {places[r.documents[g]] for g in r.gold} & set(f[:5].tolist())
-    for r, f in zip(rows, found, strict=True)
+    for r, f in zip(rows, rankings, strict=True)
   ]
   recall = np.mean([len(h) / len(r.gold) for h, r in zip(hits, rows, strict=True)])
   assert (
@@ -345,19 +345,19 @@ def test_bm25_candidates(tmp_path):
     and 0.4 < summary.recall_at_5 < summary.recall_at_count < 1
   )
   assert summary.gold_not_in_corpus == 0 and summary.documents == len(corpus)
-  oracle, _ = made(rows, corpus, 20, "oracle")
+  oracle, _ = make_candidates(rows, corpus, 20, "oracle")
   path = str(tmp_path / "rows.jsonl")
   write_rows(oracle, path)
   for row, before in zip(datasets.read(path), rows, strict=True):
     assert {row.documents[g] for g in row.gold} == {before.documents[g] for g in before.gold}
     assert len(set(row.documents)) == 20 and row.answers == before.answers
   assert len({row.gold[0] for row in datasets.read(path)}) > 10  # shuffled
-  elsewhere, lost = made(rows[:5], corpus[-40:], 6, "oracle")
+  elsewhere, lost = make_candidates(rows[:5], corpus[-40:], 6, "oracle")
   assert lost.gold_not_in_corpus == 10 and all(
     {r["docs"][g] for g in r["pos_index"]} == {b.documents[g] for g in b.gold}
     for r, b in zip(elsewhere, rows, strict=False)
   )
-  assert [r["docs"] for r in normal] == [[corpus[p].text for p in f] for f in found]
+  assert [r["docs"] for r in normal] == [[corpus[p].text for p in f] for f in rankings]
 
 
 def test_questions_without_documents_and_dense_retrievers(tmp_path, monkeypatch):
@@ -371,11 +371,11 @@ def test_questions_without_documents_and_dense_retrievers(tmp_path, monkeypatch)
     Row(("b",), ("yes",), (), (0,), "qa", "1", False, ("y",)),
     Row(("c",), ("no",), (), (), "qa", "2"),
   ]
-  found, summary = made(rows, corpus, 2, "normal", "encoder:encode")
+  candidate_rows, summary = make_candidates(rows, corpus, 2, "normal", "encoder:encode")
   assert (
-    found[0]["docs"][0] == "b\nbbb"
-    and found[0]["pos_index"] == [0]
-    and found[1]["doc_ids"][0] == "z"
+    candidate_rows[0]["docs"][0] == "b\nbbb"
+    and candidate_rows[0]["pos_index"] == [0]
+    and candidate_rows[1]["doc_ids"][0] == "z"
     and summary.recall_at_count == 1
   )
   for name, says in (
@@ -388,9 +388,9 @@ def test_questions_without_documents_and_dense_retrievers(tmp_path, monkeypatch)
   with pytest.raises(ConfigError, match=r"--retriever .*modules.json: Expecting value"):
     candidates.open_retriever(str(tmp_path), ["a"])
   with pytest.raises(ConfigError, match="--retriever nothing:here"):
-    made(rows, corpus, 2, "normal", "nothing:here")
+    make_candidates(rows, corpus, 2, "normal", "nothing:here")
   with pytest.raises(DataError, match="4 candidates a row, but the corpus has 3 documents"):
-    made(rows, corpus, 4, "normal")
+    make_candidates(rows, corpus, 4, "normal")
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -404,15 +404,19 @@ def checkpoint():
 def test_every_setting_and_a_page(checkpoint, tmp_path, monkeypatch):
   rows = tiny.rows("joint")[:11]
   options = dict(also={"other": checkpoint}, title="tiny", batch_size=4, max_new_tokens=3)
-  found = runs.run(checkpoint, rows, list(SETTINGS), str(tmp_path), **options)["runs"]
-  assert set(found) == {*SETTINGS, "other"}
-  assert found["no_documents"]["context_tokens"] == 0 and found["joint"]["context_tokens"] == 2 * 2
+  summaries = runs.run(checkpoint, rows, list(SETTINGS), str(tmp_path), **options)["runs"]
+  assert set(summaries) == {*SETTINGS, "other"}
   assert (
-    found["compressor"]["context_tokens"] == 6 * 2 and found["full_text"]["context_tokens"] > 10
+    summaries["no_documents"]["context_tokens"] == 0
+    and summaries["joint"]["context_tokens"] == 2 * 2
   )
   assert (
-    found["joint"]["recall_at_1"] == found["other"]["recall_at_1"]
-    and "recall_at_1" not in found["compressor"]
+    summaries["compressor"]["context_tokens"] == 6 * 2
+    and summaries["full_text"]["context_tokens"] > 10
+  )
+  assert (
+    summaries["joint"]["recall_at_1"] == summaries["other"]["recall_at_1"]
+    and "recall_at_1" not in summaries["compressor"]
   )
   with pytest.raises(ConfigError, match="has a report with bm25, .*; name these as well"):
     runs.run(checkpoint, rows, ["joint"], str(tmp_path), **options)
@@ -455,13 +459,13 @@ def test_two_runs_are_compared(checkpoint, tmp_path):
   for name, seed in (("a", 0), ("b", 1)):
     other = Checkpoint(checkpoint.model, checkpoint.prompt_tokenizer, tiny.weights(seed), name)
     runs.run(other, rows, ["joint"], str(tmp_path / name), also={}, title=name, max_new_tokens=3)
-  found = runs.compare(str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "page.html"))[
+  differences = runs.compare(str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "page.html"))[
     "joint"
   ]
   a, b = (
     evaluator.read_predictions(str(tmp_path / n / "predictions" / "joint.jsonl")) for n in "ab"
   )
-  assert found["recall_at_1"]["mean"] == pytest.approx(
+  assert differences["recall_at_1"]["mean"] == pytest.approx(
     np.mean([q["recall_at_1"] - p["recall_at_1"] for p, q in zip(a, b, strict=True)])
   )
   assert "B is right where A was wrong" in (tmp_path / "page.html").read_text()
@@ -484,17 +488,20 @@ def test_two_runs_are_compared(checkpoint, tmp_path):
 
 def test_explanations(checkpoint):
   row = tiny.rows("joint")[0]
-  found = explain.Explainer(checkpoint, max_new_tokens=3).explain(row)
-  assert len(found.documents) == 2 and sum(d.attention for d in found.documents) == pytest.approx(1)
-  assert [d.score for d in found.documents] == sorted(
-    (d.score for d in found.documents), reverse=True
+  explanation = explain.Explainer(checkpoint, max_new_tokens=3).explain(row)
+  assert len(explanation.documents) == 2 and sum(
+    d.attention for d in explanation.documents
+  ) == pytest.approx(1)
+  assert [d.score for d in explanation.documents] == sorted(
+    (d.score for d in explanation.documents), reverse=True
   )
-  assert all(d.is_gold == (d.place in row.gold) for d in found.documents)
-  asked = row.questions[0].lower()
+  assert all(d.is_gold == (d.place in row.gold) for d in explanation.documents)
+  question = row.questions[0].lower()
   assert all(
-    w.in_question == (w.word.lower() in re.findall(r"[^\W_]{2,}", asked)) for w in found.lens
+    w.in_question == (w.word.lower() in re.findall(r"[^\W_]{2,}", question))
+    for w in explanation.lens
   )
-  assert found.question in plots.explained(found)
+  assert explanation.question in plots.explained(explanation)
 
 
 def test_gains_and_attention_by_the_plain_formula(checkpoint):
@@ -511,8 +518,8 @@ def test_gains_and_attention_by_the_plain_formula(checkpoint):
   ids = jnp.asarray(np.concatenate([prompt, answer]))[None]
   hidden, _ = model.hidden(weights, "generator", model.splice(weights, ids, memories))
   logits = jax.nn.log_softmax(model.logits(weights, hidden))[0]
-  wanted = sum(float(logits[len(prompt) - 1 + i, t]) for i, t in enumerate(answer))
-  assert log_p[0] == pytest.approx(wanted, abs=1e-4) and count[0] == 3
+  expected = sum(float(logits[len(prompt) - 1 + i, t]) for i, t in enumerate(answer))
+  assert log_p[0] == pytest.approx(expected, abs=1e-4) and count[0] == 3
   shares = explain.answer_attention(model, weights, ids, memories, len(prompt), len(prompt) + 3)
   # Attention is linear in its values: with one layer's values replaced by indicators of a slot it
   # would return these shares. Here the plain formula, from the keys and queries of each layer.
@@ -551,17 +558,17 @@ def test_pictures_are_of_what_the_mse_measures(checkpoint):
 
 def test_paraphrases_from_memory_tokens(checkpoint, tmp_path):
   documents = [Document(d["id"], d["text"]) for d in tiny.world().documents(False)[:5]]
-  found = fidelity.paraphrase(
+  evaluation = fidelity.paraphrase(
     checkpoint, documents, batch_size=4, max_new_tokens=8, bert_model=bert(tmp_path)
   )
-  assert [p["id"] for p in found.predictions] == [d.id for d in documents] and found.scores[
-    "n"
-  ] == 5
-  for p in found.predictions:
+  assert [p["id"] for p in evaluation.predictions] == [
+    d.id for d in documents
+  ] and evaluation.scores["n"] == 5
+  for p in evaluation.predictions:
     assert {k: p[k] for k in ("rouge1", "rouge_l", "entities_kept")} == metrics.paraphrase_scores(
       p["prediction"], p["text"]
     )
-  assert {"rouge1", "rouge_l", "entities_kept", "bertscore"} < set(found.scores)
+  assert {"rouge1", "rouge_l", "entities_kept", "bertscore"} < set(evaluation.scores)
 
 
 def bert(folder):
@@ -605,8 +612,8 @@ def test_one_claim_is_reproduced_and_kept(tmp_path, monkeypatch):
   # 20 candidates for a test question
   world = dataclasses.replace(tiny.WORLD, people=150, first_names=15, last_names=15)
   sizes = claims.ExperimentSizes(world=world, test_rows=6, pretrain=1, scp=1, instruct=1, joint=1)
-  found = claims.run(str(tmp_path), ("h",), seeds=1, sizes=sizes)
-  assert set(found["results"][0]["documents_at_test"]) == {
+  report = claims.run(str(tmp_path), ("h",), seeds=1, sizes=sizes)
+  assert set(report["results"][0]["documents_at_test"]) == {
     "em_1",
     "em_2",
     "em_3",

@@ -299,19 +299,20 @@ def test_real_config_files_are_understood(tmp_path):
       "vocab_size": 200064,
     },
   }
-  made = {}
+  configs = {}
   for name, values in published.items():
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").write_text(json.dumps({**common, **values}))
-    made[name] = families.model_config(str(tmp_path / name))
+    configs[name] = families.model_config(str(tmp_path / name))
     again = tmp_path / f"{name}-again"
     again.mkdir()
     (again / "config.json").write_text(
-      json.dumps(families.config_json(made[name], made[name].vocab_size, {}))
+      json.dumps(families.config_json(configs[name], configs[name].vocab_size, {}))
     )
-    assert families.model_config(str(again)) == made[name]
+    assert families.model_config(str(again)) == configs[name]
   assert (
-    made["mistral-7b-v0.1"].sliding_window == 4096 and made["qwen2.5-7b"].sliding_window is None
+    configs["mistral-7b-v0.1"].sliding_window == 4096
+    and configs["qwen2.5-7b"].sliding_window is None
   )
-  assert made["qwen2.5-7b"].qkv_bias and made["llama-3.1-8b"].rope_scaling.factor == 8
-  assert made["phi-4-mini"].rotary_dim == 96 and made["phi-4-mini"].rope_scaling.factor == 32
+  assert configs["qwen2.5-7b"].qkv_bias and configs["llama-3.1-8b"].rope_scaling.factor == 8
+  assert configs["phi-4-mini"].rotary_dim == 96 and configs["phi-4-mini"].rope_scaling.factor == 32

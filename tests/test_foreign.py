@@ -141,8 +141,8 @@ def test_an_answer_of_nothing_covers_nothing():
 )
 def test_rouge_of_ascii_is_the_librarys(a, b):
   own = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True).score(b, a)
-  found = metrics.paraphrase_scores(a, b)
-  assert (found["rouge1"], found["rouge_l"]) == (own["rouge1"].fmeasure, own["rougeL"].fmeasure)
+  scores = metrics.paraphrase_scores(a, b)
+  assert (scores["rouge1"], scores["rouge_l"]) == (own["rouge1"].fmeasure, own["rougeL"].fmeasure)
 
 
 def test_rouge_knows_all_letters():
@@ -158,7 +158,7 @@ def test_a_limit_limits(tmp_path):
   folder = tmp_path / "my: data"
   folder.mkdir()
   question = {"question": "Who?", "answers": [{"text": "Ada"}]}
-  asked = [
+  questions = [
     {**question, "id": "a"},
     {**question, "id": "b", "answers": []},
     {**question, "id": "c"},
@@ -166,7 +166,7 @@ def test_a_limit_limits(tmp_path):
   ]
   squad = {
     "data": [
-      {"title": "T", "paragraphs": [{"context": "Ada.", "qas": asked}]},
+      {"title": "T", "paragraphs": [{"context": "Ada.", "qas": questions}]},
       {"title": "no paragraphs"},
     ]
   }
@@ -382,7 +382,7 @@ def test_a_text_is_text_on_every_page(tmp_path):
   """Whatever stands in names, ids, questions, answers and documents; and the pages allow no
   script."""
   word = explain.Word(HOSTILE, 1.0, True, False)
-  found = explain.Explanation(
+  explanation = explain.Explanation(
     "1",
     HOSTILE,
     [HOSTILE],
@@ -398,7 +398,7 @@ def test_a_text_is_text_on_every_page(tmp_path):
       [
         (HOSTILE, HOSTILE),
         ("t", html.table([HOSTILE], [[HOSTILE], [1], [None]])),
-        ("e", plots.explained(found)),
+        ("e", plots.explained(explanation)),
       ],
     )
   ]

@@ -59,20 +59,20 @@ def test_paraphrase(golden, inputs, expected):
   model, weights = load(golden, "stage1")
   prompt_tokenizer = PromptTokenizer(str(golden / "tiny_mistral"), model.config)
   prompts = json.loads((golden / "prompts.json").read_text())["prompts"]["paraphrase/top_k=1"]
-  wanted = expected["from_paraphrase_stage1"]
-  length, pads = wanted["prompt length"], wanted["pads per row"]
+  reference = expected["from_paraphrase_stage1"]
+  length, pads = reference["prompt length"], reference["pads per row"]
   lengths = [length - p for p in pads]
   # The reference drew its instructions at random; their lengths say which.
   chosen = [[np.array(p["ids"], np.int32) for p in prompts if len(p["ids"]) == n] for n in lengths]
   for i, options in enumerate(chosen):
     row = compress(model, weights, prompt_tokenizer, [inputs["DOCS"][i]], 1, 1)
-    found = [continuations(model, weights, prompt_tokenizer, [ids], row)[0] for ids in options]
-    assert wanted["ids"][i] in found
+    answers = [continuations(model, weights, prompt_tokenizer, [ids], row)[0] for ids in options]
+    assert reference["ids"][i] in answers
 
 
 @pytest.mark.parametrize("variant", ["", "_eos_variant"])
 def test_joint(golden, inputs, expected, variant):
-  wanted = expected[f"from_questions_stage2{variant}"]
+  reference = expected[f"from_questions_stage2{variant}"]
   model, weights = load(golden, "stage2")
   prompt_tokenizer = PromptTokenizer(str(golden / "tiny_mistral"), model.config)
   memories = compress(
@@ -85,12 +85,14 @@ def test_joint(golden, inputs, expected, variant):
     ),
   )
   scores = model.score(query, memories)
-  if "scores" in wanted:
-    np.testing.assert_allclose(scores, wanted["scores"], rtol=0, atol=1e-4)
+  if "scores" in reference:
+    np.testing.assert_allclose(scores, reference["scores"], rtol=0, atol=1e-4)
   selected, indices = model.select(scores, memories)
-  assert indices.tolist() == wanted["topk_idx"]
+  assert indices.tolist() == reference["topk_idx"]
   prompts = [prompt_tokenizer.answer_prompt(q, 2).ids for q in inputs["STAGE2_QUESTIONS"]]
   assert (
-    continuations(model, weights, prompt_tokenizer, prompts, selected, wanted.get("eos_token_id"))
-    == wanted["ids"]
+    continuations(
+      model, weights, prompt_tokenizer, prompts, selected, reference.get("eos_token_id")
+    )
+    == reference["ids"]
   )

@@ -47,10 +47,10 @@ def test_estimators_of_ones_own_are_audited(own_estimator, tmp_path, capsys):
   assert main(command) == 0
   report = json.loads(capsys.readouterr().out)
   assert report["estimators"] == 5 and report["settings"] == 4
-  found = json.loads((out / "audit.json").read_text())
-  one = found["settings"][0]["estimators"]
+  saved = json.loads((out / "audit.json").read_text())
+  one = saved["settings"][0]["estimators"]
   assert one["mine"] == one[own_estimator] != one["mine(scale=0.5, temperature=0.1)"]
-  assert [e["setting"]["correlation"] for e in found["settings"] if e["varies"]] == [0.0, 0.5, 0.9]
+  assert [e["setting"]["correlation"] for e in saved["settings"] if e["varies"]] == [0.0, 0.5, 0.9]
   assert (out / "gradients.html").read_text().count("<svg") == 2 and "| mine |" in (
     out / "gradients.md"
   ).read_text()
@@ -71,10 +71,10 @@ def test_estimators_of_ones_own_are_audited(own_estimator, tmp_path, capsys):
 
 
 def test_the_tutorial_is_the_example():
-  told = (ROOT / "docs/gradients.md").read_text()
+  tutorial = (ROOT / "docs/gradients.md").read_text()
   code = (ROOT / "examples/reinmax.py").read_text()
   function = code[code.index("def reinmax") : code.index("\n\nif __name__")].rstrip()
-  assert function in told and f"{ROOT}" not in told
+  assert function in tutorial and f"{ROOT}" not in tutorial
   choice = estimators.get(f"{ROOT}/examples/reinmax.py:reinmax")(
     jnp.array([[0.3, 0.1, 0.2]]), 2, 0.1, jax.random.key(0)
   )
@@ -178,7 +178,7 @@ def test_the_two_paths_add_up():
   state = TrainState(
     jnp.zeros((), jnp.int32), {"query_reasoner": weights["query_reasoner"]}, None, jax.random.key(0)
   )
-  found = {
+  metrics = {
     k: float(v.value)
     for k, v in jax.jit(
       lambda s: gradient_paths_step(model, stages.get("joint"), s, weights, batch)
@@ -196,11 +196,11 @@ def test_the_two_paths_add_up():
     return ce.value
 
   whole = jax.jit(jax.grad(loss))(model.compress(weights, batch.documents))
-  one, two = found["path_i"], found["path_ii"]
+  one, two = metrics["path_i"], metrics["path_ii"]
   np.testing.assert_allclose(
-    jnp.sum(whole**2), one**2 + two**2 + 2 * one * two * found["path_cosine"], rtol=1e-4
+    jnp.sum(whole**2), one**2 + two**2 + 2 * one * two * metrics["path_cosine"], rtol=1e-4
   )
-  assert one > 0 and two > 0 and 0 < found["saturation"] <= 1
+  assert one > 0 and two > 0 and 0 < metrics["saturation"] <= 1
 
 
 def test_audit_of_a_generator(tmp_path):
@@ -209,11 +209,12 @@ def test_audit_of_a_generator(tmp_path):
   report = laboratory.run_generator(
     str(tmp_path), checkpoint, tiny.rows("joint")[:3], names, n=4, draws=60
   )
-  found = json.loads((tmp_path / "generator.json").read_text())
+  stored_report = json.loads((tmp_path / "generator.json").read_text())
   assert (
-    report["choices"] == 12 and found["estimators"]["selected_only"]["plackett_luce"]["bias"] == 1
+    report["choices"] == 12
+    and stored_report["estimators"]["selected_only"]["plackett_luce"]["bias"] == 1
   )
-  unbiased = found["estimators"]["score_function(draws=8)"]["plackett_luce"]
+  unbiased = stored_report["estimators"]["score_function(draws=8)"]["plackett_luce"]
   assert unbiased["bias"] < 4 * unbiased["bias_error"]
   laboratory.run_generator(
     str(tmp_path), checkpoint, tiny.rows("joint")[:3], ["equation33"], n=4, draws=60

@@ -441,8 +441,8 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path, monkeypatch):
       patch.setattr(f"clara_jax.memory.store.{broken}", full)
       with pytest.raises(OSError, match="No space"):
         store.upsert(*numbered(2))
-    there = {"d1", *(f"d{n}" for n in range(3, number))}
-    assert there <= set(content(MemoryStore(str(tmp_path)))) <= there | {"d2"}
+    expected_ids = {"d1", *(f"d{n}" for n in range(3, number))}
+    assert expected_ids <= set(content(MemoryStore(str(tmp_path)))) <= expected_ids | {"d2"}
     store.upsert(*numbered(number))
     assert MemoryStore(str(tmp_path)).verify()["documents"] >= number - 1
 

@@ -39,23 +39,23 @@ def prompt_tokenizer(m: int = 4, **fields) -> PromptTokenizer:
 def weights(m: int = 4) -> dict:
   """Of four memory tokens, or the same with those of the first m alone: embeddings of the special
   tokens in the places of another vocabulary."""
-  made = dict(jax.jit(Clara(config()).init)(jax.random.key(0)))
+  tree = dict(jax.jit(Clara(config()).init)(jax.random.key(0)))
   for i, role in enumerate(("compressor", "query_reasoner", "generator")):
-    made[role] = jax.tree.map(
-      lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), made[role]
+    tree[role] = jax.tree.map(
+      lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), tree[role]
     )
   words = config().model.vocab_size
-  table = made["base"]["embedding"]
-  made["base"] = {
-    **made["base"],
+  table = tree["base"]["embedding"]
+  tree["base"] = {
+    **tree["base"],
     "embedding": jnp.concatenate([table[: words + m], table[words + 4 :]]),
   }
-  made["memory_embedding"] = made["memory_embedding"][:m]
-  return made
+  tree["memory_embedding"] = tree["memory_embedding"][:m]
+  return tree
 
 
-def batch_of(stage: str, m: int, made: PromptTokenizer, count: int = 8):
-  encoder = RowEncoder(made, stages.get(stage).data, DataConfig(**tiny.DATA), 2)
+def batch_of(stage: str, m: int, tokenizer: PromptTokenizer, count: int = 8):
+  encoder = RowEncoder(tokenizer, stages.get(stage).data, DataConfig(**tiny.DATA), 2)
   return evaluation_batches(tiny.rows(stage)[:count], encoder, count)[0]
 
 
@@ -64,7 +64,8 @@ def test_the_first_tokens_are_those_of_a_compressor_with_so_many(m):
   texts = [d["text"] for d in tiny.world().documents(False)[:6]]
   whole, few = Clara(config()), Clara(config(m))
   all_ids, ids = (
-    pad_tokens(made.documents(texts), 0, 64) for made in (prompt_tokenizer(), prompt_tokenizer(m))
+    pad_tokens(tokenizer.documents(texts), 0, 64)
+    for tokenizer in (prompt_tokenizer(), prompt_tokenizer(m))
   )
   all_memories = jax.jit(whole.compress)(weights(), all_ids)
   np.testing.assert_array_equal(all_memories[:, :m], jax.jit(few.compress)(weights(m), ids))
@@ -78,12 +79,12 @@ def test_the_first_tokens_are_those_of_a_compressor_with_so_many(m):
 def test_a_prompt_with_the_first_tokens_is_the_prompt_with_so_many(m):
   whole = prompt_tokenizer()
   row = tiny.rows("instruct")[0]
-  wanted = prompt_tokenizer(m).row_prompt(row, 2)
-  made = whole.first(m).row_prompt(row, 2)
-  is_word = wanted.ids < config().model.vocab_size + m
-  np.testing.assert_array_equal(made.ids[is_word], wanted.ids[is_word])
-  assert (len(made.ids), made.prompt_length) == (len(wanted.ids), wanted.prompt_length)
-  np.testing.assert_array_equal(whole.first_ids(whole.row_prompt(row, 2).ids, m), made.ids)
+  expected = prompt_tokenizer(m).row_prompt(row, 2)
+  prompt = whole.first(m).row_prompt(row, 2)
+  is_word = expected.ids < config().model.vocab_size + m
+  np.testing.assert_array_equal(prompt.ids[is_word], expected.ids[is_word])
+  assert (len(prompt.ids), prompt.prompt_length) == (len(expected.ids), expected.prompt_length)
+  np.testing.assert_array_equal(whole.first_ids(whole.row_prompt(row, 2).ids, m), prompt.ids)
 
 
 @pytest.mark.parametrize("m", [1, 2])
@@ -93,16 +94,16 @@ def test_a_loss_with_the_first_tokens_is_that_of_a_model_with_so_many(stage, m):
     terms, metrics = stages.get(stage).loss(model.reading(batch), values, {}, batch, None)
     return sum(t.value for t in terms.values()), metrics
 
-  found = jax.jit(lambda w, b: loss(Clara(config()), w, b))(
+  result = jax.jit(lambda w, b: loss(Clara(config()), w, b))(
     weights(), batch_of(stage, m, prompt_tokenizer().first(m))
   )
-  wanted = jax.jit(lambda w, b: loss(Clara(config(m)), w, b))(
+  expected = jax.jit(lambda w, b: loss(Clara(config(m)), w, b))(
     weights(m), batch_of(stage, m, prompt_tokenizer(m))
   )
   # The vocabularies differ by the memory tokens that one does not have: in the softmax only.
-  np.testing.assert_allclose(found[0], wanted[0], rtol=2e-3)
+  np.testing.assert_allclose(result[0], expected[0], rtol=2e-3)
   if stage == "joint":
-    assert float(found[1]["recall_at_1"].total) == float(wanted[1]["recall_at_1"].total)
+    assert float(result[1]["recall_at_1"].total) == float(expected[1]["recall_at_1"].total)
 
 
 def nested_run(stage: str, estimator=None, steps=4, **data):
@@ -131,9 +132,9 @@ def test_sizes_are_drawn_from_seed_and_step_alone():
   again = next(batches)
   assert again.batch.memory_tokens == drawn[5].batch.memory_tokens and again.ids == drawn[5].ids
   np.testing.assert_array_equal(again.batch.prompt.tokens.ids, drawn[5].batch.prompt.tokens.ids)
-  for made in drawn:
-    slots = made.batch.prompt.tokens.ids - config().model.vocab_size
-    assert ((slots >= 0) & (slots < 4)).sum(1).tolist() == [made.batch.memory_tokens] * 8
+  for training_batch in drawn:
+    slots = training_batch.batch.prompt.tokens.ids - config().model.vocab_size
+    assert ((slots >= 0) & (slots < 4)).sum(1).tolist() == [training_batch.batch.memory_tokens] * 8
 
 
 def test_a_run_goes_on_with_the_same_sizes(tmp_path):
@@ -193,25 +194,25 @@ def test_joint_training_searches_a_whole_store_with_every_size(store):
   run = nested_run("joint", steps=1, store=store, retrieve="store")
   known = MemoryStore(store)
   rows = [r for r in tiny.rows("joint") if all(r.document_ids[p] in known for p in r.gold)]
-  made = prompt_tokenizer(nested_memory=run.clara.nested_memory)
+  tokenizer = prompt_tokenizer(nested_memory=run.clara.nested_memory)
   result = trainer.Trainer(
-    run, made, weights(), rows, rows[:8], memories=known.lookup(), progress=False
+    run, tokenizer, weights(), rows, rows[:8], memories=known.lookup(), progress=False
   ).run()
   # Of one batch, the same as with candidates that are the whole store's nearest by the plain
   # formula.
-  encoder = RowEncoder(made.first(1), "candidates", run.data, 2, known.lookup())
+  encoder = RowEncoder(tokenizer.first(1), "candidates", run.data, 2, known.lookup())
   batch = evaluation_batches(rows[:8], encoder, 8)[0]
   model = Clara(run.clara).first(1)
   query = np.asarray(jax.jit(model.encode_query)(weights(), batch.question))
   scores = index_lib.unit_vectors(query) @ index_lib.unit_vectors(known.memories()[:, :1]).T
   gold = [{known.row(r.document_ids[p]) for p in r.gold} for r in rows[:8]]
-  wanted = np.mean(
+  expected_recall = np.mean(
     [
       len(set(known.rows[np.argsort(-s)[:5]]) & g) / len(g)
       for s, g in zip(scores, gold, strict=True)
     ]
   )
-  assert result.evaluations[0][1]["recall_at_5_m1"] == pytest.approx(wanted)
+  assert result.evaluations[0][1]["recall_at_5_m1"] == pytest.approx(expected_recall)
 
 
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "pq"])
@@ -258,14 +259,14 @@ def test_search_with_few_read_with_many(store):
     index_lib.save(index_lib.build(whole.first(1), kind), kind, whole.first(1))
     answerer = Answerer(Checkpoint(model, prompt_tokenizer(), weights()), whole, max_new_tokens=4)
     assert answerer.search_tokens == 1 and answerer.model.num_memory_tokens == 4
-    found = answerer.answer(questions)
+    answers = answerer.answer(questions)
     query = jax.jit(model.first(1).encode_query)(
       weights(), pad_tokens([prompt_tokenizer().first(1).query(q) for q in questions], 0, 32)
     )
     scores = (
       index_lib.unit_vectors(np.asarray(query)) @ index_lib.unit_vectors(whole.memories()[:, :1]).T
     )
-    for answer, row in zip(found, scores, strict=True):
+    for answer, row in zip(answers, scores, strict=True):
       best = np.argsort(-row)[:2]
       assert [d.id for d in answer.documents] == [d.id for d in whole.documents(whole.rows[best])]
       np.testing.assert_allclose([d.score for d in answer.documents], row[best], atol=1e-3)
@@ -348,12 +349,12 @@ def test_commands(folder, capsys):
   assert (report["memory_tokens"], report["dimension"]) == (2, 32)
   assert clara("index", "--store", store)[0]["memory_tokens"] == 2  # as it was
   clara("index", "--store", small, "--kind", "exact")
-  asked = [
+  answers = [
     clara("ask", *checkpoint, "--store", s, *more, "--max-new-tokens", 4, "Who?")[0]["answers"][0]
     for s, more in ((store, ("--memory-tokens", 2)), (small, ()))
   ]
-  assert asked[0]["answer"] == asked[1]["answer"]
-  assert [d["id"] for d in asked[0]["documents"]] == [d["id"] for d in asked[1]["documents"]]
+  assert answers[0]["answer"] == answers[1]["answer"]
+  assert [d["id"] for d in answers[0]["documents"]] == [d["id"] for d in answers[1]["documents"]]
   scores = {}
   for m in (1, 3, 4):
     scores[m], err = clara(

@@ -57,14 +57,14 @@ def finish(process, timeout=400):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
   folder = tmp_path_factory.mktemp("rows")
-  made = {}
+  paths = {}
   for stage in STAGES:
     path = folder / f"{stage}.jsonl"
     write_rows(tiny.raw_rows(stage), str(path))
-    made[stage] = str(path)
+    paths[stage] = str(path)
   for kind in ("scp", "joint"):
-    made[f"{kind} records"] = records.build(kind, [made[kind]], str(folder), files=4).directory
-  return made
+    paths[f"{kind} records"] = records.build(kind, [paths[kind]], str(folder), files=4).directory
+  return paths
 
 
 # 'instruct' has the loss of 'scp', and 'contrastive' a part of 'joint'.
@@ -224,9 +224,9 @@ def test_sigterm_saves_and_ends_well(files, tmp_path, processes):
       p.communicate()[1][-2000:] for p in started if p.poll() is not None
     ]
     time.sleep(0.05)
-  asked = time.monotonic()
+  signal_time = time.monotonic()
   started[-1].send_signal(signal.SIGTERM)
   runs = [finish(p)[0] for p in started]
-  assert time.monotonic() - asked < 10
+  assert time.monotonic() - signal_time < 10
   assert len({run["stopped"] for run in runs}) == 1 and runs[0]["stopped"] == runs[0]["step"] >= 10
   assert (tmp_path / "run" / "checkpoints" / str(runs[0]["stopped"]) / "weights").exists()

@@ -38,35 +38,37 @@ def prompt_tokenizer(name: str, **changes) -> PromptTokenizer:
 
 @pytest.mark.parametrize("name", published.MODELS)
 def test_the_prompt_is_the_templates_own_and_begins_the_training_text(name):
-  made = prompt_tokenizer(name)
-  tokenizer = made.tokenizer
-  messages = prompts.answer_messages(made.slots(2), "Where is it?")
+  encoder = prompt_tokenizer(name)
+  tokenizer = encoder.tokenizer
+  messages = prompts.answer_messages(encoder.slots(2), "Where is it?")
   # Refuses a system message: in front of the user's, one newline between, as in the released code.
   if "v0.1" in name:
     messages = [{"role": "user", "content": f"{messages[0]['content']}\n{messages[1]['content']}"}]
   rendered = tokenizer.apply_chat_template(
     messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
   )
-  asked = made.answer_prompt("Where is it?", 2)
-  assert asked.ids.tolist() == tokenizer.encode(rendered, add_special_tokens=False)
-  trained = made.answer_prompt("Where is it?", 2, "Paris")
-  assert trained.prompt_length == len(asked.ids)
-  assert trained.ids[: trained.prompt_length].tolist() == asked.ids.tolist()
+  question_prompt = encoder.answer_prompt("Where is it?", 2)
+  assert question_prompt.ids.tolist() == tokenizer.encode(rendered, add_special_tokens=False)
+  trained = encoder.answer_prompt("Where is it?", 2, "Paris")
+  assert trained.prompt_length == len(question_prompt.ids)
+  assert trained.ids[: trained.prompt_length].tolist() == question_prompt.ids.tolist()
   labels = trained.ids[trained.prompt_length :]
-  assert labels[-1] in made.end_ids and not set(labels[:-1].tolist()) & set(made.end_ids)
-  assert made.text(labels) == "Paris"
+  assert labels[-1] in encoder.end_ids and not set(labels[:-1].tolist()) & set(encoder.end_ids)
+  assert encoder.text(labels) == "Paris"
   model = published.MODELS[name]
-  assert {tokenizer.convert_tokens_to_ids(t) for t in (*model.ends, model.eos)} <= set(made.end_ids)
+  assert {tokenizer.convert_tokens_to_ids(t) for t in (*model.ends, model.eos)} <= set(
+    encoder.end_ids
+  )
 
 
 def test_nothing_stands_for_a_bos_that_is_not_there():
-  made = prompt_tokenizer("Qwen2.5-0.5B-Instruct")
-  ids = made.document("Paris is old.")
-  assert made.tokenizer.decode(
+  encoder = prompt_tokenizer("Qwen2.5-0.5B-Instruct")
+  ids = encoder.document("Paris is old.")
+  assert encoder.tokenizer.decode(
     ids
-  ) == "<ENC>Paris is old.<|im_end|><MEM0><MEM1>" and not made.is_cut(ids)
-  long = made.document("Paris " * 100)
-  assert len(long) == 40 + 2 + M and made.is_cut(long)
+  ) == "<ENC>Paris is old.<|im_end|><MEM0><MEM1>" and not encoder.is_cut(ids)
+  long = encoder.document("Paris " * 100)
+  assert len(long) == 40 + 2 + M and encoder.is_cut(long)
 
 
 def test_a_tokenizer_without_an_end():
@@ -103,19 +105,21 @@ def test_a_template_that_does_not_know_the_generation_prompt():
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + "
     "'<|im_end|>\\n' }}{% endfor %}"
   )
-  made = prompt_tokenizer("SmolLM2-135M-Instruct", template=template)
-  trained = made.answer_prompt("Who?", 1, "Ada")
-  assert made.tokenizer.decode(trained.ids[trained.prompt_length :]) == "Ada<|im_end|>"
-  assert made.tokenizer.decode(made.answer_prompt("Who?", 1).ids).endswith(
+  encoder = prompt_tokenizer("SmolLM2-135M-Instruct", template=template)
+  trained = encoder.answer_prompt("Who?", 1, "Ada")
+  assert encoder.tokenizer.decode(trained.ids[trained.prompt_length :]) == "Ada<|im_end|>"
+  assert encoder.tokenizer.decode(encoder.answer_prompt("Who?", 1).ids).endswith(
     "<|im_end|>\n<|im_start|>assistant\n"
   )
 
 
 def test_without_a_template_a_plain_one_is_used_and_said(caplog):
-  made = prompt_tokenizer("SmolLM2-135M-Instruct", template=None)
+  encoder = prompt_tokenizer("SmolLM2-135M-Instruct", template=None)
   assert "has no chat template; a plain one is used" in caplog.text
-  trained = made.answer_prompt("Who?", 1, "Ada")
-  assert made.tokenizer.decode(trained.ids).endswith("\n\nQuestion:Who?\nAssistant: Ada<|im_end|>")
+  trained = encoder.answer_prompt("Who?", 1, "Ada")
+  assert encoder.tokenizer.decode(trained.ids).endswith(
+    "\n\nQuestion:Who?\nAssistant: Ada<|im_end|>"
+  )
 
 
 @pytest.mark.parametrize(
@@ -148,31 +152,31 @@ def test_templates_that_cannot_be_had_are_refused_by_name(template, message):
 
 def test_a_list_of_templates_has_a_default():
   chatml = published.MODELS["SmolLM2-135M-Instruct"].template
-  made = prompt_tokenizer(
+  encoder = prompt_tokenizer(
     "SmolLM2-135M-Instruct", template={"default": chatml, "tool_use": "{{ messages }}"}
   )
   assert (
-    made.answer_prompt("Who?", 1).ids.tolist()
+    encoder.answer_prompt("Who?", 1).ids.tolist()
     == prompt_tokenizer("SmolLM2-135M-Instruct").answer_prompt("Who?", 1).ids.tolist()
   )
 
 
 def test_a_date_is_told_once():
-  made = prompt_tokenizer("Llama-3.2-1B-Instruct")
-  assert re.fullmatch(r"\d{4}-\d\d-\d\d", made.config.prompt_date)
+  encoder = prompt_tokenizer("Llama-3.2-1B-Instruct")
+  assert re.fullmatch(r"\d{4}-\d\d-\d\d", encoder.config.prompt_date)
   again = PromptTokenizer(
     published.tokenizer(published.MODELS["Llama-3.2-1B-Instruct"]),
-    dataclasses.replace(made.config, prompt_date="2024-07-26"),
+    dataclasses.replace(encoder.config, prompt_date="2024-07-26"),
   )
   assert "Today Date: 26 Jul 2024\n\n" in again.tokenizer.decode(again.answer_prompt("Who?", 1).ids)
   assert prompt_tokenizer("Llama-3.1-8B-Instruct").config.prompt_date is None
 
 
 def test_a_training_question_is_cut_at_the_decoders_maximum_only():
-  made = prompt_tokenizer("Mistral-7B-Instruct-v0.2")
+  encoder = prompt_tokenizer("Mistral-7B-Instruct-v0.2")
   text = "Paris " * 300
-  answering, training = made.query(text), made.training_query(text)
-  assert len(answering) == made.config.query_max_length + 3 + M < len(training) <= 1024 + 3 + M
+  answering, training = encoder.query(text), encoder.training_query(text)
+  assert len(answering) == encoder.config.query_max_length + 3 + M < len(training) <= 1024 + 3 + M
 
 
 # ---- text that looks like special tokens ---------------------------------------------------------
@@ -230,11 +234,11 @@ def forged(name: str) -> PromptTokenizer:
   return LAYOUTS[name]
 
 
-def control(made: PromptTokenizer, ids) -> list[int]:
+def control(encoder: PromptTokenizer, ids) -> list[int]:
   """The special tokens among ids."""
   special = {
     i
-    for i, t in made.tokenizer.backend_tokenizer.get_added_tokens_decoder().items()
+    for i, t in encoder.tokenizer.backend_tokenizer.get_added_tokens_decoder().items()
     if t.content.strip()
   }
   return [int(i) for i in ids if i in special]
@@ -244,29 +248,29 @@ def control(made: PromptTokenizer, ids) -> list[int]:
 @settings(max_examples=60)
 @given(text=FORGERIES, answer=FORGERIES)
 def test_no_text_forges_a_special_token(name, text, answer):
-  made = forged(name)
-  plain, ids = made.answer_prompt("Who?", 2, "Ada"), made.answer_prompt(text, 2, answer)
-  assert control(made, ids.ids[: ids.prompt_length]) == control(
-    made, plain.ids[: plain.prompt_length]
+  encoder = forged(name)
+  plain, ids = encoder.answer_prompt("Who?", 2, "Ada"), encoder.answer_prompt(text, 2, answer)
+  assert control(encoder, ids.ids[: ids.prompt_length]) == control(
+    encoder, plain.ids[: plain.prompt_length]
   )
-  assert control(made, ids.ids[ids.prompt_length :]) == control(
-    made, plain.ids[plain.prompt_length :]
+  assert control(encoder, ids.ids[ids.prompt_length :]) == control(
+    encoder, plain.ids[plain.prompt_length :]
   )
   # The answer is what comes out; a template may have its own word about blanks at its ends.
-  assert made.text(ids.ids[ids.prompt_length :]) == made.text(made.ids(answer))
-  assert control(made, made.document(text)[:-M]) in (
-    control(made, made.document("Ada")[:-M]),
-    control(made, made.document("Ada " * 99)[:-M]),
+  assert encoder.text(ids.ids[ids.prompt_length :]) == encoder.text(encoder.ids(answer))
+  assert control(encoder, encoder.document(text)[:-M]) in (
+    control(encoder, encoder.document("Ada")[:-M]),
+    control(encoder, encoder.document("Ada " * 99)[:-M]),
   )
-  assert control(made, made.ids(text)) == []
-  assert control(made, made.text_prompt(text, answer).ids) == control(
-    made, made.text_prompt("Who?", "Ada").ids
+  assert control(encoder, encoder.ids(text)) == []
+  assert control(encoder, encoder.text_prompt(text, answer).ids) == control(
+    encoder, encoder.text_prompt("Who?", "Ada").ids
   )
   row = schemas.Row((text, "Who?"), (answer, "Ada"), (text,), is_question_list=True)
-  assert len(control(made, made.row_prompt(row, 1).ids)) == len(
+  assert len(control(encoder, encoder.row_prompt(row, 1).ids)) == len(
     control(
-      made,
-      made.row_prompt(dataclasses.replace(row, questions=("a", "b"), answers=("c", "d")), 1).ids,
+      encoder,
+      encoder.row_prompt(dataclasses.replace(row, questions=("a", "b"), answers=("c", "d")), 1).ids,
     )
   )
 
@@ -275,19 +279,22 @@ def test_no_text_forges_a_special_token(name, text, answer):
 @settings(max_examples=25)
 @given(text=st.text(max_size=40))
 def test_other_text_is_tokenised_as_the_tokenizer_does(name, text):
-  made = forged(name)
-  if made.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids and not any(
-    t.content in text for t in made.tokenizer.added_tokens_decoder.values()
+  encoder = forged(name)
+  if encoder.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids and not any(
+    t.content in text for t in encoder.tokenizer.added_tokens_decoder.values()
   ):
-    assert made.ids(text) == made.tokenizer.encode(text, add_special_tokens=False)
+    assert encoder.ids(text) == encoder.tokenizer.encode(text, add_special_tokens=False)
 
 
 @settings(max_examples=20)
 @given(text=FORGERIES)
 def test_a_forgery_changes_no_other_row_of_its_batch(text):
-  made = forged("Mistral-7B-Instruct-v0.3")
+  forged_tokenizer = forged("Mistral-7B-Instruct-v0.3")
   encoder = RowEncoder(
-    made, "given", DataConfig(batch_size=2, bucket=1024, document_bucket=128, label_bucket=1024), 2
+    forged_tokenizer,
+    "given",
+    DataConfig(batch_size=2, bucket=1024, document_bucket=128, label_bucket=1024),
+    2,
   )
   import random
 
@@ -298,8 +305,8 @@ def test_a_forgery_changes_no_other_row_of_its_batch(text):
   both = encoder.collate([encoder.encode(r, random.Random(0)) for r in rows])
   alone = encoder.collate([encoder.encode(rows[1], random.Random(0))])
   np.testing.assert_array_equal(both.prompt.tokens.ids[1], alone.prompt.tokens.ids[0])
-  is_memory = (both.prompt.tokens.ids >= made.config.model.vocab_size) & (
-    both.prompt.tokens.ids < made.config.model.vocab_size + M
+  is_memory = (both.prompt.tokens.ids >= forged_tokenizer.config.model.vocab_size) & (
+    both.prompt.tokens.ids < forged_tokenizer.config.model.vocab_size + M
   )
   assert is_memory.sum(1).tolist() == [2 * M, 2 * M]
 
@@ -323,8 +330,8 @@ def test_a_tokenizer_file_that_truncates_or_pads_does_neither_here(tmp_path):
     "pad_token": "x",
   }
   (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-  made = PromptTokenizer(str(tmp_path), prompt_tokenizer("SmolLM2-135M-Instruct").config)
-  assert made.ids("Paris is old and large.") == tokenizer.encode(
+  encoder = PromptTokenizer(str(tmp_path), prompt_tokenizer("SmolLM2-135M-Instruct").config)
+  assert encoder.ids("Paris is old and large.") == tokenizer.encode(
     "Paris is old and large.", add_special_tokens=False
   )
 

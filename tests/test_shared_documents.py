@@ -21,10 +21,10 @@ SHARE = 4
 
 def rows(stage: str, count: int = 64) -> list[Row]:
   """Four or fewer questions one after another with the same documents."""
-  made = tiny.rows(stage)[:count]
+  stage_rows = tiny.rows(stage)[:count]
   return [
-    dataclasses.replace(row, documents=made[i // 3 * 3].documents, identifier=str(i))
-    for i, row in enumerate(made)
+    dataclasses.replace(row, documents=stage_rows[i // 3 * 3].documents, identifier=str(i))
+    for i, row in enumerate(stage_rows)
   ]
 
 
@@ -61,15 +61,17 @@ def unshared(batch):
 @pytest.mark.parametrize("stage", ["scp", "instruct", "joint"])
 def test_one_step_is_that_of_rows_with_documents_of_their_own(stage):
   run = run_config(stage)
-  given = first_batch(run)
-  assert given.batch.documents.ids.shape[0] <= given.batch.document_slots.size * 3 // 4
+  training_batch = first_batch(run)
+  assert (
+    training_batch.batch.documents.ids.shape[0] <= training_batch.batch.document_slots.size * 3 // 4
+  )
   states = []
-  for batch in (given.batch, unshared(given.batch)):
+  for batch in (training_batch.batch, unshared(training_batch.batch)):
     program, before = Program(run, 4, make_mesh()), tiny.weights()
     with program.context():
       weights = program.place_weights(before)
       state = program.initial_state({g: weights.pop(g) for g in program.trained})
-      placed = put_batch(batch, program.batch_sharding, 16, given.positions)
+      placed = put_batch(batch, program.batch_sharding, 16, training_batch.positions)
       state, metrics = program.step(state, weights, placed)
       states.append(
         (
@@ -78,28 +80,32 @@ def test_one_step_is_that_of_rows_with_documents_of_their_own(stage):
           float(metrics["gradient_norm"].value),
         )
       )
-  (shared, *numbers), (alone, *wanted) = states
-  np.testing.assert_allclose(numbers, wanted, rtol=1e-5)
+  (shared, *numbers), (alone, *expected) = states
+  np.testing.assert_allclose(numbers, expected, rtol=1e-5)
   for a, b in zip(*map(jax.tree.leaves, (shared, alone)), strict=True):
     # Adam's first step is of the size of its rate, whatever the gradient
     np.testing.assert_allclose(a, b, atol=2e-4)
 
 
 def test_micro_batches_give_the_same_loss():
-  found = []
+  results = []
   for accumulate in (1, 4):
     run = run_config("scp", accumulate=accumulate)
-    given = first_batch(run)
+    training_batch = first_batch(run)
     program, before = Program(run, 4, make_mesh(devices=jax.devices()[:1])), tiny.weights()
     with program.context():
       weights = program.place_weights(before)
       state = program.initial_state({g: weights.pop(g) for g in program.trained})
       _, metrics = program.step(
-        state, weights, put_batch(given.batch, program.batch_sharding, 16, given.positions)
+        state,
+        weights,
+        put_batch(training_batch.batch, program.batch_sharding, 16, training_batch.positions),
       )
-      found.append((given.ids, float(metrics["loss"].value), float(metrics["gradient_norm"].value)))
-  assert found[0][0] == found[1][0]
-  np.testing.assert_allclose(found[0][1:], found[1][1:], rtol=1e-5)
+      results.append(
+        (training_batch.ids, float(metrics["loss"].value), float(metrics["gradient_norm"].value))
+      )
+  assert results[0][0] == results[1][0]
+  np.testing.assert_allclose(results[0][1:], results[1][1:], rtol=1e-5)
 
 
 def test_rows_stay_together_and_parts_make_the_whole():
@@ -120,12 +126,12 @@ def test_rows_stay_together_and_parts_make_the_whole():
     own = half.batch.document_slots - i * u[0]
     assert (half.batch.documents.lengths[own[:, 1]] == 0).all()
     own = own[:, :1]
-    ids, wanted = (
+    ids, expected = (
       half.batch.documents.ids[own],
       whole.batch.documents.ids[whole.batch.document_slots[8 * i : 8 * i + 8]],
     )
-    width = min(ids.shape[-1], wanted.shape[-1])
-    np.testing.assert_array_equal(ids[..., :width], wanted[..., :width])
+    width = min(ids.shape[-1], expected.shape[-1])
+    np.testing.assert_array_equal(ids[..., :width], expected[..., :width])
 
 
 def test_documents_of_a_process_lie_where_its_rows_do():

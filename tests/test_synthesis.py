@@ -98,10 +98,10 @@ def chat(url, count=1, work=None, **fields):
   async def run():
     async with Client(Endpoint(url, "m", **{"seconds": 0.5, **fields}), backoff=0.01) as client:
       work_ = work or (lambda: client.chat([{"role": "user", "content": "hello"}], seed=1))
-      found = await asyncio.gather(
+      replies = await asyncio.gather(
         *((work(client) if work else work_()) for _ in range(count)), return_exceptions=True
       )
-      return found, client.usage
+      return replies, client.usage
 
   return asyncio.run(run())
 
@@ -121,8 +121,8 @@ def test_what_may_pass_is_tried_again():
     return reply("done")
 
   with serving(handle) as (url, seen):
-    (found,), usage = chat(url, api_key="k")
-  assert found == "done" and usage.requests == 6 and usage.answered == 1
+    (outcome,), usage = chat(url, api_key="k")
+  assert outcome == "done" and usage.requests == 6 and usage.answered == 1
   assert usage.retries == {"429": 1, "5xx": 1, "timeout": 1, "reply": 2} and (
     usage.prompt_tokens,
     usage.completion_tokens,
@@ -160,8 +160,8 @@ def test_no_more_in_flight_than_allowed_and_the_limit_adapts():
     return web.Response(status=429) if number <= 8 else reply("done")
 
   with serving(handle) as (url, _):
-    found, usage = chat(url, count=60, in_flight=8)
-  assert found == ["done"] * 60 and most == 8 and usage.retries == {"429": 8}
+    replies, usage = chat(url, count=60, in_flight=8)
+  assert replies == ["done"] * 60 and most == 8 and usage.retries == {"429": 8}
   assert 6 <= usage.in_flight <= 8  # shrunk once, grown again
 
 
@@ -170,12 +170,13 @@ def test_budgets():
     return reply("done")
 
   with serving(handle) as (url, seen):
-    found, _ = chat(url, count=10, max_requests=4, in_flight=2)
+    replies, _ = chat(url, count=10, max_requests=4, in_flight=2)
     assert (
-      found.count("done") == 4 == len(seen) and sum(isinstance(f, BudgetError) for f in found) == 6
+      replies.count("done") == 4 == len(seen)
+      and sum(isinstance(f, BudgetError) for f in replies) == 6
     )
-    found, usage = chat(url, count=10, max_tokens=25, in_flight=1)
-    assert found.count("done") == 3 and usage.prompt_tokens + usage.completion_tokens == 30
+    replies, usage = chat(url, count=10, max_tokens=25, in_flight=1)
+    assert replies.count("done") == 3 and usage.prompt_tokens + usage.completion_tokens == 30
 
 
 @pytest.mark.parametrize(
@@ -216,8 +217,10 @@ def test_a_reply_that_does_not_parse_is_repaired_once():
     )
 
   with serving(handle) as (url, seen):
-    (found,), _ = chat(url, work=lambda c: ask(c, 9))
-    assert found == {"answers": ["x"]} and "corrected JSON" in seen[1][0]["messages"][2]["content"]
+    (outcome,), _ = chat(url, work=lambda c: ask(c, 9))
+    assert (
+      outcome == {"answers": ["x"]} and "corrected JSON" in seen[1][0]["messages"][2]["content"]
+    )
     assert seen[0][0]["response_format"]["json_schema"]["name"] == "answers"
     (lost,), usage = chat(url, work=lambda c: ask(c, 8))
     assert (
@@ -324,34 +327,34 @@ class Killed(Exception):
 class Dies(offline_backend.Offline):
   """Stops the program at a request."""
 
-  def __init__(self, at, asked):
+  def __init__(self, at, requests):
     super().__init__(tiny.world(), FAULTS)
-    self.at, self.asked = at, asked
+    self.at, self.requests = at, requests
 
   async def chat(self, messages, **options):
-    if len(self.asked) >= self.at:
+    if len(self.requests) >= self.at:
       raise Killed
     text = await super().chat(messages, **options)
-    self.asked.append((str(messages), options["seed"]))
+    self.requests.append((str(messages), options["seed"]))
     await asyncio.sleep(0)
     return text
 
 
 def test_a_stopped_run_goes_on_and_asks_nothing_twice(tmp_path):
-  asked = []
+  requests = []
   for at in (7, 60, 150, 10_000):
     with contextlib.suppress(Killed):
-      run_factory(tmp_path / "stopped", Dies(at, asked), pages())
+      run_factory(tmp_path / "stopped", Dies(at, requests), pages())
   with open(tmp_path / "stopped" / "journal-00000-of-00001.jsonl", "a") as file:
     file.write('{"d": "cut')
-  run_factory(tmp_path / "stopped", Dies(len(asked), asked), pages())
-  assert len(asked) == len(set(asked))
+  run_factory(tmp_path / "stopped", Dies(len(requests), requests), pages())
+  assert len(requests) == len(set(requests))
   straight = []
   run_factory(tmp_path / "straight", Dies(10_000, straight), pages())
   assert sorted(map(str, rows_of(tmp_path / "stopped"))) == sorted(
     map(str, rows_of(tmp_path / "straight"))
   )
-  assert sorted(asked) == sorted(straight)
+  assert sorted(requests) == sorted(straight)
 
 
 def test_shards_are_the_whole(tmp_path):
@@ -468,8 +471,8 @@ def test_odd_bodies_are_tried_again(body):
     return web.Response(text=body) if number == 1 else reply("done \ud83d")
 
   with serving(handle) as (url, _):
-    (found,), usage = chat(url)
-  assert found == "done ?" and sum(usage.retries.values()) == 1
+    (outcome,), usage = chat(url)
+  assert outcome == "done ?" and sum(usage.retries.values()) == 1
   with pytest.raises(ValueError, match="no text that can be kept"):
     parse('{"answers": ["\\ud83d"]}', SCHEMA)
 
@@ -519,8 +522,8 @@ def test_a_document_is_never_a_template_nor_an_instruction(tmp_path):
   )
   prompt = templates.Templates().messages("simple_questions", document=evil.text)[1]["content"]
   # It closes nothing.
-  told = evil.text.replace("</document> <missing>", "&lt;/document&gt; &lt;missing&gt;")
-  assert told in prompt and "49" not in prompt
+  escaped_text = evil.text.replace("</document> <missing>", "&lt;/document&gt; &lt;missing&gt;")
+  assert escaped_text in prompt and "49" not in prompt
 
   class Obeys(offline_backend.Offline):
     async def chat(self, messages, *, name="", **options):
@@ -556,11 +559,13 @@ def test_a_teacher_answers_questions(tmp_path):
       items, rounds.teacher, model, templates.Templates(), str(tmp_path), progress=False
     )
   )
-  found = {r["id"]: r for r in rows_of(tmp_path)}
-  assert report.accepted == 8 and all(found[r.identifier]["answer"] == r.answers[0] for r in rows)
+  rows_by_id = {r["id"]: r for r in rows_of(tmp_path)}
+  assert report.accepted == 8 and all(
+    rows_by_id[r.identifier]["answer"] == r.answers[0] for r in rows
+  )
   assert all(
     schemas.parse_row(r, "row").gold == next(x.gold for x in rows if x.identifier == r["id"])
-    for r in found.values()
+    for r in rows_by_id.values()
   )
 
 
@@ -638,7 +643,7 @@ def test_cheap_checks_of_answers_and_paraphrases():
     == checks.answer("$1,999", "It cost 1,950.")
     == "answer: not in the document"
   )
-  wanted = {
+  verdicts = {
     "Charles Babbage": None,
     "yes": None,
     "": "answer: empty",
@@ -646,7 +651,7 @@ def test_cheap_checks_of_answers_and_paraphrases():
     "word " * 60: "answer: length",
     "the painter Ada": None,
   }
-  assert {text: checks.answer(text, document) for text in wanted} == wanted
+  assert {text: checks.answer(text, document) for text in verdicts} == verdicts
   assert checks.paraphrase(document, document) == ["it says the same in the same words"]
   assert (
     checks.paraphrase(
@@ -903,8 +908,8 @@ def test_words_of_the_prompt_change_no_later_request():
         await client.chat([{"role": "user", "content": "The mean temperature of Oslo"}])
       return await client.chat([{"role": "user", "content": "hello"}])
 
-    (found,), _ = chat(url, work=both)
-  assert found == "done" and {"temperature", "max_tokens"} <= set(seen[-1][0]) and len(seen) == 2
+    (outcome,), _ = chat(url, work=both)
+  assert outcome == "done" and {"temperature", "max_tokens"} <= set(seen[-1][0]) and len(seen) == 2
 
 
 def test_a_request_that_is_never_answered_ends():
@@ -922,11 +927,11 @@ def test_a_request_that_is_never_answered_ends():
         return_exceptions=True,
       )
 
-    (found,), _ = chat(url, work=work, attempts=3)
+    (replies,), _ = chat(url, work=work, attempts=3)
   assert (
-    isinstance(found[0], RequestError)
-    and "no answer in 3 tries" in str(found[0])
-    and found[1:] == ["done", "done"]
+    isinstance(replies[0], RequestError)
+    and "no answer in 3 tries" in str(replies[0])
+    and replies[1:] == ["done", "done"]
     and len(seen) == 6
   )
 
@@ -994,8 +999,8 @@ def test_servers_as_they_are(name):
 
   messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]
   with serving(handle) as (url, seen):
-    found, usage = chat(url, work=lambda c: c.chat(messages), count=3, attempts=2, in_flight=2)
-  assert found == ['{"a": "done"}' if name == "reasoning" else "done"] * 3
+    replies, usage = chat(url, work=lambda c: c.chat(messages), count=3, attempts=2, in_flight=2)
+  assert replies == ['{"a": "done"}' if name == "reasoning" else "done"] * 3
   if name in ("system", "all three"):
     assert seen[-1][0]["messages"] == [{"role": "user", "content": "Be kind.\n\nhello"}]
   if name == "max_completion_tokens":
@@ -1049,8 +1054,8 @@ def test_what_a_server_refuses_is_said(name):
     return make()
 
   with serving(handle) as (url, seen):
-    (found,), _ = chat(url)
-  assert isinstance(found, kind) and re.search(message, str(found)) and len(seen) == 1
+    (outcome,), _ = chat(url)
+  assert isinstance(outcome, kind) and re.search(message, str(outcome)) and len(seen) == 1
 
 
 def test_replies_are_bounded():
@@ -1074,15 +1079,15 @@ def test_replies_are_bounded():
   with serving(handle) as (url, _):
     start = time.monotonic()
     for _ in range(2):
-      (found,), _ = chat(url, seconds=5)
-      assert isinstance(found, ReplyError) and "a reply of more than 8 MiB" in str(found)
-    (found,), usage = chat(url, seconds=5)
+      (outcome,), _ = chat(url, seconds=5)
+      assert isinstance(outcome, ReplyError) and "a reply of more than 8 MiB" in str(outcome)
+    (outcome,), usage = chat(url, seconds=5)
     assert (
-      found == "done" and usage.retries == {"5xx": 1, "reply": 2} and time.monotonic() - start < 5
+      outcome == "done" and usage.retries == {"5xx": 1, "reply": 2} and time.monotonic() - start < 5
     )
     assert usage.prompt_tokens > 0 and usage.completion_tokens > 0
-    found, usage = chat(url, count=9, max_tokens=100, in_flight=1)
-    assert sum(isinstance(f, BudgetError) for f in found) > 4
+    replies, usage = chat(url, count=9, max_tokens=100, in_flight=1)
+    assert sum(isinstance(f, BudgetError) for f in replies) > 4
 
 
 def test_where_requests_go(monkeypatch):
@@ -1161,11 +1166,11 @@ def test_a_damaged_journal_loses_what_is_damaged_and_nothing_else(tmp_path, capl
       del damaged[place : place + 50]
     pathlib.Path(path).write_bytes(damaged)
     journal = Journal(path)
-    found = list(journal_lib.outcomes(path))
-    assert len(found) == len(dict(found)) and journal.damaged <= 2
-    for name, outcome in found:
+    entries = list(journal_lib.outcomes(path))
+    assert len(entries) == len(dict(entries)) and journal.damaged <= 2
+    for name, outcome in entries:
       assert outcome in (outcomes[name], {"reason": None, "rows": [3]}), (trial, name)
-    assert len(found) >= 28
+    assert len(entries) >= 28
     for i in range(30):
       if not journal.is_done(f"d{i}", "text"):
         journal.finish(f"d{i}", "text", {"reason": None, "rows": outcomes[f"d{i}"]["rows"]})

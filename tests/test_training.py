@@ -157,21 +157,21 @@ def test_a_new_stage_is_one_function_and_one_line():
 
 
 def test_a_trainer_runs_once():
-  made = trainer.Trainer(
+  tiny_trainer = trainer.Trainer(
     tiny.run_config("joint", steps=1),
     tiny.prompt_tokenizer(),
     tiny.weights(),
     tiny.rows("joint")[:8],
     progress=False,
   )
-  for call in (made.evaluate, made.save):
+  for call in (tiny_trainer.evaluate, tiny_trainer.save):
     with pytest.raises(RuntimeError, match="is not at work"):
       call()
-  made.run()
+  tiny_trainer.run()
   with pytest.raises(RuntimeError, match="has run"):
-    made.run()
+    tiny_trainer.run()
   with pytest.raises(ConfigError, match="nowhere to save"):
-    made.save()
+    tiny_trainer.save()
 
 
 def test_the_generator_learns_from_the_joint_stage_without_labels():
@@ -218,14 +218,14 @@ def test_nested_dropout_is_for_training_only():
 @pytest.mark.parametrize("group", ["generator", "query_reasoner"])
 def test_a_role_may_start_afresh(group):
   before = tiny.weights()
-  made = stages.starting_weights(
+  starting_weights = stages.starting_weights(
     stages.get("joint"),
     TrainConfig(stage="joint", **{f"fresh_{group}": True}),
     before,
     lambda name: f"fresh {name}",
   )
-  assert made.pop(group) == f"fresh {group}"
-  assert all(weights is before[name] for name, weights in made.items())
+  assert starting_weights.pop(group) == f"fresh {group}"
+  assert all(weights is before[name] for name, weights in starting_weights.items())
 
 
 @pytest.mark.parametrize(

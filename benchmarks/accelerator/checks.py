@@ -82,23 +82,23 @@ def golden_losses(golden: pathlib.Path, name: str, stage: str, dtype: str) -> di
   model, weights = _load(golden, name, dtype)
   with precision(dtype):
     if stage == "joint":
-      batch, trained, wanted = (
+      batch, trained, expected_loss = (
         golden_lib.joint_batch(reference, golden),
         ("query_reasoner", "generator"),
         float(reference["loss"]),
       )
     else:
       batch = golden_lib.given_batch(reference, 2 if name == "stage1_2" else 1)
-      trained, wanted = ("compressor", "generator"), float(reference["total"])
+      trained, expected_loss = ("compressor", "generator"), float(reference["total"])
     loss, _, grads = golden_lib.objective(model, stages.get(stage), weights, batch, trained)
   worst = 0.0
   for _, ours, expected in golden_lib.gradients(reference, grads):
     worst = max(worst, float(np.abs(ours - expected).max() / np.abs(expected).max()))
-  found = {"loss": abs(loss - wanted), "gradient": worst}
+  errors = {"loss": abs(loss - expected_loss), "gradient": worst}
   return {
-    "found": found,
+    "found": errors,
     "allowed": ALLOWED[dtype],
-    "passed": all(found[k] <= ALLOWED[dtype][k] for k in found),
+    "passed": all(errors[k] <= ALLOWED[dtype][k] for k in errors),
   }
 
 
@@ -112,17 +112,17 @@ def continuations(golden: pathlib.Path, dtype: str) -> dict[str, Any]:
   model, weights = _load(golden, "stage1_2", dtype)
   prompt_tokenizer = PromptTokenizer(str(golden / "tiny_mistral"), model.config)
   inputs = json.loads((golden / "inputs.json").read_text())
-  wanted = json.loads((golden / "generation.json").read_text())["from_text_stage1_2"]["ids"]
+  references = json.loads((golden / "generation.json").read_text())["from_text_stage1_2"]["ids"]
   with precision(dtype):
     texts = [t for pool in inputs["POOL"] for t in pool[:2]]
     memories = compress(model, weights, prompt_tokenizer, texts, 2, 2)
     prompts = [prompt_tokenizer.answer_prompt(q, 2).ids for q in inputs["STAGE2_QUESTIONS"]]
-    made = continue_greedily(model, weights, prompt_tokenizer, prompts, memories)
+    outputs = continue_greedily(model, weights, prompt_tokenizer, prompts, memories)
   same = [
     next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(y))
-    for x, y in zip(made, wanted, strict=True)
+    for x, y in zip(outputs, references, strict=True)
   ]
-  share, needed = sum(same) / sum(map(len, wanted)), NEEDED_CONTINUATIONS[dtype]
+  share, needed = sum(same) / sum(map(len, references)), NEEDED_CONTINUATIONS[dtype]
   return {"found": share, "allowed": needed, "passed": share >= needed}
 
 

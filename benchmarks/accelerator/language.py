@@ -90,7 +90,7 @@ def run(out: Any, options: argparse.Namespace) -> None:
 
   out.item("prepared", prepared, end, needs=0)
   runs = tempfile.mkdtemp(prefix="runs-", dir=work if work.exists() else None)
-  made = recipe.Recipe(
+  experiment = recipe.Recipe(
     options.base or str(work / "base"),
     options.rows or str(work / "rows"),
     runs,
@@ -112,8 +112,11 @@ def run(out: Any, options: argparse.Namespace) -> None:
   seconds, steps = (None, 2) if options.smoke else (end - time.monotonic(), None)
 
   def trained(*only: str, tests: tuple = ()) -> dict[str, Any]:
-    made.run(seconds, steps, only, tests=tests, end=end)
-    return {"trainings": len(made.found["trainings"]), "tests": len(made.found["tests"])}
+    experiment.run(seconds, steps, only, tests=tests, end=end)
+    return {
+      "trainings": len(experiment.found["trainings"]),
+      "tests": len(experiment.found["tests"]),
+    }
 
   # What has to come back first.
   out.item("scp, instruct, joint", lambda: trained("scp", "instruct", "joint"), end, needs=0)

@@ -81,10 +81,10 @@ class Results:
       return self.write()
     start = time.monotonic()
     try:
-      found = make()
+      result = make()
     except Exception as error:  # the next item goes on
-      found = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:600]}
-    self.values["items"][name] = {**found, "took_seconds": round(time.monotonic() - start, 2)}
+      result = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:600]}
+    self.values["items"][name] = {**result, "took_seconds": round(time.monotonic() - start, 2)}
     self.write()
     print(f"{name}: {json.dumps(self.values['items'][name])[:300]}", file=sys.stderr, flush=True)
 

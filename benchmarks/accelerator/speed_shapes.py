@@ -91,7 +91,7 @@ def clara_config(sizes: Sizes, **model: Any):
   """The configuration of both sides."""
   from clara_jax.config import ClaraConfig, LoraConfig, ModelConfig
 
-  made = ModelConfig(
+  model_config = ModelConfig(
     vocab_size=sizes.vocabulary,
     width=sizes.width,
     num_layers=sizes.layers,
@@ -106,7 +106,7 @@ def clara_config(sizes: Sizes, **model: Any):
   )
   prompt = sizes.top_k * (sizes.memory_tokens + 1) + SLOTS_AROUND
   return ClaraConfig(
-    made,
+    model_config,
     LoraConfig(rank=16, alpha=32.0, dropout=0.0),
     doc_max_length=sizes.document,
     compression_rate=sizes.ratio,
@@ -163,15 +163,15 @@ def _peak():
   return cost.chip_of(jax.devices()[0])
 
 
-def _with_flops(found: dict, flops: float, samples: int, read: float | None = None) -> dict:
+def _with_flops(timing: dict, flops: float, samples: int, read: float | None = None) -> dict:
   """Adds rates, and shares of the card's peaks where they are known."""
   chip = _peak()
-  found |= {"samples": samples, "per_second": samples / found["seconds"], "model_flops": flops}
+  timing |= {"samples": samples, "per_second": samples / timing["seconds"], "model_flops": flops}
   if chip:
-    found["mfu"] = flops / found["seconds"] / chip.flops
+    timing["mfu"] = flops / timing["seconds"] / chip.flops
     if read is not None:
-      found["bandwidth_share"] = read / found["seconds"] / chip.memory_bandwidth
-  return found
+      timing["bandwidth_share"] = read / timing["seconds"] / chip.memory_bandwidth
+  return timing
 
 
 def _texts(sizes: Sizes, *lead: int, length: int | None = None):
@@ -214,10 +214,10 @@ def jax_compress(sizes: Sizes, count: int, **model: Any) -> dict:
 
   compress = jax.jit(Clara(clara_config(sizes, **model)).compress)
   weights, texts = weights_of(sizes), jax.device_put(_texts(sizes, count))
-  found = timed(lambda: compress(weights, texts), sizes.repeats, jax.block_until_ready)
+  timing = timed(lambda: compress(weights, texts), sizes.repeats, jax.block_until_ready)
   # A kernel's products are not counted.
   plain = jax.jit(Clara(clara_config(sizes, attention="grouped")).compress)
-  return _with_flops(found, flops.count(plain, weights, texts), count)
+  return _with_flops(timing, flops.count(plain, weights, texts), count)
 
 
 def jax_query(sizes: Sizes, count: int) -> dict:
@@ -229,8 +229,8 @@ def jax_query(sizes: Sizes, count: int) -> dict:
 
   encode = jax.jit(Clara(clara_config(sizes)).encode_query)
   weights, texts = weights_of(sizes), jax.device_put(_texts(sizes, count, length=QUESTION))
-  found = timed(lambda: encode(weights, texts), sizes.repeats, jax.block_until_ready)
-  return _with_flops(found, flops.count(encode, weights, texts), count)
+  timing = timed(lambda: encode(weights, texts), sizes.repeats, jax.block_until_ready)
+  return _with_flops(timing, flops.count(encode, weights, texts), count)
 
 
 def jax_step(sizes: Sizes, stage: str, rows: int, from_store: bool = False, **model: Any) -> dict:
@@ -279,8 +279,8 @@ def jax_step(sizes: Sizes, stage: str, rows: int, from_store: bool = False, **mo
       state, metrics = program.step(state, weights, placed)
       return metrics
 
-    found = timed(step, sizes.repeats, jax.block_until_ready)
-    return _with_flops(found, cost.model_flops(program, batch), rows)
+    timing = timed(step, sizes.repeats, jax.block_until_ready)
+    return _with_flops(timing, cost.model_flops(program, batch), rows)
 
 
 def jax_answer(sizes: Sizes, batch: int, merged: bool) -> dict:
@@ -304,8 +304,8 @@ def jax_answer(sizes: Sizes, batch: int, merged: bool) -> dict:
   memories = jax.numpy.zeros((batch, sizes.top_k, sizes.memory_tokens, sizes.width), sizes.dtype)
   whole, prefill = jax.jit(greedy.__call__), jax.jit(greedy.prefill)
   first = timed(lambda: prefill(weights, tokens, memories), sizes.repeats, jax.block_until_ready)
-  found = timed(lambda: whole(weights, tokens, memories), sizes.repeats, jax.block_until_ready)
-  decoding = found["seconds"] - first["seconds"]
+  timing = timed(lambda: whole(weights, tokens, memories), sizes.repeats, jax.block_until_ready)
+  decoding = timing["seconds"] - first["seconds"]
   # Each token reads all weights but the embedding's table.
   read = sum(
     x.size * x.dtype.itemsize
@@ -315,15 +315,15 @@ def jax_answer(sizes: Sizes, batch: int, merged: bool) -> dict:
   )
   read -= weights["base"]["embedding"].size * weights["base"]["embedding"].dtype.itemsize
   chip = _peak()
-  found |= {
+  timing |= {
     "samples": batch,
     "time_to_first_token": first["seconds"],
     "tokens_per_second": batch * (NEW_TOKENS - 1) / decoding,
-    "per_second": batch / found["seconds"],
+    "per_second": batch / timing["seconds"],
   }
   if chip:
-    found["bandwidth_share"] = read * (NEW_TOKENS - 1) / decoding / chip.memory_bandwidth
-  return found
+    timing["bandwidth_share"] = read * (NEW_TOKENS - 1) / decoding / chip.memory_bandwidth
+  return timing
 
 
 def jax_full_text(sizes: Sizes, batch: int) -> dict:
@@ -338,8 +338,8 @@ def jax_full_text(sizes: Sizes, batch: int) -> dict:
   ids = np.random.default_rng(0).integers(3, sizes.vocabulary, (batch, length), np.int32)
   tokens = jax.device_put(Tokens(ids, np.full(batch, length, np.int32)))
   answer = jax.jit(Greedy(Clara(clara_config(sizes)), NEW_TOKENS, (-1,), 0, None).__call__)
-  found = timed(lambda: answer(weights, tokens, None), sizes.repeats, jax.block_until_ready)
-  return found | {"samples": batch, "per_second": batch / found["seconds"]}
+  timing = timed(lambda: answer(weights, tokens, None), sizes.repeats, jax.block_until_ready)
+  return timing | {"samples": batch, "per_second": batch / timing["seconds"]}
 
 
 def jax_search(sizes: Sizes) -> dict:
@@ -355,12 +355,12 @@ def jax_search(sizes: Sizes) -> dict:
     (jax.numpy.arange(slots) < sizes.vectors).astype("float32"),
   )
   search = jax.jit(lambda v, s, q: nearest(v, s, q, 10))
-  found = timed(lambda: search(vectors, scale, queries), sizes.repeats, jax.block_until_ready)
+  timing = timed(lambda: search(vectors, scale, queries), sizes.repeats, jax.block_until_ready)
   chip, read = _peak(), vectors.size * 4
   # float32: no share of the bfloat16 peak
-  found |= {"samples": SEARCHED, "per_second": SEARCHED / found["seconds"]}
-  return found | (
-    {"bandwidth_share": read / found["seconds"] / chip.memory_bandwidth} if chip else {}
+  timing |= {"samples": SEARCHED, "per_second": SEARCHED / timing["seconds"]}
+  return timing | (
+    {"bandwidth_share": read / timing["seconds"] / chip.memory_bandwidth} if chip else {}
   )
 
 
@@ -393,7 +393,7 @@ def reference_of(sizes: Sizes):
     torch.set_default_dtype(dtype)
     model = transformers.MistralForCausalLM(config)
     torch.set_default_dtype(before)
-  made = Reference(
+  reference = Reference(
     model,
     None,
     16,
@@ -401,8 +401,8 @@ def reference_of(sizes: Sizes):
     list(range(sizes.vocabulary, sizes.vocabulary + sizes.memory_tokens)),
     dropout=0.0,
   )
-  made.model.to(device)
-  return torch, made, device
+  reference.model.to(device)
+  return torch, reference, device
 
 
 def torch_items(sizes: Sizes) -> Iterator[tuple[str, Callable[[], dict]]]:
@@ -429,8 +429,8 @@ def torch_compress(sizes: Sizes, count: int) -> dict:
   torch, model, device = reference_of(sizes)
   model.training("compressor")
   ids, mask = _tensor(torch, _texts(sizes, count).ids, device)
-  found = timed(lambda: model.compress(ids, mask), sizes.repeats, _wait(device))
-  return found | {"samples": count, "per_second": count / found["seconds"]}
+  timing = timed(lambda: model.compress(ids, mask), sizes.repeats, _wait(device))
+  return timing | {"samples": count, "per_second": count / timing["seconds"]}
 
 
 def torch_step(sizes: Sizes, stage: str, rows: int, from_store: bool = False) -> dict:
@@ -479,13 +479,13 @@ def torch_step(sizes: Sizes, stage: str, rows: int, from_store: bool = False) ->
     return model.step(optimizer, parameters, loss)
 
   try:
-    found = timed(step, sizes.repeats, _wait(device))
+    timing = timed(step, sizes.repeats, _wait(device))
   finally:
     model.model.gradient_checkpointing_disable()
     model.model.eval()
     if device == "cuda":
       torch.cuda.empty_cache()
-  return found | {"samples": rows, "per_second": rows / found["seconds"]}
+  return timing | {"samples": rows, "per_second": rows / timing["seconds"]}
 
 
 def torch_answer(sizes: Sizes, batch: int, merged: bool) -> dict:
@@ -505,15 +505,15 @@ def torch_answer(sizes: Sizes, batch: int, merged: bool) -> dict:
 
   with model.model.disable_adapter() if merged else contextlib.nullcontext():
     first = timed(lambda: model.answer(ids, mask, memories, 1), sizes.repeats, _wait(device))
-    found = timed(
+    timing = timed(
       lambda: model.answer(ids, mask, memories, NEW_TOKENS), sizes.repeats, _wait(device)
     )
-  decoding = found["seconds"] - first["seconds"]
-  return found | {
+  decoding = timing["seconds"] - first["seconds"]
+  return timing | {
     "samples": batch,
     "time_to_first_token": first["seconds"],
     "tokens_per_second": batch * (NEW_TOKENS - 1) / decoding,
-    "per_second": batch / found["seconds"],
+    "per_second": batch / timing["seconds"],
   }
 
 
@@ -521,5 +521,7 @@ def torch_search(sizes: Sizes) -> dict:
   """A product and a top-k."""
   torch, _, device = reference_of(sizes)
   vectors, queries = (torch.randn(n, DIMENSION, device=device) for n in (sizes.vectors, SEARCHED))
-  found = timed(lambda: (queries @ vectors.T).topk(10, dim=1).indices, sizes.repeats, _wait(device))
-  return found | {"samples": SEARCHED, "per_second": SEARCHED / found["seconds"]}
+  timing = timed(
+    lambda: (queries @ vectors.T).topk(10, dim=1).indices, sizes.repeats, _wait(device)
+  )
+  return timing | {"samples": SEARCHED, "per_second": SEARCHED / timing["seconds"]}

@@ -17,37 +17,37 @@ def main() -> None:
   if len(sys.argv) != 2:
     sys.exit("usage: tables.py DIR")
   directory = pathlib.Path(sys.argv[1])
-  found = {
+  results = {
     name: json.loads(file.read_text())
     for name in ("checks", "speed-jax", "speed-torch", "train", "language")
     if (file := directory / f"{name}.json").exists()
   }
-  if not found:
+  if not results:
     sys.exit(f"{directory}: no results of run.py")
-  print("\n".join(tables(found)))
+  print("\n".join(tables(results)))
 
 
-def tables(found: dict[str, dict]) -> Iterator[str]:
+def tables(results: dict[str, dict]) -> Iterator[str]:
   """Lines of all tables."""
   for name in ("checks", "speed-jax", "speed-torch", "train"):
-    if name in found:
-      about = found[name]
+    if name in results:
+      about = results[name]
       yield (
         f"{name}: {about['device']}, {about['date']}, `{about['command']}`, "
         f"{', '.join(f'{k} {about[k]}' for k in ('jax', 'torch', 'transformers') if k in about)}"
         f"{' (smoke: no figure means anything)' if about.get('smoke') else ''}"
       )
-  if "checks" in found:
+  if "checks" in results:
     yield from ("", "| check | found | allowed | |", "|---|---|---|---|")
-    for name, item in found["checks"]["items"].items():
+    for name, item in results["checks"]["items"].items():
       yield (
         f"| {name} | {_numbers(item.get('found', _why(item)))} | "
         f"{_numbers(item.get('allowed', ''))} | {_outcome(item)} |"
       )
-  if "speed-jax" in found:
-    yield from speed(found["speed-jax"], found.get("speed-torch", {"items": {}}))
-  if "language" in found:
-    yield from language(found["language"])
+  if "speed-jax" in results:
+    yield from speed(results["speed-jax"], results.get("speed-torch", {"items": {}}))
+  if "language" in results:
+    yield from language(results["language"])
 
 
 def speed(ours: dict, other: dict) -> Iterator[str]:
@@ -84,14 +84,14 @@ def speed(ours: dict, other: dict) -> Iterator[str]:
     )
 
 
-def language(found: dict) -> Iterator[str]:
+def language(results: dict) -> Iterator[str]:
   """Trainings and tests of the recipe."""
   yield from (
     "",
     "| training | steps | batch | s | rows a second | MFU | first loss | last loss |",
     "|---|---|---|---|---|---|---|---|",
   )
-  for name, item in found["trainings"].items():
+  for name, item in results["trainings"].items():
     if "failed" in item:
       yield f"| {name} | {item['failed']} | | | | | | |"
       continue
@@ -106,7 +106,7 @@ def language(found: dict) -> Iterator[str]:
     "| test | EM | F1 | cover EM | recall@1 | recall@5 |",
     "|---|---|---|---|---|---|",
   )
-  for name, item in found["tests"].items():
+  for name, item in results["tests"].items():
     cells = [_interval(item.get(k)) for k in ("em", "f1", "cover_em", "recall_at_1", "recall_at_5")]
     yield (
       f"| {name} | {' | '.join(cells)} |" if "em" in item else f"| {name} | {_why(item)} | | | | |"

@@ -249,7 +249,7 @@ def compiled(
     + output
     + memory.generated_code_size_in_bytes
   )
-  found = hlo.analyze(executable.as_text())
+  hlo_report = hlo.analyze(executable.as_text())
   return report | {
     "fits": total <= chip.memory,
     "bytes_per_chip": {
@@ -260,15 +260,15 @@ def compiled(
       "total": total,
     },
     "memory_per_chip": int(chip.memory),
-    "collectives": found.collectives,
-    "interconnect_bytes_per_chip": int(found.interconnect_bytes),
-    "memory_traffic_bytes_per_chip": int(found.memory_bytes),
+    "collectives": hlo_report.collectives,
+    "interconnect_bytes_per_chip": int(hlo_report.interconnect_bytes),
+    "memory_traffic_bytes_per_chip": int(hlo_report.memory_bytes),
     "roofline_seconds": roofline(
       chip,
       program.mesh.size,
       report["flops_per_step"],
-      found.memory_bytes,
-      found.interconnect_bytes,
+      hlo_report.memory_bytes,
+      hlo_report.interconnect_bytes,
     ),
     "compile_seconds": seconds,
   }

@@ -56,12 +56,12 @@ def _dot(equation: Any) -> float:
 def _inner(equation: Any) -> list[Any]:
   if equation.primitive.name == "custom_vjp_call":  # the primal alone is run
     return [_open(equation.params["call_jaxpr"])]
-  found = []
+  jaxprs = []
   for value in equation.params.values():
     for one in value if isinstance(value, (tuple, list)) else (value,):
       if isinstance(one, (jex_core.Jaxpr, jex_core.ClosedJaxpr)):
-        found.append(_open(one))
-  return found
+        jaxprs.append(_open(one))
+  return jaxprs
 
 
 def _open(jaxpr: Any) -> Any:

@@ -98,10 +98,10 @@ def analyze(text: str) -> HloReport:
     if not times or name in fused:
       continue
     for instruction in body.values():
-      for found in _collectives(instruction, computations):
-        kind, moved = found.opcode.removesuffix("-start"), _received(found)
-        channel = re.search(r"channel_id=(\d+)", found.attributes)
-        if found is not instruction and channel:
+      for collective in _collectives(instruction, computations):
+        kind, moved = collective.opcode.removesuffix("-start"), _received(collective)
+        channel = re.search(r"channel_id=(\d+)", collective.attributes)
+        if collective is not instruction and channel:
           # It overlaps with products and is cut into several fusions, some in the products' loops:
           # it is run as often as the rarest.
           key = (kind, channel[1])
@@ -164,11 +164,11 @@ def _matching(text: str, start: int) -> int:
 
 
 def _called(instruction: _Instruction, *attributes: str) -> list[str]:
-  found = []
+  names = []
   for attribute in attributes:
     if match := re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)", instruction.attributes):
-      found += _NAME.findall(match[1])
-  return found
+      names += _NAME.findall(match[1])
+  return names
 
 
 def _runs(computations: dict[str, dict[str, _Instruction]], entry: str) -> dict[str, int]:
@@ -301,8 +301,8 @@ def _source(name: str, inner: dict[str, _Instruction]) -> str:
 
 
 def _uses(name: str, inner: dict[str, _Instruction]) -> list[_Instruction]:
-  found = []
+  uses = []
   for instruction in inner.values():
     if name in instruction.operands:
-      found += _uses(instruction.name, inner) if instruction.opcode == "bitcast" else [instruction]
-  return found
+      uses += _uses(instruction.name, inner) if instruction.opcode == "bitcast" else [instruction]
+  return uses

@@ -253,7 +253,7 @@ def _own_vocabulary(opened: LazyCheckpoint) -> dict[str, np.ndarray]:
   """Embedding and head where the checkpoint brings others than the base's, in the base's shapes, by
   their Hugging Face names."""
   words, special = opened.config.model.vocab_size, opened.groups.get(SPECIAL) or {}
-  found: dict[str, np.ndarray] = {}
+  tables: dict[str, np.ndarray] = {}
   for name, ours, axis in ((EMBEDDING, "embedding", 0), (HEAD, "head", 1)):
     if ours not in special or special[ours].shape[axis] < words:
       continue
@@ -262,10 +262,10 @@ def _own_vocabulary(opened: LazyCheckpoint) -> dict[str, np.ndarray]:
     )
     count = min(words, len(base))
     if (base[:count].astype(np.float32) != mine[:count].astype(np.float32)).any():
-      found[name] = np.concatenate([mine[:count], base[count:].astype(mine.dtype)])
-  if found and opened.config.model.tie_embeddings:
-    found[HEAD] = found[EMBEDDING]
-  return found
+      tables[name] = np.concatenate([mine[:count], base[count:].astype(mine.dtype)])
+  if tables and opened.config.model.tie_embeddings:
+    tables[HEAD] = tables[EMBEDDING]
+  return tables
 
 
 def _to_hf(opened: LazyCheckpoint, directory: str, final: str, role: str | None) -> int:

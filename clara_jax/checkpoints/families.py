@@ -222,10 +222,12 @@ def _fields(values: Mapping[str, Any], allow: Sequence[str], file: str) -> dict[
       raise ConfigError(f"{file}: {field}={values[field]!r}: expected a whole number of 1 or more")
   # As in transformers, a mistral whose layers differ is a ministral.
   kind = "ministral" if family == "mistral" and values.get("layer_types") is not None else family
-  given = {k: v for k, v in values.items() if k in _USED and k not in ("torch_dtype", "dtype")}
+  known_fields = {
+    k: v for k, v in values.items() if k in _USED and k not in ("torch_dtype", "dtype")
+  }
   try:
     read = transformers.CONFIG_MAPPING[kind].from_dict(
-      json.loads(json.dumps({**given, "model_type": kind}))
+      json.loads(json.dumps({**known_fields, "model_type": kind}))
     )
   except Exception as error:  # its validation raises many kinds
     raise ConfigError(f"{file}: {' '.join(str(error).split())[:300]}") from None
@@ -291,17 +293,17 @@ def _rope(
   read: Any, family: str, allow: Sequence[str], file: str
 ) -> tuple[RopeScaling | None, float, float]:
   """(scaling, theta, rotated fraction) from what transformers made of all the fields there are."""
-  given = dict(read.rope_parameters or {})
+  rope = dict(read.rope_parameters or {})
   kind, theta, fraction = (
-    given.pop("rope_type", "default"),
-    given.pop("rope_theta", None),
-    given.pop("partial_rotary_factor", None),
+    rope.pop("rope_type", "default"),
+    rope.pop("rope_theta", None),
+    rope.pop("partial_rotary_factor", None),
   )
-  given.pop("type", None)
+  rope.pop("type", None)
   for name, value in (
     ("rope_theta", theta),
     ("partial_rotary_factor", fraction),
-    ("factor", given.get("factor")),
+    ("factor", rope.get("factor")),
   ):
     if value is not None and (
       isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0
@@ -317,23 +319,23 @@ def _rope(
       f"{file}: rope_type={kind!r} is not supported; expected one of {sorted(_ROPE_KEYS)}"
     )
   if kind == "default":
-    given.pop("original_max_position_embeddings", None)
-  for name in sorted(set(given) - _ROPE_KEYS[kind]):
+    rope.pop("original_max_position_embeddings", None)
+  for name in sorted(set(rope) - _ROPE_KEYS[kind]):
     if f"rope_parameters.{name}" not in allow:
       raise ConfigError(
-        f"{file}: rope_parameters.{name}={given[name]!r:.80} is not known for rope_type={kind!r}. "
+        f"{file}: rope_parameters.{name}={rope[name]!r:.80} is not known for rope_type={kind!r}. "
         f"Where it changes "
         f"nothing, accept it with --allow-config rope_parameters.{name}"
       )
   if kind == "default":
     return None, theta, fraction
-  original = int(given.get("original_max_position_embeddings") or read.max_position_embeddings)
-  factor = given.get("factor") or (
+  original = int(rope.get("original_max_position_embeddings") or read.max_position_embeddings)
+  factor = rope.get("factor") or (
     read.max_position_embeddings / original if kind in ("longrope", "yarn") else None
   )
   try:
     numbers = {
-      name: float(given[name])
+      name: float(rope[name])
       for name in (
         "low_freq_factor",
         "high_freq_factor",
@@ -343,20 +345,20 @@ def _rope(
         "mscale",
         "mscale_all_dim",
       )
-      if given.get(name) is not None
+      if rope.get(name) is not None
     }
     lists = {
-      name: tuple(map(float, given[name]))
+      name: tuple(map(float, rope[name]))
       for name in ("short_factor", "long_factor")
       if name in _ROPE_KEYS[kind]
     }
     if kind == "llama3":
-      numbers = {name: float(given[name]) for name in ("low_freq_factor", "high_freq_factor")}
+      numbers = {name: float(rope[name]) for name in ("low_freq_factor", "high_freq_factor")}
     scaling = RopeScaling(
       kind,
       float(factor),
       0 if kind == "linear" else original,
-      truncate=bool(given.get("truncate", True)),
+      truncate=bool(rope.get("truncate", True)),
       **numbers,
       **lists,
     )
@@ -369,16 +371,16 @@ def _rope(
 
 def end_ids(directory: str | None) -> tuple[int, ...]:
   """Tokens that end an answer, by generation_config.json and config.json of a directory."""
-  found: list[int] = []
+  ids: list[int] = []
   for name in (GENERATION_FILE, CONFIG_FILE):
     if directory is not None and (epath.Path(directory) / name).exists():
       ends = read_json(directory, name).get("eos_token_id")
-      found += [
+      ids += [
         e
         for e in (ends if isinstance(ends, list) else [ends])
         if isinstance(e, int) and not isinstance(e, bool)
       ]
-  return tuple(sorted(set(found)))
+  return tuple(sorted(set(ids)))
 
 
 def written_config(source: Mapping[str, Any], vocab_size: int, dtype: str) -> dict[str, Any]:

@@ -89,13 +89,13 @@ class LazyCheckpoint:
       return None
     if jax.process_index() != 0:  # one host reads all of it, the others only their parts
       return self.base_sha256
-    found = huggingface.base_hash(self.plain_base)
-    if self.base_sha256 and found != self.base_sha256:
+    checksum = huggingface.base_hash(self.plain_base)
+    if self.base_sha256 and checksum != self.base_sha256:
       raise CheckpointError(
         f"{self.directory}: was made for a base with sha256 {self.base_sha256[:16]}…, but "
-        f"{self.base or self.directory} has {found[:16]}…: a wrong base"
+        f"{self.base or self.directory} has {checksum[:16]}…: a wrong base"
       )
-    return found
+    return checksum
 
 
 def open_checkpoint(
@@ -230,14 +230,14 @@ def _open_peft(
 ) -> LazyCheckpoint:
   folder = epath.Path(directory)
   single = peft.is_adapter(directory)
-  found = (
+  adapter_directories = (
     {None: directory}
     if single
     else {r: str(folder / r) for r in ROLES if peft.is_adapter(str(folder / r))}
   )
   groups: dict[str, Any] = {}
   config, first = None, None
-  for role, where in found.items():
+  for role, where in adapter_directories.items():
     adapter = peft.read(where, allow)
     recorded, clara, special = peft.read_clara(where)
     if role and recorded and role != recorded:
@@ -312,7 +312,7 @@ def _whole_vocabulary(
       f"{where}: has {sorted(whole)}, but the base's head is its embedding: only both, and equal, "
       f"can be read"
     )
-  made = dict(special)
+  tables = dict(special)
   for name, ours, axis in ((EMBEDDING, "embedding", 0), (HEAD, "head", 1)):
     if name not in whole or (tied and ours == "head"):
       continue
@@ -328,10 +328,10 @@ def _whole_vocabulary(
       if axis == 0
       else rows[:, -config.num_memory_tokens - 3 :]
     )
-    made[ours] = np.concatenate(
+    tables[ours] = np.concatenate(
       [value[:words] if axis == 0 else value[:words].T, mine.astype(value.dtype)], axis
     )
-  return made
+  return tables
 
 
 def open_base(
@@ -408,7 +408,7 @@ def load(
   if opened.plain_base is not None:
     note_rounding(opened.plain_base, opened.config, opened.base or opened.directory)
   prompt_tokenizer = opened.prompt_tokenizer()
-  found = opened.check_base()
+  base_sha256 = opened.check_base()
   weights = on_device(opened)
   # A plain model has none; whoever reads text alone needs none.
   if "memory_embedding" not in weights:
@@ -416,17 +416,17 @@ def load(
       (opened.config.num_memory_tokens, opened.config.model.width)
     )
   return Checkpoint(
-    Clara(prompt_tokenizer.config), prompt_tokenizer, weights, directory, opened.base, found
+    Clara(prompt_tokenizer.config), prompt_tokenizer, weights, directory, opened.base, base_sha256
   )
 
 
 def note_rounding(base: Mapping[str, Any], config: ClaraConfig, name: str) -> None:
   """Says that a base's weights are rounded to the compute dtype."""
-  stored, wanted = (
+  stored, compute_dtype = (
     huggingface.main_type(leaf for _, leaf in lazy.leaves(base)),
     config.model.param_dtype,
   )
-  if wanted == "bfloat16" and stored in ("float16", "float64"):
+  if compute_dtype == "bfloat16" and stored in ("float16", "float64"):
     log.warning(
       f"{name}: its weights are {stored} and are rounded to bfloat16; --dtype float32 keeps them"
     )
@@ -441,7 +441,7 @@ def on_device(opened: LazyCheckpoint) -> dict[str, Any]:
   model = Clara(opened.config)
   weights = opened.weights
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tuple(weights)))
-  made: dict[str, Any] = {}
+  arrays: dict[str, Any] = {}
   for group, tree in weights.items():
     want = dict(lazy.leaves({group: shapes[group]}))
     have = dict(lazy.leaves({group: tree}))
@@ -450,8 +450,10 @@ def on_device(opened: LazyCheckpoint) -> dict[str, Any]:
       if a != b:
         raise KeyMapError(f"{opened.directory}: {'/'.join(path)}: expected the shape {a}, got {b}")
     # Not bound to the device, so that a computation on a mesh may take them.
-    made |= lazy.nest({path: jnp.asarray(lazy.read(have[path]), want[path].dtype) for path in want})
-  return made
+    arrays |= lazy.nest(
+      {path: jnp.asarray(lazy.read(have[path]), want[path].dtype) for path in want}
+    )
+  return arrays
 
 
 def tokenizer_directory(directory: str) -> str | None:

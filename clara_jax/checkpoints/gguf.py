@@ -105,23 +105,23 @@ def opened(path: str) -> Iterator[LazyCheckpoint]:
     _check_header(path)
     reader = gguf.GGUFReader(path)
     values = {name: field.contents() for name, field in reader.fields.items()}
-    found = {tensor.name: tensor for tensor in reader.tensors}
+    stored_tensors = {tensor.name: tensor for tensor in reader.tensors}
   except Exception as error:  # the library raises whatever numpy and struct do
     raise KeyMapError(
       f"{path}: not a whole GGUF file: {' '.join(str(error).split())[:200] or type(error).__name__}"
     ) from None
-  types = {t.tensor_type.name for t in found.values() if len(t.shape) == 2}
+  types = {t.tensor_type.name for t in stored_tensors.values() if len(t.shape) == 2}
   matrices = (
     {"F16": "float16", "BF16": "bfloat16"}.get(next(iter(types)), "float32")
     if len(types) == 1
     else "float32"
   )
   try:
-    config = _config(path, values, found) | {"torch_dtype": matrices}
+    config = _config(path, values, stored_tensors) | {"torch_dtype": matrices}
   except KeyError as error:
     raise ConfigError(f"{path}: the field {error} is missing") from None
   tensors: dict[str, Any] = {}
-  for name, tensor in found.items():
+  for name, tensor in stored_tensors.items():
     if name not in _ROPE:
       ours = _name(name, config["model_type"], path)
       heads = {
@@ -376,23 +376,23 @@ def tokenizer(path: str, values: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     )
   vocabulary = {token: number for number, token in enumerate(tokens)}
   if kind == "gpt2":
-    made = _byte_level(path, vocabulary, values["tokenizer.ggml.merges"], pre)
+    backend = _byte_level(path, vocabulary, values["tokenizer.ggml.merges"], pre)
   else:
-    made = _sentencepiece(vocabulary, tokens, values)
+    backend = _sentencepiece(vocabulary, tokens, values)
   for token, sort in zip(tokens, values.get("tokenizer.ggml.token_type") or (), strict=False):
     # A [PAD…] token only fills the vocabulary up.
     if sort in (_CONTROL, _USER_DEFINED) and not re.fullmatch(r"\[PAD\d+\]|<pad\d+>", token):
-      made.add_tokens([AddedToken(token, special=sort == _CONTROL, normalized=False)])
+      backend.add_tokens([AddedToken(token, special=sort == _CONTROL, normalized=False)])
   named = {
     f"{name}_token": tokens[values[f"tokenizer.ggml.{field}_token_id"]]
     for name, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     if 0 <= values.get(f"tokenizer.ggml.{field}_token_id", -1) < len(tokens)
   }
-  found = PreTrainedTokenizerFast(
-    tokenizer_object=made, clean_up_tokenization_spaces=False, **named
+  fast_tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=backend, clean_up_tokenization_spaces=False, **named
   )
-  found.chat_template = values.get("tokenizer.chat_template")
-  return found
+  fast_tokenizer.chat_template = values.get("tokenizer.chat_template")
+  return fast_tokenizer
 
 
 def _byte_level(
@@ -402,7 +402,7 @@ def _byte_level(
     raise ConfigError(
       f"{path}: tokenizer.ggml.pre={pre!r} is not supported; expected one of {sorted(_SPLITS)}"
     )
-  made = Tokenizer(
+  backend = Tokenizer(
     models.BPE(
       vocabulary, [tuple(m.split(" ")) for m in merges], ignore_merges=pre in _WHOLE_PIECES
     )
@@ -411,13 +411,13 @@ def _byte_level(
   steps = [pre_tokenizers.Split(Regex(split), "isolated")] if split else []
   if pre == "smollm":
     steps = [pre_tokenizers.Digits(individual_digits=True)]
-  made.pre_tokenizer = pre_tokenizers.Sequence(
+  backend.pre_tokenizer = pre_tokenizers.Sequence(
     [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)]
   )
   if split == _QWEN_SPLIT:
-    made.normalizer = normalizers.NFC()
-  made.decoder = decoders.ByteLevel()
-  return made
+    backend.normalizer = normalizers.NFC()
+  backend.decoder = decoders.ByteLevel()
+  return backend
 
 
 def _sentencepiece(
@@ -427,7 +427,7 @@ def _sentencepiece(
   control = [t for t, sort in zip(tokens, sorts, strict=True) if sort != 1]
   scores = dict(zip(tokens, values["tokenizer.ggml.scores"], strict=True))
   unknown = values.get("tokenizer.ggml.unknown_token_id", 0)
-  made = Tokenizer(
+  backend = Tokenizer(
     models.BPE(
       vocabulary,
       generate_merges(vocabulary, scores, control),
@@ -437,10 +437,10 @@ def _sentencepiece(
     )
   )
   prefix = values.get("tokenizer.ggml.add_space_prefix", True)
-  made.normalizer = normalizers.Sequence(
+  backend.normalizer = normalizers.Sequence(
     [*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")]
   )
-  made.decoder = decoders.Sequence(
+  backend.decoder = decoders.Sequence(
     [
       decoders.Replace("▁", " "),
       decoders.ByteFallback(),
@@ -448,4 +448,4 @@ def _sentencepiece(
       *([decoders.Strip(" ", 1, 0)] if prefix else []),
     ]
   )
-  return made
+  return backend

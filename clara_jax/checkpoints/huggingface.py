@@ -72,10 +72,10 @@ def special_tokens(config: ClaraConfig) -> dict[str, np.ndarray]:
   rows = (
     np.asarray(jax.random.normal(jax.random.key(0), (count, model.width))) * model.initializer_range
   )
-  made = {"embedding": rows.astype(_numpy_type(model.param_dtype))}
+  tables = {"embedding": rows.astype(_numpy_type(model.param_dtype))}
   if not model.tie_embeddings:
-    made["head"] = np.zeros((model.width, count), _numpy_type(model.param_dtype))
-  return made
+    tables["head"] = np.zeros((model.width, count), _numpy_type(model.param_dtype))
+  return tables
 
 
 def with_special_tokens(
@@ -222,11 +222,11 @@ def keep_files(source: str, folder: str) -> None:
 def copy_files(source: str, directory: str, names: Iterable[str]) -> None:
   """Copies files and folders, those of them that are there, as they are."""
   for name in names:
-    found = os.path.join(source, name)
-    if os.path.isdir(found):
-      shutil.copytree(found, os.path.join(directory, name), copy_function=shutil.copyfile)
-    elif os.path.exists(found):
-      shutil.copyfile(found, os.path.join(directory, name))
+    path = os.path.join(source, name)
+    if os.path.isdir(path):
+      shutil.copytree(path, os.path.join(directory, name), copy_function=shutil.copyfile)
+    elif os.path.exists(path):
+      shutil.copyfile(path, os.path.join(directory, name))
 
 
 def _numpy_type(name: str) -> np.dtype:

@@ -187,7 +187,7 @@ def named_tensors(
 ) -> list[Named]:
   """The tensors of a tree of leaves under their names on disk, layer after layer: the inverse of
   `stack`."""
-  found: list[tuple[tuple[int, int], Named]] = []
+  entries: list[tuple[tuple[int, int], Named]] = []
   for path, leaf in leaves(tree):
     for layer in range(leaf.shape[0]) if path[0] == "layers" else (None,):
       name = name_of(path, layer)
@@ -201,10 +201,10 @@ def named_tensors(
 
       shape = tuple(leaf.shape)[0 if layer is None else 1 :]
       order = (-1 if path == ("embedding",) else 10**9) if layer is None else layer
-      found.append(
+      entries.append(
         (
-          (order, len(found)),
+          (order, len(entries)),
           Named(name, shape[::-1] if turned else shape, np.dtype(leaf.dtype), value),
         )
       )
-  return [tensor for _, tensor in sorted(found, key=lambda x: x[0])]
+  return [tensor for _, tensor in sorted(entries, key=lambda x: x[0])]

@@ -95,8 +95,8 @@ def open_weights(directory: str) -> dict[str, Any]:
     raise CheckpointError(f"{directory}: has no saved step yet")
   folder = _absolute(directory) / "checkpoints" / str(step) / "weights"
   # One process reads it all, the others their parts.
-  if jax.process_index() == 0 and (found := io.damage(folder.parent, "weights")):
-    raise CheckpointError(f"{directory}: step {step} is damaged: {found}")
+  if jax.process_index() == 0 and (problem := io.damage(folder.parent, "weights")):
+    raise CheckpointError(f"{directory}: step {step} is damaged: {problem}")
   try:
     keys = json.loads((folder / "_METADATA").read_text())["tree_metadata"].values()
     paths = [tuple(part["key"] for part in key["key_metadata"]) for key in keys]

@@ -281,10 +281,10 @@ def read(directory: str, allow: Sequence[str] = ()) -> Adapter:
 
 def _by_module(tensors: Mapping[str, Any]) -> dict[str, list[str]]:
   """Names of A and B by the module that they adapt, `model.layers.{i}.….q_proj`."""
-  found: dict[str, list[str]] = {}
+  names_by_module: dict[str, list[str]] = {}
   for name in tensors:
-    found.setdefault(name.rpartition(".lora_")[0], []).append(name)
-  return found
+    names_by_module.setdefault(name.rpartition(".lora_")[0], []).append(name)
+  return names_by_module
 
 
 def _rank_and_scale(module: str, values: Mapping[str, Any]) -> tuple[int, float]:
@@ -302,10 +302,10 @@ def _rank_and_scale(module: str, values: Mapping[str, Any]) -> tuple[int, float]
 def _is_target(module: str, values: Mapping[str, Any]) -> bool:
   """Whether PEFT adapts a module: `target_modules`, `exclude_modules` and `layers_to_transform`."""
 
-  def named(given: Any) -> bool:
-    if isinstance(given, str):
-      return given == "all-linear" or re.fullmatch(given, module) is not None
-    return any(module == g or module.endswith(f".{g}") for g in given or ())
+  def named(names: Any) -> bool:
+    if isinstance(names, str):
+      return names == "all-linear" or re.fullmatch(names, module) is not None
+    return any(module == g or module.endswith(f".{g}") for g in names or ())
 
   if not named(values.get("target_modules")) or named(values.get("exclude_modules")):
     return False

@@ -55,15 +55,15 @@ class TensorFiles:
   ):
     folder = epath.Path(directory)
     names = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
-    there = [name for name in names if name.endswith(".safetensors")]
+    tensor_files = [name for name in names if name.endswith(".safetensors")]
     index = folder / INDEX
     claimed: dict[str, str] | None = None
     if files is not None:
-      if lost := [f for f in files if f not in there]:
+      if lost := [f for f in files if f not in tensor_files]:
         raise KeyMapError(f"{folder / lost[0]}: no such file{_instead(names)}")
-      there = list(files)
-    elif MODEL in there:
-      there = [MODEL]
+      tensor_files = list(files)
+    elif MODEL in tensor_files:
+      tensor_files = [MODEL]
     elif index.exists():
       try:
         claimed = parse_json(index.read_bytes())["weight_map"]
@@ -74,18 +74,20 @@ class TensorFiles:
       for file in sorted(set(claimed.values())):
         if "/" in file or "\\" in file or file in ("", ".", ".."):
           raise KeyMapError(f"{index}: names {file!r}, which leaves the directory")
-        if file not in there:
+        if file not in tensor_files:
           raise KeyMapError(f"{folder / file}: named by {INDEX} but not there")
-      if left := [f for f in there if f not in set(claimed.values()) and f.startswith("model-")]:
+      if left := [
+        f for f in tensor_files if f not in set(claimed.values()) and f.startswith("model-")
+      ]:
         raise KeyMapError(f"{folder / left[0]}: a shard that {INDEX} does not name")
-      there = sorted(set(claimed.values()))
+      tensor_files = sorted(set(claimed.values()))
     else:
-      there = [name for name in there if name.startswith("model-")]
-    if not there:
+      tensor_files = [name for name in tensor_files if name.startswith("model-")]
+    if not tensor_files:
       raise KeyMapError(f"{directory}: no model.safetensors{_instead(names)}")
     self._file: dict[str, epath.Path] = {}
     self._about: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    for file in there:
+    for file in tensor_files:
       path = folder / file
       with _opened(path) as tensors:
         for name in tensors.keys():
@@ -153,10 +155,10 @@ def _instead(names: Sequence[str]) -> str:
       "; its weights are PyTorch files, which are not read: transformers writes safetensors "
       "(AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW))"
     )
-  if found := [name for name in names if name.endswith(".gguf")]:
-    return f"; it has {found[0]}, which can be converted: clara convert DIR/{found[0]} NEW --to hf"
-  if found := [name for name in names if name.endswith(".safetensors")]:
-    return f"; {found[0]} is not a file that transformers reads"
+  if files := [name for name in names if name.endswith(".gguf")]:
+    return f"; it has {files[0]}, which can be converted: clara convert DIR/{files[0]} NEW --to hf"
+  if files := [name for name in names if name.endswith(".safetensors")]:
+    return f"; {files[0]} is not a file that transformers reads"
   return ""
 
 

@@ -61,7 +61,7 @@ def read(
     KeyMapError: a tensor is unknown, missing or of the wrong shape; or a file holds anything but
       tensors.
   """
-  values, found = _config(directory), _base(directory, base)
+  values, base_directory = _config(directory), _base(directory, base)
   adapters = _read_pth(directory, ADAPTER_FILE)
   edges = {k: _numpy(v) for k, v in _read_pth(directory, EMBEDDING_FILE).items()}
   if unknown := set(adapters) - set(ADAPTERS.values()):
@@ -85,7 +85,7 @@ def read(
   # be padded.
   words = edges[EMBEDDING].shape[0] - memory_tokens - 3
   config = ClaraConfig(
-    dataclasses.replace(base_config(found, dtype, allow), vocab_size=words),
+    dataclasses.replace(base_config(base_directory, dtype, allow), vocab_size=words),
     LoraConfig(rank=rank, alpha=2.0 * rank),
     doc_max_length=values["doc_max_length"],
     compression_rate=values["compr_rate"],
@@ -115,7 +115,7 @@ def read(
     special[ours] = value.T if axis else value
   return (
     config,
-    found,
+    base_directory,
     groups
     | {
       "special_tokens": special,
@@ -129,15 +129,17 @@ def _config(directory: str) -> dict[str, Any]:
   values = read_json(directory)
   if values.get("model_type") != "CLaRa":
     raise ConfigError(f"{file}: model_type={values.get('model_type')!r}, expected 'CLaRa'")
-  for field, wanted in (
+  for field, expected in (
     ("different_mem_tokens", True),
     ("sep", True),
     ("lora", True),
     ("compr_use_mlp", False),
     ("compr_model_name", None),
   ):
-    if values.get(field, wanted) != wanted:
-      raise ConfigError(f"{file}: {field}={values[field]!r} is not supported; expected {wanted!r}")
+    if values.get(field, expected) != expected:
+      raise ConfigError(
+        f"{file}: {field}={values[field]!r} is not supported; expected {expected!r}"
+      )
   for field in ("lora_r", "doc_max_length", "compr_rate"):
     if not isinstance(values.get(field), int) or values[field] < 1:
       raise ConfigError(f"{file}: {field}={values.get(field)!r}: expected a whole number")

@@ -167,23 +167,23 @@ def _outputs(opened: LazyCheckpoint, roles: list[str], ids: np.ndarray) -> dict[
     "memory_embedding", jnp.zeros((opened.config.num_memory_tokens, opened.config.model.width))
   )
   ids = jnp.asarray(ids)
-  made = {}
+  outputs = {}
   for role in roles or [None]:
     hidden, _ = model.hidden(weights, role, model.embed(weights, ids))
-    made[f"logits/{role or 'base'}"] = np.asarray(model.logits(weights, hidden))
+    outputs[f"logits/{role or 'base'}"] = np.asarray(model.logits(weights, hidden))
   if "compressor" in roles:
     memory = opened.config.model.vocab_size + jnp.arange(opened.config.num_memory_tokens)
     texts = jnp.concatenate([ids, jnp.broadcast_to(memory, (2, len(memory)))], axis=1)
     tokens = Tokens(texts, jnp.full((2,), texts.shape[1]))
     memories = model.compress(weights, tokens)
-    made["memories"] = np.asarray(memories, np.float32)
+    outputs["memories"] = np.asarray(memories, np.float32)
     if "query_reasoner" in roles:
-      made["scores"] = np.asarray(
+      outputs["scores"] = np.asarray(
         model.score(
           model.encode_query(weights, tokens), jnp.broadcast_to(memories, (2, *memories.shape))
         )
       )
-  return made
+  return outputs
 
 
 def _run_roles(opened: LazyCheckpoint, again: LazyCheckpoint, roles: list[str]) -> dict[str, Any]:

@@ -379,14 +379,14 @@ class Checkpointer:
 
   def damage(self, step: int) -> str | None:
     """What is wrong with a step's files; one process reads them for all."""
-    found = None
+    problem = None
     if distributed.is_main():
       try:
-        found = io.damage(self._path / str(step))
+        problem = io.damage(self._path / str(step))
       except Exception as error:  # of a remote file system; the others must not wait
-        found = f"{self._path / str(step)}: {error}"
-    if distributed.maximum(np.array(found is not None)):
-      return found or "its files are damaged"
+        problem = f"{self._path / str(step)}: {error}"
+    if distributed.maximum(np.array(problem is not None)):
+      return problem or "its files are damaged"
     return None
 
   def restore(
@@ -403,8 +403,8 @@ class Checkpointer:
     broken: dict[int, Exception] = {}
     for step in reversed(self.all_steps()):
       try:
-        if found := self.damage(step):
-          raise CheckpointError(found)
+        if problem := self.damage(step):
+          raise CheckpointError(problem)
         restored = self._manager.restore(
           step,
           args=ocp.args.Composite(
@@ -443,8 +443,8 @@ class Checkpointer:
     step = self._manager.latest_step()
     if step is None:
       raise CheckpointError(f"{self._directory}: has no saved step yet")
-    if found := self.damage(step):
-      raise CheckpointError(f"{self._directory}: step {step} is damaged: {found}")
+    if problem := self.damage(step):
+      raise CheckpointError(f"{self._directory}: step {step} is damaged: {problem}")
     tree = dict(self._manager.item_metadata(step)["weights"].tree)
     shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), tree)
     on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)

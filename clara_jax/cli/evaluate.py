@@ -94,14 +94,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
       path=options.predictions,
     ).scores
   also = {}
-  for given in options.also:
-    name, equals, directory = given.partition("=")
+  for argument in options.also:
+    name, equals, directory = argument.partition("=")
     if not equals or not name:
-      raise ConfigError(f"--also {given}: expected NAME=CKPT")
+      raise ConfigError(f"--also {argument}: expected NAME=CKPT")
     try:
       also[name] = inputs.first(inputs.load(directory, None, options), options)
     except CheckpointError as error:
-      raise ConfigError(f"--also {given}: {error}") from None
+      raise ConfigError(f"--also {argument}: {error}") from None
   return runs.run(
     checkpoint,
     rows,

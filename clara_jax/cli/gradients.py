@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
       names or AUDITED,
       options.candidates,
       options.draws or 32,
-      told={"checkpoint": options.checkpoint, "file": options.rows},
+      source={"checkpoint": options.checkpoint, "file": options.rows},
     )
   return laboratory.run_audit(
     options.out,

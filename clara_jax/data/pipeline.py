@@ -198,20 +198,20 @@ class RowEncoder:
   def first(self, row: dict, m: int) -> dict:
     """An encoded row with the first m of its texts' memory tokens."""
     keep, prompt = functools.partial(self.prompt_tokenizer.first_ids, m=m), row["prompt"]
-    asked = keep(prompt.ids[: prompt.prompt_length])
-    made = {
+    prompt_ids = keep(prompt.ids[: prompt.prompt_length])
+    encoded_row = {
       **row,
       "prompt": PromptTokens(
-        np.concatenate([asked, keep(prompt.ids[prompt.prompt_length :])]), len(asked)
+        np.concatenate([prompt_ids, keep(prompt.ids[prompt.prompt_length :])]), len(prompt_ids)
       ),
     }
     if "documents" in row:
-      made["documents"] = [keep(d) for d in row["documents"]]
+      encoded_row["documents"] = [keep(d) for d in row["documents"]]
     if "question" in row:
-      made["question"] = keep(row["question"])
+      encoded_row["question"] = keep(row["question"])
     if "memories" in row:
-      made["memories"] = row["memories"][:, :m]
-    return made
+      encoded_row["memories"] = row["memories"][:, :m]
+    return encoded_row
 
   def _gold_slots(self, row: Row) -> np.ndarray:
     """[GOLD] int32; -1 fills up."""
@@ -284,8 +284,8 @@ class RowEncoder:
     slots = np.zeros((len(rows), most), np.int32)
     for number, places in enumerate(self._micro_batches(len(rows))):
       part, c = divmod(number, count)
-      found, of_rows = _once([rows[i] for i in places], most)
-      for t, document in enumerate(found):
+      unique_documents, of_rows = _once([rows[i] for i in places], most)
+      for t, document in enumerate(unique_documents):
         documents[part * count * each + t * count + c] = document
       slots[places] = of_rows + parts[part] * each
     return pad_tokens(
@@ -363,7 +363,7 @@ class RowEncoder:
 def _once(rows: Sequence[dict], most: int) -> tuple[list[np.ndarray], np.ndarray]:
   """(documents of rows, each once; which each of a row's is [B, most], where it has fewer an empty
   one)."""
-  found: dict[bytes, int] = {}
+  index_by_content: dict[bytes, int] = {}
   documents = []
   slots = np.zeros((len(rows), most), np.int32)
   for n, row in enumerate(rows):
@@ -371,10 +371,10 @@ def _once(rows: Sequence[dict], most: int) -> tuple[list[np.ndarray], np.ndarray
       [*row["documents"], *[np.zeros(0, np.int32)] * (most - len(row["documents"]))]
     ):
       key = document.tobytes()
-      if key not in found:
-        found[key] = len(documents)
+      if key not in index_by_content:
+        index_by_content[key] = len(documents)
         documents.append(document)
-      slots[n, k] = found[key]
+      slots[n, k] = index_by_content[key]
   return documents, slots
 
 

@@ -126,7 +126,7 @@ class PromptTokenizer:
     slot = ids - self.config.model.vocab_size
     return ids[(slot < m) | (slot >= self.config.num_memory_tokens)]
 
-  def _ends(self, given: Iterable[int]) -> tuple[str, tuple[int, ...]]:
+  def _ends(self, configured_ids: Iterable[int]) -> tuple[str, tuple[int, ...]]:
     """(what ends an answer in training, ids that end one)."""
     tokenizer, after = self.tokenizer, self._template.after
     # Of a config's ids only these: some name a word of another vocabulary.
@@ -136,12 +136,12 @@ class PromptTokenizer:
     special = re.compile("|".join(map(re.escape, names)))
     ends = [
       i
-      for i in (tokenizer.eos_token_id, *given)
+      for i in (tokenizer.eos_token_id, *configured_ids)
       if i is not None and (i == tokenizer.eos_token_id or i in added)
     ]
-    if found := special.search(after):
-      text = after[: found.end()]
-      ends.append(tokenizer.convert_tokens_to_ids(found[0]))
+    if match := special.search(after):
+      text = after[: match.end()]
+      ends.append(tokenizer.convert_tokens_to_ids(match[0]))
     elif ends:
       text = tokenizer.convert_ids_to_tokens(ends[0])
     else:
@@ -158,29 +158,31 @@ class PromptTokenizer:
     slots = self._sealed.ids(self._sealed.control(self.slots(1)))
     messages = prompts.answer_messages(self.slots(1), "Who?")
     for answer in _TRIED:
-      made, asked = (self._prompt(messages, a, self._name, limit=1 << 30) for a in (answer, None))
-      if made.ids[: made.prompt_length].tolist() != asked.ids.tolist():
+      example, prompt = (
+        self._prompt(messages, a, self._name, limit=1 << 30) for a in (answer, None)
+      )
+      if example.ids[: example.prompt_length].tolist() != prompt.ids.tolist():
         raise DataError(
           f"{self._name}: with an answer its chat template gives another prompt; give another "
           f"with --chat-template FILE"
         )
       first, last = self.config.model.vocab_size, self.config.vocab_size
-      if [i for i in asked.ids if first <= i < last] != slots:
+      if [i for i in prompt.ids if first <= i < last] != slots:
         raise DataError(
           f"{self._name}: its chat template changes the memory slots; give another with "
           f"--chat-template FILE"
         )
-      labels = made.ids[made.prompt_length :]
+      labels = example.ids[example.prompt_length :]
       if labels[-1] not in self.end_ids:
         raise DataError(
           f"{self._name}: the labels of an answer end with "
           f"{self.tokenizer.decode(labels[-1:])!r}, which ends no answer"
         )
-      wanted, found = self.text(self.ids(answer)), self.text(labels)
-      if found != wanted:
+      answer_text, label_text = self.text(self.ids(answer)), self.text(labels)
+      if label_text != answer_text:
         raise DataError(
-          f"{self._name}: the labels of the answer {wanted!r} say {found!r}; give another "
-          f"template with --chat-template FILE"
+          f"{self._name}: the labels of the answer {answer_text!r} say {label_text!r}; give "
+          f"another template with --chat-template FILE"
         )
 
   @property

@@ -183,7 +183,7 @@ def read_ids(path: str) -> list[str]:
   Raises:
     DataError: a line of JSON is neither.
   """
-  found: dict[str, None] = {}
+  ids: dict[str, None] = {}
   with open_text(path) as stream:
     for number, line in enumerate(stream, 1):
       if not line.strip():
@@ -199,8 +199,8 @@ def read_ids(path: str) -> list[str]:
           ) from None
         if isinstance(value, (dict, list, bool)) or value in (None, ""):
           raise DataError(f"{path}:{number}: expected an id, got {value!r:.60}")
-      found[str(value)] = None
-  return list(found)
+      ids[str(value)] = None
+  return list(ids)
 
 
 def parse_rows(path: str, malformed: Malformed | None = None) -> Iterator[Row]:

@@ -137,7 +137,7 @@ class ChatTemplate:
     """(what belongs to the prompt although the template writes it with the answer, blanks before an
     answer, what follows it)."""
     answer = _ANSWER[0]["content"]
-    found = None
+    continuation = None
     # With the system text first; some templates put it into the last user turn, so that an answer
     # changes the prompt.
     for messages in (self._folded(_SYSTEM + _USER), _USER):
@@ -158,8 +158,8 @@ class ChatTemplate:
         return before.removesuffix(blank), blank, after
       # A prompt that an answered turn does not repeat (a thinking block that is opened): the answer
       # follows it at once.
-      found = "", "", after
-    return found
+      continuation = "", "", after
+    return continuation
 
 
 class _Stopped(BaseException):

@@ -47,22 +47,24 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
   try:
     if os.path.exists(os.path.join(directory, "tokenizer.json")):
       return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-    found = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+      directory, local_files_only=True, trust_remote_code=False
+    )
     if os.path.exists(model := os.path.join(directory, "tokenizer.model")) and isinstance(
-      found, PreTrainedTokenizerFast
+      tokenizer, PreTrainedTokenizerFast
     ):
-      _merge_by_scores(found, model)
+      _merge_by_scores(tokenizer, model)
   except Exception as error:  # of many kinds, from three libraries
     raise DataError(
       f"{directory}: its tokenizer cannot be read: {' '.join(str(error).split())[:300]}"
     ) from None
-  if not isinstance(found, PreTrainedTokenizerFast):
+  if not isinstance(tokenizer, PreTrainedTokenizerFast):
     raise DataError(
-      f"{directory}: a tokenizer.json is needed, got a {type(found).__name__}: transformers "
+      f"{directory}: a tokenizer.json is needed, got a {type(tokenizer).__name__}: transformers "
       f"writes one "
       "(AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)) where it can convert the tokenizer"
     )
-  return found
+  return tokenizer
 
 
 def _check_object(path: str) -> None:
@@ -107,9 +109,9 @@ def first_free_id(tokenizer: Tokenizer) -> int:
   It can be less than the model's `vocab_size`: many models pad their embedding beyond the
   tokenizer.
   """
-  there = tokenizer.token_to_id(MEMORY_TOKEN)
-  if there is not None:
-    return there
+  memory_id = tokenizer.token_to_id(MEMORY_TOKEN)
+  if memory_id is not None:
+    return memory_id
   added = tokenizer.get_added_tokens_decoder()
   return max(tokenizer.get_vocab_size(with_added_tokens=False), max(added, default=-1) + 1)
 
@@ -136,8 +138,8 @@ class Sealed:
 
   def __init__(self, tokenizer: Tokenizer):
     spec = json.loads(tokenizer.to_str())
-    made = _products(spec["model"])
-    tokens = [t for t in spec["added_tokens"] if t["special"] or t["content"] not in made]
+    products = _products(spec["model"])
+    tokens = [t for t in spec["added_tokens"] if t["special"] or t["content"] not in products]
     key = secrets.token_hex(8)
     names = {t["content"]: f"{key}x{number}x" for number, t in enumerate(tokens)}
     self._control = names
@@ -157,13 +159,13 @@ class Sealed:
 
   def quoted(self, text: str) -> str:
     """Text of a user for a place in a text that `control` gets."""
-    return self._special.sub(lambda found: self._quoted[found[0]], text)
+    return self._special.sub(lambda match: self._quoted[match[0]], text)
 
   def control(self, text: str) -> str:
     """A text whose special tokens are meant, but for those in its `quoted` parts, as text for
     `ids`."""
-    named = self._special.sub(lambda found: self._control[found[0]], text)
-    return self._quotes.sub(lambda found: self._unquoted[found[0]], named)
+    named = self._special.sub(lambda match: self._control[match[0]], text)
+    return self._quotes.sub(lambda match: self._unquoted[match[0]], named)
 
   def ids(self, text: str) -> list[int]:
     """Token ids; special tokens only where `control` put them."""

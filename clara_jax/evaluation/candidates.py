@@ -156,14 +156,14 @@ def make(
     raise DataError(f"{count} candidates a row, but the corpus has {len(corpus)} documents{named}")
   texts = [f"{d.title}\n{d.text}" if d.title else d.text for d in corpus]
   by_text, by_id = {t: i for i, t in enumerate(texts)}, {d.id: i for i, d in enumerate(corpus)}
-  found = open_retriever(retriever, texts)
+  first_stage = open_retriever(retriever, texts)
   recall: list[tuple[float, float]] = []
   lost = 0
   own: dict[str, int] = {}  # gold documents of rows that the corpus lacks, behind it
   for start in range(0, len(rows), batch):
     block = rows[start : start + batch]
     for row, places in zip(
-      block, _search(found, retriever, [r.questions[0] for r in block], count), strict=True
+      block, _search(first_stage, retriever, [r.questions[0] for r in block], count), strict=True
     ):
       keys = [
         by_text.get(row.documents[g]) if row.documents else by_id.get(row.document_ids[g])
@@ -205,9 +205,11 @@ def make(
   )
 
 
-def _search(found: FirstStage, name: str, questions: Sequence[str], count: int) -> list[list[int]]:
+def _search(
+  first_stage: FirstStage, name: str, questions: Sequence[str], count: int
+) -> list[list[int]]:
   try:
-    return found.search(questions, count).tolist()
+    return first_stage.search(questions, count).tolist()
   except (TypeError, ValueError, IndexError) as error:
     raise ConfigError(
       f"--retriever {name}: {error}; expected encode(texts, kind) -> vectors [n, d]"

@@ -45,8 +45,8 @@ def read(path: str, malformed: Malformed | None = None) -> list[Row]:
   if path.startswith("tfds:"):
     return _checked(_tfds(path), _FORMATS["rows"], malformed)
   rows = []
-  if path.removesuffix(".gz").endswith(".json") and (found := _whole(path)) is not None:
-    rows = _checked(*found, malformed)
+  if path.removesuffix(".gz").endswith(".json") and (contents := _whole(path)) is not None:
+    rows = _checked(*contents, malformed)
   else:
     for where, value in read_jsonl(path, malformed):
       rows += _checked([(where, value)], _FORMATS[_of_object(value)], malformed)
@@ -104,8 +104,8 @@ def _checked(values, read_one, malformed: Malformed) -> list[Row]:
   rows: list[Row] = []
   for where, value in values:
     try:
-      found = list(read_one(value, where))
-      for row in found:
+      parsed_rows = list(read_one(value, where))
+      for row in parsed_rows:
         _check(row, where)
     except DataError as error:
       malformed.add(str(error), where)
@@ -115,7 +115,7 @@ def _checked(values, read_one, malformed: Malformed) -> list[Row]:
       )
       malformed.add(f"{where}: the row {what}", where)
     else:
-      rows += found
+      rows += parsed_rows
   return rows
 
 
@@ -149,8 +149,8 @@ def _squad_questions(articles: Sequence[Any], path: str) -> Iterator[tuple[str, 
       yield where, {}
       continue
     for j, paragraph in enumerate(article["paragraphs"]):
-      asked = paragraph.get("qas") if isinstance(paragraph, dict) else None
-      for k, question in enumerate(asked if isinstance(asked, list) else [{}]):
+      questions = paragraph.get("qas") if isinstance(paragraph, dict) else None
+      for k, question in enumerate(questions if isinstance(questions, list) else [{}]):
         name = (
           f"question {question['id']!r}"
           if isinstance(question, dict) and "id" in question
@@ -163,10 +163,12 @@ def _squad_questions(articles: Sequence[Any], path: str) -> Iterator[tuple[str, 
 
 
 def _squad(value: Mapping[str, Any], where: str) -> Iterator[Row]:
-  asked = value["asked"]
-  answers = ["noanswer"] if asked.get("is_impossible") else [a["text"] for a in asked["answers"]]
+  question = value["asked"]
+  answers = (
+    ["noanswer"] if question.get("is_impossible") else [a["text"] for a in question["answers"]]
+  )
   document = _titled(value["title"].replace("_", " "), value["paragraph"]["context"])
-  yield _row(asked["question"], answers, [document], [0], asked["id"])
+  yield _row(question["question"], answers, [document], [0], question["id"])
 
 
 def _hotpot(value: Mapping[str, Any], where: str) -> Iterator[Row]:

@@ -86,10 +86,10 @@ def evaluate(
     identity += f" {model.num_memory_tokens}"
   made_by = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
   keys = [_key(i, row) for i, row in enumerate(rows)]
-  there = _read(path, made_by)
-  if there and not any(key in there for key in keys):
+  existing = _read(path, made_by)
+  if existing and not any(key in existing for key in keys):
     raise ConfigError(f"{path}: has predictions of other rows; name another place, or remove it")
-  predictions: list[dict[str, Any] | None] = [there.get(key) for key in keys]
+  predictions: list[dict[str, Any] | None] = [existing.get(key) for key in keys]
   done = sum(p is not None for p in predictions)
   if done and progress:
     log.info(f"evaluate {name or setting}: {done} of {len(rows)} rows were answered before")
@@ -97,21 +97,21 @@ def evaluate(
   for chosen, answered in _Answers(checkpoint, how, max_new_tokens).run(
     rows, [i for i, p in enumerate(predictions) if p is None], batch_size
   ):
-    for i, given in zip(chosen, answered, strict=True):
+    for i, output in zip(chosen, answered, strict=True):
       row = rows[i]
       prediction = {
         "id": row.identifier,
         "key": keys[i],
         "made_by": made_by,
         "question": row.questions[0],
-        **given,
+        **output,
         "answers": list(row.answers),
-        **answer_scores(given["prediction"], row.answers),
+        **answer_scores(output["prediction"], row.answers),
       }
-      if "ranked" in given:
+      if "ranked" in output:
         prediction |= {"pos_index": list(row.gold)}
         if row.gold:
-          prediction |= retrieval_scores(given["ranked"], row.gold, cutoffs)
+          prediction |= retrieval_scores(output["ranked"], row.gold, cutoffs)
       predictions[i] = prediction
     if path:
       with open(path, "a", encoding="utf-8") as file:
@@ -182,15 +182,15 @@ def read_predictions(path: str) -> list[dict[str, Any]]:
     )
   try:
     lines = file.read_bytes().split(b"\n")
-    found = [parse_json(line) for line in lines[:-1]]
+    predictions = [parse_json(line) for line in lines[:-1]]
   except ValueError as error:
     raise DataError(
       f"{path}: no file of predictions ({error}); of a report, name its directory"
     ) from None
-  for number, value in enumerate(found, 1):
+  for number, value in enumerate(predictions, 1):
     if not isinstance(value, dict) or not {"key", "made_by", "prediction"} <= set(value):
       raise DataError(f"{path}:{number}: expected a prediction of clara evaluate")
-  return found
+  return predictions
 
 
 def write_predictions(path: str, predictions: Sequence[dict[str, Any]]) -> None:
@@ -205,15 +205,15 @@ def write_predictions(path: str, predictions: Sequence[dict[str, Any]]) -> None:
 def _read(path: str | None, made_by: str) -> dict[str, dict[str, Any]]:
   if path is None or not pathlib.Path(path).exists():
     return {}
-  found = read_predictions(path)
-  if any(p["made_by"] != made_by for p in found):
+  predictions = read_predictions(path)
+  if any(p["made_by"] != made_by for p in predictions):
     raise ConfigError(
       f"{path}: has predictions of another checkpoint, setting, K, --memory-tokens or "
       f"--max-new-tokens; name another "
       "place, or remove it"
     )
-  write_predictions(path, found)  # without a line that was cut
-  return {p["key"]: p for p in found}
+  write_predictions(path, predictions)  # without a line that was cut
+  return {p["key"]: p for p in predictions}
 
 
 class _Answers:
@@ -246,11 +246,11 @@ class _Answers:
     return self._model.encode(weights, self._how.order, tokens)[0]
 
   def run(
-    self, rows: Sequence[Row], wanted: Sequence[int], batch_size: int
+    self, rows: Sequence[Row], indices: Sequence[int], batch_size: int
   ) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
     """Yields places of rows and what was found for each; a batch has rows with the same number of
     documents."""
-    order = sorted(wanted, key=lambda i: len(rows[i].documents))
+    order = sorted(indices, key=lambda i: len(rows[i].documents))
     start = 0
     while start < len(order):
       count = len(rows[order[start]].documents)
@@ -258,7 +258,7 @@ class _Answers:
       start += len(chosen)
       # Filled up, so that a pass of fewer rows compiles nothing.
       filled = [rows[i] for i in chosen] + [rows[chosen[0]]] * (
-        min(batch_size, len(wanted)) - len(chosen)
+        min(batch_size, len(indices)) - len(chosen)
       )
       yield chosen, self._pass(filled)[: len(chosen)]
 
@@ -302,9 +302,9 @@ class _Answers:
     confidence = np.exp(
       log_p / [len(prompt_tokenizer.truncate_at_eos(a, with_end=True)) for a in answers]
     )
-    found = []
+    results = []
     for n in range(len(rows)):
-      found.append(
+      results.append(
         {
           "prediction": prompt_tokenizer.text(answers[n]),
           "documents_read": int(read[n]),
@@ -314,10 +314,10 @@ class _Answers:
         }
       )
       if ranked is not None:
-        found[-1] |= {"ranked": ranked[n].tolist()}
+        results[-1] |= {"ranked": ranked[n].tolist()}
       if scores is not None:
-        found[-1] |= {"scores": scores[n].tolist()}
-    return found
+        results[-1] |= {"scores": scores[n].tolist()}
+    return results
 
   def _memories(self, rows):
     tokens = pad_tokens(

@@ -171,11 +171,13 @@ class Explainer:
     )
 
   def _lens(self, memories, question: str, gold: str) -> list[list[Word]]:
-    asked, told = ({w.lower() for w in _WORD.findall(text)} for text in (question, gold))
+    question_words, gold_words = (
+      {w.lower() for w in _WORD.findall(text)} for text in (question, gold)
+    )
     listed = logit_lens.words(self._checkpoint, memories, self._top)
     return [
       [
-        Word(word, logit, word.lower() in asked, word.lower() in told)
+        Word(word, logit, word.lower() in question_words, word.lower() in gold_words)
         for word, logit in words
         if _WORD.fullmatch(word)
       ]

@@ -52,7 +52,7 @@ def paraphrase(
   prompt = prompt_tokenizer.paraphrase_prompt().ids
   compress = jax.jit(model.compress)
   generate = make_generate(model, max_new_tokens, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id)
-  found: list[dict[str, Any]] = []
+  rows: list[dict[str, Any]] = []
   for start in range(0, len(documents), batch_size):
     batch = documents[start : start + batch_size]
     filled = [*batch, *[batch[0]] * (min(batch_size, len(documents)) - len(batch))]
@@ -67,18 +67,18 @@ def paraphrase(
     )
     texts = [prompt_tokenizer.text(ids) for ids in written[: len(batch)]]
     try:
-      found += [
+      rows += [
         {"id": d.id, "text": d.text, "prediction": t, **paraphrase_scores(t, d.text)}
         for d, t in zip(batch, texts, strict=True)
       ]
     except ImportError:
       raise ConfigError("ROUGE needs rouge-score: pip install -e '.[evaluate]'") from None
     if progress:
-      log.info(f"paraphrase: {len(found)}/{len(documents)} documents")
+      log.info(f"paraphrase: {len(rows)}/{len(documents)} documents")
   if scorer:
-    scores = scorer.score([r["prediction"] for r in found], [r["text"] for r in found])[2].tolist()
-    found = [{**row, "bertscore": score} for row, score in zip(found, scores, strict=True)]
-  return Evaluation({"n": len(found), **mean_scores(found)}, found)
+    scores = scorer.score([r["prediction"] for r in rows], [r["text"] for r in rows])[2].tolist()
+    rows = [{**row, "bertscore": score} for row, score in zip(rows, scores, strict=True)]
+  return Evaluation({"n": len(rows), **mean_scores(rows)}, rows)
 
 
 def _bert_scorer(name: str) -> Any:

@@ -57,6 +57,6 @@ def queries(checkpoint: Checkpoint, questions: Sequence[str], top: int) -> list[
   tokens = pad_tokens([prompt_tokenizer.query(q) for q in questions], prompt_tokenizer.pad_id, 16)
   memories = jax.jit(model.encode_query)(weights, tokens)
   return [
-    {"question": q, "tokens": found}
-    for q, found in zip(questions, words(checkpoint, memories, top), strict=True)
+    {"question": q, "tokens": top_words}
+    for q, top_words in zip(questions, words(checkpoint, memories, top), strict=True)
   ]

@@ -59,8 +59,8 @@ def f1(prediction: str, answer: str) -> float:
 def cover_em(prediction: str, answer: str) -> float:
   """1 where every token of the answer appears in the prediction, in any order (upstream's 'acc').
   An answer that `normalize` leaves nothing of, such as 'A', is covered by nothing."""
-  wanted = set(normalize(answer).split())
-  return float(bool(wanted) and wanted <= set(normalize(prediction).split()))
+  answer_tokens = set(normalize(answer).split())
+  return float(bool(answer_tokens) and answer_tokens <= set(normalize(prediction).split()))
 
 
 def squad_em(prediction: str, answer: str) -> float:
@@ -167,15 +167,19 @@ def entities(text: str) -> set[str]:
   """Numbers and names (runs of capitalised words inside sentences) of a text, normalized: a rule,
   not a model."""
   return {
-    squad_normalize(found) for pattern in (_NUMBER, _NAME) for found in pattern.findall(text)
+    squad_normalize(entity) for pattern in (_NUMBER, _NAME) for entity in pattern.findall(text)
   } - {""}
 
 
 def entities_kept(paraphrase: str, source: str) -> float:
   """Share of the source's `entities` whose tokens all appear in the paraphrase; 1 where it has
   none."""
-  wanted, tokens = entities(source), said(paraphrase)
-  return sum(set(e.split()) <= tokens for e in wanted) / len(wanted) if wanted else 1.0
+  source_entities, tokens = entities(source), said(paraphrase)
+  return (
+    sum(set(e.split()) <= tokens for e in source_entities) / len(source_entities)
+    if source_entities
+    else 1.0
+  )
 
 
 def paraphrase_scores(paraphrase: str, source: str) -> dict[str, float]:
@@ -185,10 +189,10 @@ def paraphrase_scores(paraphrase: str, source: str) -> dict[str, float]:
   Raises:
     ImportError: the library rouge-score is missing (extra 'evaluate').
   """
-  found = _rouge().score(source, paraphrase)
+  rouge_scores = _rouge().score(source, paraphrase)
   return {
-    "rouge1": found["rouge1"].fmeasure,
-    "rouge_l": found["rougeL"].fmeasure,
+    "rouge1": rouge_scores["rouge1"].fmeasure,
+    "rouge_l": rouge_scores["rougeL"].fmeasure,
     "entities_kept": entities_kept(paraphrase, source),
   }
 

@@ -32,7 +32,7 @@ Predictions = Sequence[Mapping[str, Any]]
 def summary(predictions: Predictions) -> dict[str, Any]:
   """Means with intervals of quality and retrieval, context tokens and seconds a question (median;
   None where every pass compiled)."""
-  found: dict[str, Any] = {"rows": len(predictions)}
+  report: dict[str, Any] = {"rows": len(predictions)}
   for name in sorted(
     {
       k
@@ -43,11 +43,11 @@ def summary(predictions: Predictions) -> dict[str, Any]:
   ):
     values = [p[name] for p in predictions if name in p]
     if values:
-      found[name] = statistics.mean(values)
-  found["context_tokens"] = float(np.mean([p["context_tokens"] for p in predictions]))
+      report[name] = statistics.mean(values)
+  report["context_tokens"] = float(np.mean([p["context_tokens"] for p in predictions]))
   seconds = [p["seconds"] for p in predictions if p["seconds"] is not None]
-  found["seconds"] = float(np.median(seconds)) if seconds else None
-  return found
+  report["seconds"] = float(np.median(seconds)) if seconds else None
+  return report
 
 
 def recall_curve(runs: Mapping[str, Predictions]) -> str:
@@ -90,7 +90,7 @@ def by_bins(
       quantiles = np.unique(np.quantile([v for v, _ in pairs], np.linspace(0, 1, bins + 1))[:-1])
       edges = np.array(distinct) if len(distinct) <= 2 * bins else quantiles
       inside = np.searchsorted(edges, [v for v, _ in pairs], side="right") - 1
-      found = [
+      points = [
         (
           np.mean([v for (v, _), j in zip(pairs, inside, strict=True) if j == i]),
           statistics.mean([e for (_, e), j in zip(pairs, inside, strict=True) if j == i]),
@@ -98,8 +98,8 @@ def by_bins(
         for i in range(len(edges))
         if (inside == i).any()
       ]
-      x = np.array([v for v, _ in found]) * (1 + 0.004 * shift)
-      means = [m for _, m in found]
+      x = np.array([v for v, _ in points]) * (1 + 0.004 * shift)
+      means = [m for _, m in points]
       axes.errorbar(
         x,
         [m.mean for m in means],
@@ -175,8 +175,8 @@ def pca_plots(sets: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> 
   """PCA of document means and memory means (`explain.pca_2d`), a plot a checkpoint; a line joins
   the two of a document."""
 
-  def drawer(name, found):
-    documents, memories, share = found
+  def drawer(name, projection):
+    documents, memories, share = projection
 
     def draw(axes):
       for a, b in zip(documents, memories, strict=True):
@@ -192,7 +192,7 @@ def pca_plots(sets: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> 
 
     return draw
 
-  return plots(figure(drawer(name, found)) for name, found in sets.items())
+  return plots(figure(drawer(name, projection)) for name, projection in sets.items())
 
 
 def word_list(words: Sequence[Word], most: int = 20) -> Markup:
@@ -214,9 +214,11 @@ LENS_LEGEND = Markup(
 )
 
 
-def explained(found: Explanation) -> Markup:
+def explained(explanation: Explanation) -> Markup:
   """One explanation."""
-  right = found.prediction and any(found.prediction.lower() == a.lower() for a in found.answers)
+  right = explanation.prediction and any(
+    explanation.prediction.lower() == a.lower() for a in explanation.answers
+  )
   documents = joined(
     Markup(
       "<p class='doc{}'>cosine {:.3f}, attention {:.0%}, gain {:+.2f} nats{}<br>{}<br>{}</p>"
@@ -229,18 +231,18 @@ def explained(found: Explanation) -> Markup:
       d.text[:600] + ("…" if len(d.text) > 600 else ""),
       word_list(d.lens, 12),
     )
-    for d in found.documents
+    for d in explanation.documents
   )
   return Markup(
     "<h3>{}</h3><p><span class='answer {}'>{}</span> <span class=small>wanted: {}; log p "
     "{:.2f}</span></p>"
     "<p class=small>question: {}</p>{}"
   ).format(
-    found.question,
+    explanation.question,
     "good" if right else "bad",
-    found.prediction or "(nothing)",
-    " | ".join(found.answers),
-    found.log_p,
-    word_list(found.lens),
+    explanation.prediction or "(nothing)",
+    " | ".join(explanation.answers),
+    explanation.log_p,
+    word_list(explanation.lens),
     documents,
   )

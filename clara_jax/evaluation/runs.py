@@ -86,12 +86,12 @@ def run(
       "not answered again), or another directory"
     )
   (where / "predictions").mkdir(parents=True, exist_ok=True)
-  found, summaries = {}, {}
+  predictions, summaries = {}, {}
   hashes = {id(source): weights_hash(source.weights) for source in (checkpoint, *also.values())}
   for name, (source, setting) in jobs.items():
     source.require(*SETTINGS[setting].roles())
     path = str(where / "predictions" / f"{name}.jsonl")
-    found[name] = evaluate(
+    predictions[name] = evaluate(
       source,
       rows,
       setting,
@@ -102,23 +102,24 @@ def run(
       weights_sha256=hashes[id(source)],
     ).predictions
     if judge:
-      judge(rows, found[name])
-      keys = {p["key"] for p in found[name]}
+      judge(rows, predictions[name])
+      keys = {p["key"] for p in predictions[name]}
       write_predictions(
-        path, [*found[name], *(p for p in read_predictions(path) if p["key"] not in keys)]
+        path, [*predictions[name], *(p for p in read_predictions(path) if p["key"] not in keys)]
       )
-    summaries[name] = plots.summary(found[name])
+    summaries[name] = plots.summary(predictions[name])
   values = {
     name: {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in s.items()}
     for name, s in summaries.items()
   }
-  made = {"title": title, "rows": len(rows), "runs": values}
-  (where / "report.json").write_text(json.dumps(made, indent=2), encoding="utf-8")
+  report = {"title": title, "rows": len(rows), "runs": values}
+  (where / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
   html.write(
-    where / "report.html", _page(title, checkpoint, also, rows, found, summaries, max_new_tokens)
+    where / "report.html",
+    _page(title, checkpoint, also, rows, predictions, summaries, max_new_tokens),
   )
   log.info(f"evaluate: {where / 'report.html'}")
-  return made
+  return report
 
 
 def _runs_of(directory: pathlib.Path) -> set[str]:
@@ -152,20 +153,24 @@ def summary_table(
   return html.table(header, rows) + Markup("<p class=small>What is read:{}</p>").format(names)
 
 
-def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):
-  descriptions = {name: SETTINGS[name].description for name in found if name in SETTINGS} | {
+def _page(title, checkpoint, also, rows, predictions, summaries, max_new_tokens):
+  descriptions = {name: SETTINGS[name].description for name in predictions if name in SETTINGS} | {
     name: "joint, of another checkpoint" for name in also
   }
   ranked = {
-    name: p for name, p in found.items() if any(x.get("pos_index") and "ranked" in x for x in p)
+    name: p
+    for name, p in predictions.items()
+    if any(x.get("pos_index") and "ranked" in x for x in p)
   }
   compressed = {
-    name: p for name, p in found.items() if SETTINGS.get(name, SETTINGS["joint"]).form == "memories"
+    name: p
+    for name, p in predictions.items()
+    if SETTINGS.get(name, SETTINGS["joint"]).form == "memories"
   }
-  shown = {name: found[name] for name in list(compressed)[:4] or list(found)[:4]}
+  shown = {name: predictions[name] for name in list(compressed)[:4] or list(predictions)[:4]}
   lengths = {
     p["key"]: _gold_tokens(checkpoint, row)
-    for p, row in zip(next(iter(found.values())), rows, strict=True)
+    for p, row in zip(next(iter(predictions.values())), rows, strict=True)
   }
   drawn = [plots.recall_curve(ranked)] if ranked else []
   drawn += [
@@ -212,19 +217,19 @@ def _page(title, checkpoint, also, rows, found, summaries, max_new_tokens):
     ("Results", summary_table(summaries, descriptions) + note),
     ("Plots", html.plots(drawn)),
   ]
-  if "joint" in found:
-    sections += _examples(checkpoint, rows, found["joint"], max_new_tokens)
+  if "joint" in predictions:
+    sections += _examples(checkpoint, rows, predictions["joint"], max_new_tokens)
   texts = list(dict.fromkeys(d for row in rows for d in row.documents))[:PICTURED]
   if texts and compressed:
     sets: dict[str, Any] = {}
     for name, c in {"this checkpoint": checkpoint, **also}.items():
-      made = pca_2d(*document_and_memory_means(c, texts))
+      projection = pca_2d(*document_and_memory_means(c, texts))
       # One compressor.
-      same = next((n for n, other in sets.items() if np.array_equal(other[0], made[0])), None)
+      same = next((n for n, other in sets.items() if np.array_equal(other[0], projection[0])), None)
       if same:
         sets = {f"{n}, {name}" if n == same else n: value for n, value in sets.items()}
       else:
-        sets[name] = made
+        sets[name] = projection
     said = Markup(
       "<p>Means of the compressor's states over a document's own tokens and over its memory "
       "tokens, {} documents, PCA. "
@@ -291,7 +296,7 @@ def compare(a: str, b: str, page: str | None = None) -> dict[str, Any]:
     DataError: they have no run or no row in common.
   """
   pairs = _pairs(a, b)
-  found: dict[str, dict[str, dict[str, Any]]] = {}
+  report: dict[str, dict[str, dict[str, Any]]] = {}
   sections = []
   for name, (left, right) in pairs.items():
     metrics = [
@@ -299,7 +304,7 @@ def compare(a: str, b: str, page: str | None = None) -> dict[str, Any]:
     ]
     values = {m: ([p[m] for p in left], [p[m] for p in right]) for m in metrics}
     differences = {m: statistics.compare(*v) for m, v in values.items()}
-    found[name] = {
+    report[name] = {
       m: {
         "a": statistics.mean(v[0]).mean,
         "b": statistics.mean(v[1]).mean,
@@ -315,7 +320,7 @@ def compare(a: str, b: str, page: str | None = None) -> dict[str, Any]:
     html.write(
       page, html.page("Two runs", f"A: {a}. B: {b}. Positive differences: B is better.", sections)
     )
-  return found
+  return report
 
 
 def _pairs(a, b):
@@ -325,9 +330,9 @@ def _pairs(a, b):
       raise DataError(f"{path}: no such file or directory")
     if not where.is_dir():
       return {where.stem: where}
-    if not (found := {f.stem: f for f in sorted((where / "predictions").glob("*.jsonl"))}):
+    if not (paths := {f.stem: f for f in sorted((where / "predictions").glob("*.jsonl"))}):
       raise DataError(f"{path}: is no directory of clara evaluate --report")
-    return found
+    return paths
 
   left, right = files(a), files(b)
   if pathlib.Path(a).is_file() and pathlib.Path(b).is_file():  # whatever they are called

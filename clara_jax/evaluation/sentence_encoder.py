@@ -57,7 +57,9 @@ def load(name: str) -> Encode:
 
   def encode(texts: Sequence[str], kind: str) -> np.ndarray:
     """[n, d] float32."""
-    made = model.encode_query if kind == "question" else model.encode_document
-    return np.asarray(made(list(texts), show_progress_bar=False, convert_to_numpy=True), np.float32)
+    encoder = model.encode_query if kind == "question" else model.encode_document
+    return np.asarray(
+      encoder(list(texts), show_progress_bar=False, convert_to_numpy=True), np.float32
+    )
 
   return encode

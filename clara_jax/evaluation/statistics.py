@@ -25,10 +25,10 @@ def mean(values: Sequence[float], seed: int = 0) -> BootstrapMean:
     return BootstrapMean(float(data.mean()), float(data.mean()), float(data.mean()), len(data))
   from scipy import stats  # half a second
 
-  found = stats.bootstrap(
+  interval = stats.bootstrap(
     (data,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=seed, batch=100
   ).confidence_interval
-  return BootstrapMean(float(data.mean()), float(found.low), float(found.high), len(data))
+  return BootstrapMean(float(data.mean()), float(interval.low), float(interval.high), len(data))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Difference:
 
 def compare(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Difference:
   """Scores of two systems on the same rows, in the same order."""
-  found = mean(np.asarray(b, np.float64) - np.asarray(a, np.float64), seed)
-  if found.low == found.high == found.mean == 0:
-    return Difference(0.0, 0.0, 0.0, 1.0, found.n)
+  difference = mean(np.asarray(b, np.float64) - np.asarray(a, np.float64), seed)
+  if difference.low == difference.high == difference.mean == 0:
+    return Difference(0.0, 0.0, 0.0, 1.0, difference.n)
   flipped = (
-    np.random.default_rng(seed).choice([-1.0, 1.0], (RESAMPLES, found.n))
+    np.random.default_rng(seed).choice([-1.0, 1.0], (RESAMPLES, difference.n))
     @ (np.asarray(b, np.float64) - a)
-    / found.n
+    / difference.n
   )
-  p = (1 + (np.abs(flipped) >= abs(found.mean) - 1e-12).sum()) / (RESAMPLES + 1)
-  return Difference(found.mean, found.low, found.high, float(p), found.n)
+  p = (1 + (np.abs(flipped) >= abs(difference.mean) - 1e-12).sum()) / (RESAMPLES + 1)
+  return Difference(difference.mean, difference.low, difference.high, float(p), difference.n)

@@ -77,8 +77,8 @@ class Offline:
 
   def page(self, document: str) -> Page | None:
     """The page that a document is, with or without its title above it."""
-    found = self._pages.get(document.strip())
-    return found or self._pages.get(document.strip().partition("\n")[2])
+    match = self._pages.get(document.strip())
+    return match or self._pages.get(document.strip().partition("\n")[2])
 
   def facts(self, document: str) -> dict[str, str]:
     """Question -> answer, for every wording of every simple question of a document."""
@@ -103,15 +103,15 @@ class Offline:
   def relations(self, question: str, document: str) -> set[str]:
     """The facts that a question asks for."""
     page = self.page(document)
-    asked = (
+    relation_by_wording = (
       {q: r for r in page.relations for q in self.world.wordings(page.entity, r)} if page else {}
     )
-    if question in asked:
-      return {asked[question]}
+    if question in relation_by_wording:
+      return {relation_by_wording[question]}
     return next(
       (
-        {asked[a], asked[b]}
-        for a, b in itertools.permutations(asked, 2)
+        {relation_by_wording[a], relation_by_wording[b]}
+        for a, b in itertools.permutations(relation_by_wording, 2)
         if question == compound(a, b)
       ),
       set(),
@@ -131,12 +131,14 @@ class Offline:
     is_complex = "complex questions" in prompt
     if is_complex and len(page.relations) < 2:
       return {"questions": []}
-    told = [r for r in relations if rng.random() >= self.faults.missing_fact] or relations[:1]
+    chosen_relations = [
+      r for r in relations if rng.random() >= self.faults.missing_fact
+    ] or relations[:1]
     simple = {r: rng.choice(self.world.wordings(page.entity, r)) for r in page.relations}
     if not is_complex:
-      return {"questions": [simple[r] for r in told]}
-    others = {r: rng.choice([x for x in page.relations if x != r]) for r in told}
-    return {"questions": [compound(simple[r], simple[others[r]]) for r in told]}
+      return {"questions": [simple[r] for r in chosen_relations]}
+    others = {r: rng.choice([x for x in page.relations if x != r]) for r in chosen_relations}
+    return {"questions": [compound(simple[r], simple[others[r]]) for r in chosen_relations]}
 
   def _answers(self, prompt, rng):
     document = _last(prompt, "document")
@@ -154,14 +156,16 @@ class Offline:
     document = _last(prompt, "document")
     kept, pairs = (self._pairs(_numbered(_last(prompt, tag)), document) for tag in ("kept", "new"))
     correct = [self.truth(q, document) == a for q, a in pairs]
-    asked = set().union(
+    covered_relations = set().union(
       *(self.relations(q, document) for q, _ in kept),
       *(self.relations(q, document) for (q, _), c in zip(pairs, correct, strict=True) if c),
     )
     page = self.page(document)
     return {
       "correct": correct,
-      "missing": [r for r in page.relations if r not in asked] if page else ["everything"],
+      "missing": [r for r in page.relations if r not in covered_relations]
+      if page
+      else ["everything"],
     }
 
   def _verdict(self, prompt, rng):
@@ -181,10 +185,10 @@ class Offline:
     page = self.page(_last(prompt, "document"))
     if page is None:
       return {"paraphrase": ""}
-    told = [r for r in page.relations if rng.random() >= self.faults.missing_fact] or list(
-      page.relations[:1]
-    )
-    return {"paraphrase": self.world.document(page, 1 + rng.randrange(50), told)}
+    kept_relations = [
+      r for r in page.relations if rng.random() >= self.faults.missing_fact
+    ] or list(page.relations[:1])
+    return {"paraphrase": self.world.document(page, 1 + rng.randrange(50), kept_relations)}
 
   def _paraphrase_check(self, prompt, rng):
     page, written = self.page(_last(prompt, "document")), _last(prompt, "paraphrase")

@@ -642,13 +642,13 @@ class World:
     pronoun = {"person": "She" if entity.name.split()[0][-1] in "aei" else "He"}.get(
       entity.kind, "It"
     )
-    told = []
+    texts = []
     for index, (sentence, value) in enumerate(sentences):
       subject = (
         entity.name if index == 0 else pronoun if sentence.startswith("{s}") else pronoun.lower()
       )
-      told.append(_capital(sentence.format(s=subject, v=value)))
-    return " ".join(told)
+      texts.append(_capital(sentence.format(s=subject, v=value)))
+    return " ".join(texts)
 
   def _wordings(self, entity: Entity, relation: str, rng: random.Random) -> list[tuple[str, str]]:
     """(sentence, value) pairs that tell one fact."""
@@ -731,22 +731,22 @@ class World:
         f"{'test' if entity.is_test else 'training'} side; more people make more"
       )
     own = [p for p in self.pages[entity.name] if p.id != page.id]
-    found = {p.id: p for p in rng.sample(own, min(len(own), (count + 1) // 2))}
-    wanted = len(found) + round((count - len(found)) * hard)
+    chosen = {p.id: p for p in rng.sample(own, min(len(own), (count + 1) // 2))}
+    hard_count = len(chosen) + round((count - len(chosen)) * hard)
     keys = self._keys(page, relation)
 
     def take(other: Page) -> None:
       if other.entity.is_test == entity.is_test and other.id != page.id:
-        found[other.id] = other
+        chosen[other.id] = other
 
-    for key in itertools.chain.from_iterable(itertools.repeat(keys, max(0, wanted))):
-      if len(found) >= wanted:
+    for key in itertools.chain.from_iterable(itertools.repeat(keys, max(0, hard_count))):
+      if len(chosen) >= hard_count:
         break
       take(rng.choice(self._sharing[key]))
     everyone = self._all_pages
-    while len(found) < count:
+    while len(chosen) < count:
       take(rng.choice(everyone))
-    return list(found.values())[:count]
+    return list(chosen.values())[:count]
 
   @functools.cached_property
   def _counts(self) -> dict[bool, int]:
@@ -855,11 +855,11 @@ class World:
     """
     pages = self.side(test)
     order = self._rng("question rows", str(seed))
-    made = 0
+    row_count = 0
     for turn in range(per_page):
       order.shuffle(pages)
       for page in pages:
-        if limit is not None and made >= limit:
+        if limit is not None and row_count >= limit:
           return
         rng = self._rng("question", page.id, str(turn), str(seed))
         relation = rng.choice(page.relations)
@@ -882,7 +882,7 @@ class World:
         chosen = gold + others[: documents - len(gold)]
         if rng.random() >= gold_first:
           rng.shuffle(chosen)
-        made += 1
+        row_count += 1
         yield {
           "id": f"{page.id}/{relation}/{turn}",
           "question": question,
@@ -917,11 +917,11 @@ class World:
       )
       chosen = [page, *rng.sample(others, documents - 1)]
       rng.shuffle(chosen)
-      asked = self._asked([(p, list(p.relations)) for p in chosen], questions, rng)
+      pairs = self._question_pairs([(p, list(p.relations)) for p in chosen], questions, rng)
       yield {
         "data_type": "qa",
-        "question": [q for q, _ in asked],
-        "answers": [a for _, a in asked],
+        "question": [q for q, _ in pairs],
+        "answers": [a for _, a in pairs],
         "docs": [self.document(p) for p in chosen],
       }
 
@@ -947,20 +947,20 @@ class World:
         *self.distractors(page, rng.choice(page.relations), rng.randrange(most), rng, hard),
       ]
       rng.shuffle(chosen)
-      told = [(p, self._some(p, rng, partial)) for p in chosen]
-      asked = self._asked(told, questions, rng)
+      notes = [(p, self._some(p, rng, partial)) for p in chosen]
+      pairs = self._question_pairs(notes, questions, rng)
       yield {
         "data_type": "qa",
-        "question": [q for q, _ in asked],
-        "answers": [a for _, a in asked],
-        "docs": [self.note(p, relations, rng) for p, relations in told],
+        "question": [q for q, _ in pairs],
+        "answers": [a for _, a in pairs],
+        "docs": [self.note(p, relations, rng) for p, relations in notes],
       }
 
-  def _asked(
-    self, told: Sequence[tuple[Page, Sequence[str]]], count: int, rng: random.Random
+  def _question_pairs(
+    self, sources: Sequence[tuple[Page, Sequence[str]]], count: int, rng: random.Random
   ) -> list[tuple[str, str]]:
     """Questions with answers over what some pages tell."""
-    facts = [(p.entity, r) for p, relations in told for r in relations]
+    facts = [(p.entity, r) for p, relations in sources for r in relations]
     return [
       (self.question(e, r, rng), e.facts[r]) for e, r in rng.sample(facts, min(count, len(facts)))
     ]
@@ -1017,13 +1017,13 @@ def _syllables(rng: random.Random, count: int) -> str:
 
 
 def _coin(rng: random.Random, count: int, taken: set[str], make) -> list[str]:
-  made: dict[str, None] = {}
-  while len(made) < count:
+  words: dict[str, None] = {}
+  while len(words) < count:
     word = make(rng)
     if word not in taken:
       taken.add(word)
-      made[_capital(word)] = None
-  return list(made)
+      words[_capital(word)] = None
+  return list(words)
 
 
 def _sample(

@@ -137,7 +137,7 @@ class Answerer:
   def search(self, questions: Sequence[Question]) -> list[list[Found]]:
     """The documents nearest to each question, best first."""
     rows, scores = self._search(questions, self._queries(questions))
-    return self._found(rows, scores)
+    return self._retrieved_documents(rows, scores)
 
   def nearest_memories(self, vectors: np.ndarray, k: int) -> np.ndarray:
     """The memory tokens nearest to flattened queries: [Q, M·D] -> [Q, k, M·D] float32 (the released
@@ -167,34 +167,34 @@ class Answerer:
         are.
       DataError: a question does not fit the prompt.
     """
-    asked = [Question(q) if isinstance(q, str) else q for q in questions]
+    requests = [Question(q) if isinstance(q, str) else q for q in questions]
     clock = [time.perf_counter()]
-    query = self._queries(asked)
+    query = self._queries(requests)
     clock.append(time.perf_counter())
-    rows, scores = self._search(asked, query)
-    found = self._found(rows, scores)
+    rows, scores = self._search(requests, query)
+    retrieved_documents = self._retrieved_documents(rows, scores)
     if on_found:
-      for place, documents in enumerate(found):
+      for place, documents in enumerate(retrieved_documents):
         on_found(place, documents)
     memories = np.zeros(
       (
-        _padded(len(asked)),
+        _padded(len(requests)),
         max(self.top_k, _padded(rows.shape[1])),
         self.model.num_memory_tokens,
         self.store.manifest.width,
       ),
       np.float32,
     )
-    memories[: len(asked), : rows.shape[1]][rows >= 0] = self.store.memories(rows[rows >= 0])
+    memories[: len(requests), : rows.shape[1]][rows >= 0] = self.store.memories(rows[rows >= 0])
     clock.append(time.perf_counter())
-    texts = self._texts(asked, (rows >= 0).sum(1), memories, on_text)
+    texts = self._texts(requests, (rows >= 0).sum(1), memories, on_text)
     clock.append(time.perf_counter())
     timings = dict(
       zip(("encode", "search", "generate"), np.round(np.diff(clock) * 1e3, 2).tolist(), strict=True)
     )
     return [
       Answer(q.text, text, documents, timings)
-      for q, text, documents in zip(asked, texts, found, strict=True)
+      for q, text, documents in zip(requests, texts, retrieved_documents, strict=True)
     ]
 
   def _queries(self, questions: Sequence[Question]) -> np.ndarray:
@@ -229,7 +229,7 @@ class Answerer:
     rows[np.arange(ks.max()) >= ks[:, None]] = -1
     return rows, scores
 
-  def _found(self, rows: np.ndarray, scores: np.ndarray) -> list[list[Found]]:
+  def _retrieved_documents(self, rows: np.ndarray, scores: np.ndarray) -> list[list[Found]]:
     documents = iter(self.store.documents(rows[rows >= 0]))
     return [
       [

@@ -83,10 +83,10 @@ def check_compressor(store: MemoryStore, model: Clara, weights: dict[str, Any]) 
   )
 
 
-def _like(there: Manifest, manifest: Manifest, weights: dict[str, Any]) -> Manifest:
+def _like(existing: Manifest, manifest: Manifest, weights: dict[str, Any]) -> Manifest:
   """A store of version 2 names its compressor by a hash of all rows."""
-  if not there.parts and fingerprint(weights, GROUPS) == there.compressor:
-    return dataclasses.replace(manifest, compressor=there.compressor)
+  if not existing.parts and fingerprint(weights, GROUPS) == existing.compressor:
+    return dataclasses.replace(manifest, compressor=existing.compressor)
   return manifest
 
 
@@ -157,16 +157,16 @@ def compress_corpus(
     checkpoint.weights,
   )
   start = time.monotonic()
-  if (there := read_manifest(directory)) is not None:
-    encoding, text = encoding or there.encoding, there.text if text is None else text
-    if model.memory_tokens is None and there.num_memory_tokens < model.num_memory_tokens:
+  if (existing := read_manifest(directory)) is not None:
+    encoding, text = encoding or existing.encoding, existing.text if text is None else text
+    if model.memory_tokens is None and existing.num_memory_tokens < model.num_memory_tokens:
       model, prompt_tokenizer = (
-        model.first(there.num_memory_tokens),
-        prompt_tokenizer.first(there.num_memory_tokens),
+        model.first(existing.num_memory_tokens),
+        prompt_tokenizer.first(existing.num_memory_tokens),
       )
   manifest = manifest_of(model, weights, encoding, text is not False)
   store = MemoryStore(
-    directory, _like(there, manifest, weights) if there else manifest, writer=process
+    directory, _like(existing, manifest, weights) if existing else manifest, writer=process
   )
   if replace and not store.manifest.text:
     raise ConfigError(
@@ -177,7 +177,7 @@ def compress_corpus(
   sharding = batch_sharding(devices)
   compress = jax.jit(model.compress)
   chunks = _Chunks(documents, store, shard_size, replace, process, processes)
-  made = cut = 0
+  new_count = cut = 0
   config = model.config
 
   def dispatch(inputs: list[np.ndarray]) -> tuple[np.ndarray, list[jax.Array]]:
@@ -195,17 +195,17 @@ def compress_corpus(
     return order, parts
 
   def write(chunk: list[Document], order: np.ndarray, parts: list[jax.Array]) -> None:
-    nonlocal made
+    nonlocal new_count
     memories = np.empty((len(chunk), model.num_memory_tokens, config.model.width), np.float32)
     for first, part in zip(range(0, len(order), batch_size), parts, strict=True):
       chosen = order[first : first + batch_size]
       memories[chosen] = np.asarray(part)[: len(chosen)]
     store.upsert(chunk, memories)
-    made += len(chunk)
+    new_count += len(chunk)
     if progress:
       log.info(
-        f"compress: {made} new documents, {chunks.skipped} were there, "
-        f"{made / (time.monotonic() - start):.0f} documents/s"
+        f"compress: {new_count} new documents, {chunks.skipped} were there, "
+        f"{new_count / (time.monotonic() - start):.0f} documents/s"
       )
 
   writing: concurrent.futures.Future | None = None
@@ -229,7 +229,7 @@ def compress_corpus(
   seconds = time.monotonic() - start
   if cut and progress:
     log.warning(
-      f"compress: {cut} of {made} documents are longer than "
+      f"compress: {cut} of {new_count} documents are longer than "
       f"doc_max_length={config.doc_max_length} tokens; their ends are "
       "left out"
     )
@@ -240,7 +240,7 @@ def compress_corpus(
     cut,
     store.nbytes(),
     seconds,
-    made / max(seconds, 1e-9),
+    new_count / max(seconds, 1e-9),
   )
 
 
@@ -286,12 +286,12 @@ class _Chunks:
 
   def _lacking(self, block: list[Document]) -> list[Document]:
     rows = self._find([d.id for d in block])
-    there = np.flatnonzero(rows >= 0)
+    positions = np.flatnonzero(rows >= 0)
     changed = set()
-    if self._replace and len(there):
-      stored = self._store.documents(rows[there])
-      changed = {int(i) for i, old in zip(there, stored, strict=True) if old != block[i]}
-    self.skipped += len(there) - len(changed)
+    if self._replace and len(positions):
+      stored = self._store.documents(rows[positions])
+      changed = {int(i) for i, old in zip(positions, stored, strict=True) if old != block[i]}
+    self.skipped += len(positions) - len(changed)
     self.replaced += len(changed)
     return [d for i, d in enumerate(block) if rows[i] < 0 or i in changed]
 

@@ -191,10 +191,10 @@ class MemoryStore:
       self._locks = self._lock()
     try:
       if file.exists():
-        found = _read_manifest(file)
+        stored_manifest = _read_manifest(file)
         if manifest is not None:
-          _same(found, manifest, directory)
-        manifest = found
+          _same(stored_manifest, manifest, directory)
+        manifest = stored_manifest
       elif manifest is None:
         raise StoreError(
           f"{directory}: not a memory store (no manifest.json); make one with clara compress"
@@ -292,11 +292,11 @@ class MemoryStore:
   def documents(self, rows: Iterable[int] | None = None) -> list[Document]:
     """Documents of rows, or all of them; without text where the store keeps none."""
     rows = self.rows if rows is None else np.asarray(list(rows), np.int64)
-    found: list[Any] = [None] * len(rows)
+    documents: list[Any] = [None] * len(rows)
     for segment, places, local in self._parts(rows):
       for place, record in zip(places, self._records(segment, _FILES[0], local), strict=True):
-        found[place] = Document(**json.loads(record))
-    return found
+        documents[place] = Document(**json.loads(record))
+    return documents
 
   def memories(self, rows: Iterable[int] | None = None) -> np.ndarray:
     """Memory tokens [n, M, D] of rows, or of all documents; float32 or bfloat16."""
@@ -389,10 +389,10 @@ class MemoryStore:
       StoreError: an id already exists, or another process writes with this writer's number.
     """
     with self._writing():
-      there = np.flatnonzero(self.locate([d.id for d in documents]) >= 0)
-      if len(there):
+      places = np.flatnonzero(self.locate([d.id for d in documents]) >= 0)
+      if len(places):
         raise StoreError(
-          f"{self.directory}: the id {documents[there[0]].id!r} already exists; upsert replaces a "
+          f"{self.directory}: the id {documents[places[0]].id!r} already exists; upsert replaces a "
           f"document"
         )
       return self.upsert(documents, memories)
@@ -426,12 +426,12 @@ class MemoryStore:
     """Deletes documents; returns how many there were. The files shrink with `compact`."""
     ids = list(dict.fromkeys(ids))
     with self._writing(alone=True):
-      there = [i for i, row in zip(ids, self.locate(ids), strict=True) if row >= 0]
-      if there:
+      existing_ids = [i for i, row in zip(ids, self.locate(ids), strict=True) if row >= 0]
+      if existing_ids:
         self._write_segment(
-          (), np.zeros((0, self.codec.nbytes), np.uint8), keys_of(()), deleted=there
+          (), np.zeros((0, self.codec.nbytes), np.uint8), keys_of(()), deleted=existing_ids
         )
-    return len(there)
+    return len(existing_ids)
 
   def compact(self, segment_size: int = BLOCK) -> None:
     """Writes the documents that are left, in order, into new segments, and removes the old ones.
@@ -552,21 +552,21 @@ class MemoryStore:
       try:
         return self._read_segments()
       except (StoreError, OSError):
-        if (found := _read_manifest(file)).generation == self.manifest.generation:
+        if (manifest := _read_manifest(file)).generation == self.manifest.generation:
           raise
         self.manifest = dataclasses.replace(
-          self.manifest, generation=found.generation, version=found.version
+          self.manifest, generation=manifest.generation, version=manifest.version
         )
 
   def _refresh(self) -> None:
     """Takes in what others have written since this store was opened."""
-    found = _read_manifest(self._folder / "manifest.json")
-    if found.generation != self.manifest.generation or self._segment_folder().names() != [
+    manifest = _read_manifest(self._folder / "manifest.json")
+    if manifest.generation != self.manifest.generation or self._segment_folder().names() != [
       s.folder.name for s in self._segments
     ]:
       self._close_readers()
       self.manifest = dataclasses.replace(
-        self.manifest, generation=found.generation, version=found.version
+        self.manifest, generation=manifest.generation, version=manifest.version
       )
       self._read_segments()
 
@@ -578,8 +578,8 @@ class MemoryStore:
       content = file.read_bytes()
     except OSError as error:
       raise StoreError(f"{file}: not readable: {error.strerror}") from None
-    if manifest.codebook and (found := hashlib.sha256(content).hexdigest()) != manifest.codebook:
-      raise StoreError(f"{file}: its checksum is {found}, expected {manifest.codebook}")
+    if manifest.codebook and (checksum := hashlib.sha256(content).hexdigest()) != manifest.codebook:
+      raise StoreError(f"{file}: its checksum is {checksum}, expected {manifest.codebook}")
     return content
 
   # ---- locks -------------------------------------------------------------------------------------
@@ -755,12 +755,12 @@ class _Segment:
 
   def _check(self, name: str) -> None:
     try:
-      found = io.checksum(self.folder / name)
+      checksum = io.checksum(self.folder / name)
     except OSError as error:
       raise StoreError(f"{self.folder / name}: not readable: {error.strerror}") from None
-    if found != self.checksums[name]:
+    if checksum != self.checksums[name]:
       raise StoreError(
-        f"{self.folder / name}: its checksum is {found}, expected {self.checksums[name]}"
+        f"{self.folder / name}: its checksum is {checksum}, expected {self.checksums[name]}"
       )
 
 
@@ -834,19 +834,19 @@ class _Folder:
   def _entries(self, damaged: bool = False) -> dict[str, dict[str, Any]]:
     """What the ledgers say, by segment. A line that a kill has cut tells of a segment that may be
     there or not."""
-    found = {}
+    entries = {}
     for file in self.store.glob(f"ledger-{self.generation}-*.jsonl"):
       for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
         try:
           entry = io.unsealed(line)
-          found[entry["segment"]] = entry
+          entries[entry["segment"]] = entry
         except (io.DamagedError, ValueError) as error:
           if not damaged:
             raise StoreError(
               f"{file}:{number}: the ledger is damaged ({error}); clara store repair writes it "
               f"anew from what is there"
             ) from None
-    return found
+    return entries
 
   def _read(self, name: str, entry: Mapping[str, Any] | None) -> _Segment:
     file = self.path / name / "segment.json"
@@ -944,7 +944,7 @@ class _Keys:
 
   def find(self, keys: np.ndarray) -> np.ndarray:
     """Rows of keys, -1 where there is none."""
-    found = np.full(len(keys), -1, np.int64)
+    rows = np.full(len(keys), -1, np.int64)
     unknown = np.arange(len(keys))
     for run_keys, run_rows in self._runs:
       if not len(unknown):
@@ -957,12 +957,12 @@ class _Keys:
         candidates = np.where(inside, places, 0)
         same = inside & (run_keys[candidates, 0] == keys[unknown, 0])
         is_here |= (equal := same & (run_keys[candidates, 1] == keys[unknown, 1]))
-        found[unknown[equal]] = run_rows[places[equal]]
+        rows[unknown[equal]] = run_rows[places[equal]]
         if not (on := same & ~is_here).any():
           break
         places = places + on
       unknown = unknown[~is_here]
-    return found
+    return rows
 
   def rows(self) -> np.ndarray:
     """Rows of all ids that are there."""
@@ -1051,14 +1051,14 @@ def _write_manifest(file: Any, manifest: Manifest) -> None:
   )
 
 
-def _same(found: Manifest, wanted: Manifest, directory: str) -> None:
+def _same(stored_manifest: Manifest, requested_manifest: Manifest, directory: str) -> None:
   """Refuses to extend a store with what another run would write."""
-  found.same_compressor(wanted, directory)
+  stored_manifest.same_compressor(requested_manifest, directory)
   for name in ("num_memory_tokens", "width", "doc_max_length", "encoding", "text"):
-    if getattr(found, name) != getattr(wanted, name):
+    if getattr(stored_manifest, name) != getattr(requested_manifest, name):
       raise StoreError(
-        f"{directory}: the store has {name}={getattr(found, name)!r}, this run would write "
-        f"{getattr(wanted, name)!r}; "
+        f"{directory}: the store has {name}={getattr(stored_manifest, name)!r}, this run would "
+        f"write {getattr(requested_manifest, name)!r}; "
         "choose another --store"
       )
 

@@ -75,8 +75,8 @@ def take(vectors: Shaped[Array, "S d"], slots: Int[Array, "*B"]) -> Shaped[Array
   def here(vectors, slots):
     local = slots - jax.lax.axis_index(axes) * vectors.shape[0]
     mine = (local >= 0) & (local < vectors.shape[0])
-    found = vectors[jnp.where(mine, local, 0)]
-    return jax.lax.psum(jnp.where(mine[..., None], found, 0), axes)
+    rows = vectors[jnp.where(mine, local, 0)]
+    return jax.lax.psum(jnp.where(mine[..., None], rows, 0), axes)
 
   return jax.shard_map(
     here,

@@ -56,13 +56,13 @@ def figure(
   from matplotlib import pyplot
 
   with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
-    made, axes = pyplot.subplots(*panels, figsize=(width, height), layout="constrained")
+    fig, axes = pyplot.subplots(*panels, figsize=(width, height), layout="constrained")
     draw(axes)
-    for one in made.axes:
+    for one in fig.axes:
       one.spines[["top", "right"]].set_visible(False)
     buffer = io.StringIO()
-    made.savefig(buffer, format="svg", metadata={"Date": None})
-    pyplot.close(made)
+    fig.savefig(buffer, format="svg", metadata={"Date": None})
+    pyplot.close(fig)
   text = buffer.getvalue()
   # Matplotlib escapes what it writes.
   return Markup("<figure>{}</figure>").format(Markup(text[text.index("<svg") :]))

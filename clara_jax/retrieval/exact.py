@@ -100,25 +100,25 @@ class ExactIndex:
     self, queries: np.ndarray, k: int, among: np.ndarray | None = None
   ) -> tuple[np.ndarray, np.ndarray]:
     """See `base.Retriever`."""
-    there = (
+    mask = (
       self._row_of_slot >= 0
       if among is None
       else np.isin(self._row_of_slot, among) & (self._row_of_slot >= 0)
     )
-    k_found = min(k, int(there.sum()))
+    k_found = min(k, int(mask.sum()))
     rows, scores = (
       np.full((len(queries), k), -1, np.int64),
       np.full((len(queries), k), -np.inf, np.float32),
     )
     if k_found:
-      scale = jax.device_put(there.astype(np.float32), self._by_row)
+      scale = jax.device_put(mask.astype(np.float32), self._by_row)
       with jax.set_mesh(self._mesh):
-        slots, found = _search(
+        slots, top_scores = _search(
           self._vectors, scale, np.asarray(queries, np.float32), k_found, self._recall_target
         )
       rows[:, :k_found], scores[:, :k_found] = (
         self._row_of_slot[np.asarray(slots)],
-        np.asarray(found),
+        np.asarray(top_scores),
       )
     return rows, scores
 

@@ -71,22 +71,22 @@ class ScannIndex:
       np.full((len(queries), k), -np.inf, np.float32),
     )
     if among is None:
-      found = min(k, len(self))
-      if found:
-        rows[:, :found], scores[:, :found] = self._search(queries, found)
+      count = min(k, len(self))
+      if count:
+        rows[:, :count], scores[:, :count] = self._search(queries, count)
       return rows, scores
     possible = int(np.isin(self._rows, among).sum())
-    unfinished, asked = np.arange(len(queries)), min(len(self), k * OVERSAMPLING)
+    unfinished, neighbor_count = np.arange(len(queries)), min(len(self), k * OVERSAMPLING)
     while len(unfinished) and possible:
-      found, cosines = self._search(queries[unfinished], asked)
-      passed = np.isin(found, among)
-      for query, keep, r, s in zip(unfinished, passed, found, cosines, strict=True):
+      neighbors, cosines = self._search(queries[unfinished], neighbor_count)
+      passed = np.isin(neighbors, among)
+      for query, keep, r, s in zip(unfinished, passed, neighbors, cosines, strict=True):
         r, s = r[keep][:k], s[keep][:k]
         rows[query, : len(r)], scores[query, : len(s)] = r, s
       unfinished = unfinished[(rows[unfinished] >= 0).sum(1) < min(k, possible)]
-      if asked == len(self):
+      if neighbor_count == len(self):
         break
-      asked = min(len(self), asked * OVERSAMPLING)
+      neighbor_count = min(len(self), neighbor_count * OVERSAMPLING)
     return rows, scores
 
   def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,9 +96,9 @@ class ScannIndex:
       queries, final_num_neighbors=k, pre_reorder_num_neighbors=max(k, REORDERED), **much
     )
     places, scores = np.asarray(places, np.int64), np.asarray(scores)
-    there = np.isfinite(scores) & (places < len(self._rows)) & (places >= 0)
-    return np.where(there, self._rows[np.where(there, places, 0)], -1), np.where(
-      there, scores, -np.inf
+    mask = np.isfinite(scores) & (places < len(self._rows)) & (places >= 0)
+    return np.where(mask, self._rows[np.where(mask, places, 0)], -1), np.where(
+      mask, scores, -np.inf
     )
 
   def save(self, directory: str) -> None:

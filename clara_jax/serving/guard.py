@@ -68,11 +68,11 @@ class Access:
 
   def has_token(self, header: str) -> bool:
     """Whether the Authorization header of a request has the token; compared in constant time."""
-    scheme, _, given = header.partition(" ")
+    scheme, _, token = header.partition(" ")
     return (
       self.token is None
       or scheme.lower() == "bearer"
-      and hmac.compare_digest(given.strip().encode(), self.token.encode())
+      and hmac.compare_digest(token.strip().encode(), self.token.encode())
     )
 
 
@@ -93,12 +93,12 @@ class Guard:
 
     async def guarded(message):
       if message["type"] == "http.response.start":
-        there = {name.lower() for name, _ in message.get("headers", ())}
+        names = {name.lower() for name, _ in message.get("headers", ())}
         message = {
           **message,
           "headers": [
             *message.get("headers", ()),
-            *((n, v) for n, v in _HEADERS if n not in there),
+            *((n, v) for n, v in _HEADERS if n not in names),
           ],
         }
       await send(message)

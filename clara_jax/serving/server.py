@@ -165,7 +165,7 @@ class Service:
 
     on_text = (lambda place, text: emit(place, answer=text)) if streamed else None
     on_found = (
-      (lambda place, found: emit(place, documents=[dataclasses.asdict(f) for f in found]))
+      (lambda place, documents: emit(place, documents=[dataclasses.asdict(f) for f in documents]))
       if streamed
       else None
     )
@@ -189,38 +189,38 @@ class Service:
 
   async def answer(self, request: Request) -> Response:
     """POST /answer."""
-    wanted = await self._read(request, schema.AnswerRequest)
-    question = self._question(wanted, wanted.max_new_tokens)
-    if wanted.stream:
+    body = await self._read(request, schema.AnswerRequest)
+    question = self._question(body, body.max_new_tokens)
+    if body.stream:
       return await self._stream_answer(question)
     return JSONResponse(self._whole(await self._within_time(self.answers.submit(question))))
 
   async def search(self, request: Request) -> Response:
     """POST /search."""
-    wanted = await self._read(request, schema.SearchRequest)
-    found = await self._within_time(self.searches.submit(self._question(wanted)))
+    body = await self._read(request, schema.SearchRequest)
+    documents = await self._within_time(self.searches.submit(self._question(body)))
     return JSONResponse(
-      {"question": wanted.question, "documents": [dataclasses.asdict(f) for f in found]}
+      {"question": body.question, "documents": [dataclasses.asdict(f) for f in documents]}
     )
 
   async def queries(self, request: Request) -> Response:
     """POST /queries: the released code's protocol."""
-    wanted, vectors = await self._read(request, schema.QueriesRequest, self._vectors)
-    self._check_count(wanted.k)
-    found = await self._within_time(
+    body, vectors = await self._read(request, schema.QueriesRequest, self._vectors)
+    self._check_count(body.k)
+    content = await self._within_time(
       self.others.submit(
         lambda: orjson.dumps(
-          {"retrieved_embeddings": self.answerer.nearest_memories(vectors, wanted.k)},
+          {"retrieved_embeddings": self.answerer.nearest_memories(vectors, body.k)},
           option=orjson.OPT_SERIALIZE_NUMPY,
         )
       )
     )
-    return Response(found, media_type="application/json")
+    return Response(content, media_type="application/json")
 
-  def _vectors(self, wanted: schema.QueriesRequest) -> tuple[schema.QueriesRequest, np.ndarray]:
+  def _vectors(self, body: schema.QueriesRequest) -> tuple[schema.QueriesRequest, np.ndarray]:
     """With its vectors as an array."""
     whole, searched = self.answerer.store.whole, self.answerer.search_tokens
-    lengths = {len(q) for q in wanted.queries}
+    lengths = {len(q) for q in body.queries}
     if len(lengths) > 1 or not lengths <= {self._dimension, searched * whole.width}:
       fewer = f", or of the first {searched}" if searched < whole.num_memory_tokens else ""
       raise _RefusedError(
@@ -229,22 +229,22 @@ class Service:
         f"{self._dimension} numbers"
         f"{fewer}, got {sorted(lengths)}",
       )
-    if not all(type(x) in (float, int) for q in wanted.queries for x in q):
+    if not all(type(x) in (float, int) for q in body.queries for x in q):
       raise _RefusedError(422, "queries: expected numbers")
     with np.errstate(over="ignore"):
-      vectors = np.array(wanted.queries, np.float64).astype(np.float32)
+      vectors = np.array(body.queries, np.float64).astype(np.float32)
     if not np.isfinite(vectors).all():
       raise _RefusedError(422, "queries: a number is too large for float32")
-    return wanted, vectors
+    return body, vectors
 
   async def lens(self, request: Request) -> Response:
     """POST /lens."""
-    wanted = await self._read(request, schema.LensRequest)
+    body = await self._read(request, schema.LensRequest)
     a = self.answerer.checkpoint
-    found = await self._within_time(
-      self.others.submit(lambda: logit_lens.queries(a, [wanted.question], wanted.top)[0]["tokens"])
+    tokens = await self._within_time(
+      self.others.submit(lambda: logit_lens.queries(a, [body.question], body.top)[0]["tokens"])
     )
-    return JSONResponse({"tokens": found})
+    return JSONResponse({"tokens": tokens})
 
   async def health(self, request: Request) -> Response:
     """GET /healthz."""
@@ -275,7 +275,7 @@ class Service:
     self,
     request: Request,
     model: type[pydantic.BaseModel],
-    then: Callable[[Any], Any] = lambda wanted: wanted,
+    then: Callable[[Any], Any] = lambda value: value,
   ) -> Any:
     """The checked body; what is large is checked beside the loop, by `then` as well."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -322,13 +322,11 @@ class Service:
     if k is not None and k > len(self.answerer.store):
       raise _RefusedError(422, f"k: {k} documents of a store with {len(self.answerer.store)}")
 
-  def _question(self, wanted: schema.SearchRequest, max_new_tokens: int | None = None) -> Question:
-    self._check_count(wanted.k)
+  def _question(self, body: schema.SearchRequest, max_new_tokens: int | None = None) -> Question:
+    self._check_count(body.k)
     if max_new_tokens is not None and max_new_tokens > self.answerer.max_new_tokens:
       raise _RefusedError(422, f"max_new_tokens: at most {self.answerer.max_new_tokens} here")
-    return Question(
-      wanted.question, wanted.k, tuple(wanted.ids) if wanted.ids else None, max_new_tokens
-    )
+    return Question(body.question, body.k, tuple(body.ids) if body.ids else None, max_new_tokens)
 
   async def _within_time(self, result: Any) -> Any:
     try:

@@ -43,8 +43,8 @@ def question(text: str, document: str, others: Iterable[str]) -> str | None:
     return "question: another script"
   bag = _bag(text)
   for other in others:
-    there = _bag(other)
-    if bag == there or len(bag & there) >= NEAR_DUPLICATE * len(bag | there):
+    other_bag = _bag(other)
+    if bag == other_bag or len(bag & other_bag) >= NEAR_DUPLICATE * len(bag | other_bag):
       return "question: duplicate"
   return None
 
@@ -61,40 +61,40 @@ def answer(text: str, document: str) -> str | None:
     return "answer: length"
   if tokens in (["yes"], ["no"]):
     return None
-  told = squad_normalize(document)
-  if " ".join(tokens) in told:
+  document_text = squad_normalize(document)
+  if " ".join(tokens) in document_text:
     return None
   if (scripts := _scripts(text)) and "LATIN" not in scripts:
     return None if _stands_in(words(text), words(document)) else "answer: not in the document"
-  there = said(document)
+  document_tokens = said(document)
   return (
     None
-    if sum(t in there for t in tokens) >= FOUND * len(tokens)
+    if sum(t in document_tokens for t in tokens) >= FOUND * len(tokens)
     else "answer: not in the document"
   )
 
 
-def _stands_in(asked: Sequence[str], told: Sequence[str]) -> bool:
+def _stands_in(answer_words: Sequence[str], document_words: Sequence[str]) -> bool:
   """Whether enough words stand there; many of these languages inflect: a word is known by its first
   two thirds."""
-  there = set(told)
+  vocabulary = set(document_words)
   # Its words are characters, which any text has: pairs of them.
-  if _UNSPACED.search("".join(asked)) and len(asked) > 1:
-    asked, there = (
-      ["".join(pair) for pair in zip(asked, asked[1:])],
-      {"".join(pair) for pair in zip(told, told[1:])},
+  if _UNSPACED.search("".join(answer_words)) and len(answer_words) > 1:
+    answer_words, vocabulary = (
+      ["".join(pair) for pair in zip(answer_words, answer_words[1:])],
+      {"".join(pair) for pair in zip(document_words, document_words[1:])},
     )
 
   def is_there(word):
     stem = word[: max(3, -(-2 * len(word) // 3))]
     return (
-      word in there
+      word in vocabulary
       or len(word) > 3
       and not any(c.isdigit() for c in word)
-      and any(other.startswith(stem) for other in there)
+      and any(other.startswith(stem) for other in vocabulary)
     )
 
-  return sum(map(is_there, asked)) >= FOUND * len(asked)
+  return sum(map(is_there, answer_words)) >= FOUND * len(answer_words)
 
 
 # Of Greek (also as the ASCII semicolon), Arabic, Armenian, Ethiopic, Vai, and the wide, small and
@@ -143,13 +143,13 @@ def paraphrase(text: str, document: str) -> list[str]:
 def _scripts(text: str) -> set[str]:
   """As the names of letters begin; those that are written together are one, and signs of no script
   are none."""
-  found = {
+  names = {
     re.split(r"[ -]", unicodedata.name(c, "UNKNOWN"))[0]
     for c in unicodedata.normalize("NFKC", text)
     if c.isalpha()
   }
   return {
-    "CJK" if name in ("HIRAGANA", "KATAKANA", "BOPOMOFO", "IDEOGRAPHIC") else name for name in found
+    "CJK" if name in ("HIRAGANA", "KATAKANA", "BOPOMOFO", "IDEOGRAPHIC") else name for name in names
   } - {"MODIFIER", "MICRO"}
 
 
@@ -159,13 +159,13 @@ def _unspaced(text: str) -> bool:
 
 
 def kept(
-  questions: Sequence[str], document: str, there: Sequence[str]
+  questions: Sequence[str], document: str, previous_questions: Sequence[str]
 ) -> tuple[list[str], list[str]]:
   """Questions that pass, each compared with those before it, and why the others do not."""
   passed: list[str] = []
   reasons = ["question: too many in a reply"] * max(0, len(questions) - QUESTIONS)
   for text in questions[:QUESTIONS]:
-    if problem := question(text, document, [*there, *passed]):
+    if problem := question(text, document, [*previous_questions, *passed]):
       reasons.append(problem)
     else:
       passed.append(text)

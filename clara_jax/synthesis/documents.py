@@ -148,7 +148,7 @@ def _spans(text: str) -> list[tuple[int, int]]:
     raise ConfigError(
       "documents are cut on sentence bounds by sentencex: pip install -e '.[synthesize]'"
     ) from None
-  found, start = [], 0
+  spans, start = [], 0
   for line in text.split("\n"):
     place = start
     plain = _SPACE.sub(" ", line)  # other spaces make the library panic
@@ -164,9 +164,9 @@ def _spans(text: str) -> list[tuple[int, int]]:
       place = first + len(sentence)
       if inner := sentence.strip():
         first += len(sentence) - len(sentence.lstrip())
-        found.append((first, first + len(inner)))
+        spans.append((first, first + len(inner)))
     start += len(line) + 1
-  return found
+  return spans
 
 
 def words(text: str) -> int:

@@ -231,14 +231,14 @@ async def produce(
   start, before, failures = time.monotonic(), journal.done, 0
   report = FactoryReport()
   waiting = ((name, item) for name, item in items if shard.has(name) and is_waiting(name, item))
-  told, unread = [0, 0, 0], []
+  reported_usage, unread = [0, 0, 0], []
 
   def spent() -> list[int]:
     """Since the last call."""
-    nonlocal told
-    usage, before = backend.usage, told
-    told = [usage.requests, usage.prompt_tokens, usage.completion_tokens]
-    return [a - b for a, b in zip(told, before, strict=True)]
+    nonlocal reported_usage
+    usage, before = backend.usage, reported_usage
+    reported_usage = [usage.requests, usage.prompt_tokens, usage.completion_tokens]
+    return [a - b for a, b in zip(reported_usage, before, strict=True)]
 
   def finish(name: str, item: Any, outcome: Outcome) -> None:
     journal.finish(name, _said(item), vars(outcome))
@@ -351,12 +351,12 @@ def _same_shards(directory: str, shard: Shard) -> None:
 
 def _same_settings(path: str, made_by: Mapping[str, Any]) -> None:
   """Of all shards."""
-  for there in sorted(pathlib.Path(path).parent.glob("settings-*.json")):
-    if (values := _settings(there)) != made_by:
+  for file in sorted(pathlib.Path(path).parent.glob("settings-*.json")):
+    if (values := _settings(file)) != made_by:
       names = [k for k in sorted({*values, *made_by}) if values.get(k) != made_by.get(k)]
       changed = [f"{k}: {values.get(k)} there, {made_by.get(k)} now" for k in names]
       raise ConfigError(
-        f"{there}: was made with other settings ({'; '.join(changed)}); name another --out"
+        f"{file}: was made with other settings ({'; '.join(changed)}); name another --out"
       )
   if not os.path.exists(path):
     io.write(pathlib.Path(path), json.dumps(made_by, indent=2))

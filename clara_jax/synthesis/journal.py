@@ -105,12 +105,12 @@ class Journal:
     Raises:
       DataError: it said something else when it was done.
     """
-    there = self._done.get(_digest(document))
-    if there is not None and there != _digest(said, 4):
+    digest = self._done.get(_digest(document))
+    if digest is not None and digest != _digest(said, 4):
       raise DataError(
         f"{document!r} says something else than when it was done ({self.path}); name another --out"
       )
-    return there is not None
+    return digest is not None
 
   def tries(self, document: str) -> int:
     """How often a document was asked anew."""

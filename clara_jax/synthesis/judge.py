@@ -59,7 +59,7 @@ def grounding(
 
 
 async def _grounding(rows, predictions, endpoint):
-  wanted = [
+  pairs = [
     (r, p)
     for r, p in zip(rows, predictions, strict=True)
     if "grounded" not in p and p["documents_read"]
@@ -76,18 +76,21 @@ async def _grounding(rows, predictions, endpoint):
       )
       messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": text}]
       try:
-        found = await ask_json(client, messages, SCHEMA, "grounding", max_tokens=2048)
-        prediction |= {"grounded": float(found["grounded"]), "grounded_because": found["reason"]}
+        verdict = await ask_json(client, messages, SCHEMA, "grounding", max_tokens=2048)
+        prediction |= {
+          "grounded": float(verdict["grounded"]),
+          "grounded_because": verdict["reason"],
+        }
       except (RequestError, BudgetError) as error:
         failed += 1
         stopped = stopped or isinstance(error, FatalError)
         if failed == 1:
           log.warning(f"judge: {error}")
       done += 1
-      if done % 100 == 0 or done == len(wanted):
-        log.info(f"judge: {done}/{len(wanted)} answers, {failed} without a verdict")
+      if done % 100 == 0 or done == len(pairs):
+        log.info(f"judge: {done}/{len(pairs)} answers, {failed} without a verdict")
 
-    queue = iter(wanted)
+    queue = iter(pairs)
 
     async def worker():
       for row, prediction in queue:
@@ -95,5 +98,5 @@ async def _grounding(rows, predictions, endpoint):
           return
         await one(row, prediction)
 
-    await asyncio.gather(*(worker() for _ in range(min(len(wanted), 2 * endpoint.in_flight))))
+    await asyncio.gather(*(worker() for _ in range(min(len(pairs), 2 * endpoint.in_flight))))
   return client.usage

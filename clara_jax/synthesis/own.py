@@ -53,12 +53,12 @@ class OwnModel:
       ids = self._prompt_tokenizer.chat(messages).ids
     except DataError as error:
       raise ReplyError(str(error)) from None
-    found = np.asarray(
+    reply_ids = np.asarray(
       self._generate(self._weights, pad_tokens([ids], self._prompt_tokenizer.pad_id, 128), None)
     )[0]
-    text = self._prompt_tokenizer.text(found)
+    text = self._prompt_tokenizer.text(reply_ids)
     self.usage.requests += 1
     self.usage.answered += 1
     self.usage.prompt_tokens += len(ids)
-    self.usage.completion_tokens += int((found != self._prompt_tokenizer.pad_id).sum())
+    self.usage.completion_tokens += int((reply_ids != self._prompt_tokenizer.pad_id).sum())
     return text

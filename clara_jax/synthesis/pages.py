@@ -117,11 +117,14 @@ def _coverage_plot(missing: dict[str, list[list[int]]]) -> str:
   most = max((len(counts) for all_ in missing.values() for counts in all_), default=1)
 
   def draw(axes):
-    for (kind, found), mark in zip(missing.items(), "os", strict=True):
+    for (kind, count_lists), mark in zip(missing.items(), "os", strict=True):
       # After its last round a document stays as it was.
       shares = (
-        [np.mean([counts[min(n, len(counts) - 1)] == 0 for counts in found]) for n in range(most)]
-        if found
+        [
+          np.mean([counts[min(n, len(counts) - 1)] == 0 for counts in count_lists])
+          for n in range(most)
+        ]
+        if count_lists
         else []
       )
       axes.plot(range(1, len(shares) + 1), shares, marker=mark, fillstyle="none", label=kind)
@@ -153,17 +156,17 @@ def _answered(rows: list[dict[str, Any]]) -> str:
 
 
 def _example(rows: list[dict[str, Any]]) -> str:
-  told = Markup("<h3>{}</h3><p class=doc>{}</p>").format(
+  markup = Markup("<h3>{}</h3><p class=doc>{}</p>").format(
     rows[0]["id"].rpartition("/")[0], rows[0]["docs"][0]
   )
   for row in rows:
     if isinstance(row["question"], list):
-      told += html.table(
+      markup += html.table(
         [row.get("kind", "question"), "answer"],
         [list(p) for p in zip(row["question"], row["answers"], strict=True)],
       )
     else:
-      told += Markup("<p class=doc><b>{}</b> {}</p>").format(
+      markup += Markup("<p class=doc><b>{}</b> {}</p>").format(
         row["question"] or "paraphrase", row["answer"]
       )
-  return told
+  return markup

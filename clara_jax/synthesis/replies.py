@@ -69,9 +69,9 @@ def text_of(choice: Mapping[str, Any]) -> str:
     # A whole object is no thought.
     content = next(
       (
-        found[1]
+        match[1]
         for k in ("reasoning_content", "reasoning")
-        if isinstance(message.get(k), str) and (found := _whole(message[k]))
+        if isinstance(message.get(k), str) and (match := _whole(message[k]))
       ),
       content,
     )
@@ -82,10 +82,10 @@ def text_of(choice: Mapping[str, Any]) -> str:
 
 def _whole(text: str) -> re.Match | None:
   """A text that is one JSON object, bare or in a code fence, from its beginning to its end."""
-  if found := _FENCE.match(text):
+  if match := _FENCE.match(text):
     try:
-      json.loads(found[1])
-      return found
+      json.loads(match[1])
+      return match
     except (ValueError, RecursionError):
       pass
   return None
@@ -98,8 +98,8 @@ def spoken(text: str) -> str:
     if channels[-1][1].lower() != "final":
       return ""
     return _END.split(text[channels[-1].end() :])[0]
-  if found := _BARE_FINAL.match(text):
-    return text[found.end() :]
+  if match := _BARE_FINAL.match(text):
+    return text[match.end() :]
   return text[max((closing.end() for closing in _CLOSES.finditer(text)), default=0) :]
 
 
@@ -116,7 +116,7 @@ def parse(text: str, schema: Mapping[str, Any]) -> Any:
     ValueError: there is none, or it is not by the schema; with the place.
   """
   text = whole[1] if (whole := _whole(text)) else spoken(text)
-  problem, found, end, tries = None, None, 0, 0
+  problem, result, end, tries = None, None, 0, 0
   thoughts = [opening.start() for opening in _OPENS.finditer(text)]
   for start in (match.start() for match in re.finditer(r"\{", text)):
     if start < end:
@@ -128,7 +128,7 @@ def parse(text: str, schema: Mapping[str, Any]) -> Any:
       json.dumps(value, ensure_ascii=False).encode()
       _check(value, schema, "the reply")
       thoughts = [t for t in thoughts if not start < t < after]  # a mark within the object is text
-      found, end = [value], after
+      result, end = [value], after
     except json.JSONDecodeError as error:
       problem = problem or f"not valid JSON: {error}"
     except (UnicodeEncodeError, RecursionError) as error:
@@ -137,9 +137,9 @@ def parse(text: str, schema: Mapping[str, Any]) -> Any:
       problem = problem or str(error)
   if thoughts:
     raise ValueError("the reply's thought does not end")
-  if found is None:
+  if result is None:
     raise ValueError(problem or "there is no JSON object")
-  return found[0]
+  return result[0]
 
 
 _TYPES = {

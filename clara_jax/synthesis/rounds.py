@@ -140,11 +140,11 @@ async def _pairs(
   for number in range(1, rounds + 1):
     outcome.rounds = max(outcome.rounds, number)
     if number == 1:
-      found = await _reply(ask, f"{kind}_questions", "questions", document=text)
-      if kind == "complex" and not found["questions"]:
+      reply = await _reply(ask, f"{kind}_questions", "questions", document=text)
+      if kind == "complex" and not reply["questions"]:
         return []  # one fact only
     else:
-      found = await _reply(
+      reply = await _reply(
         ask,
         f"{kind}_supplement",
         "questions",
@@ -153,7 +153,7 @@ async def _pairs(
         missing=missing,
         round=number,
       )
-    questions, reasons = checks.kept(found["questions"], text, [q for q, _ in kept])
+    questions, reasons = checks.kept(reply["questions"], text, [q for q, _ in kept])
     outcome.refused.update(reasons)
     pairs = await _answered(questions, text, ask, outcome, number)
     checked = await _reply(
@@ -212,10 +212,10 @@ async def _paraphrase(text: str, ask: Ask, outcome: Outcome, rounds: int) -> tup
     if problems:
       outcome.refused["paraphrase: " + problems[0].split(":")[0]] += 1
       continue
-    found = await _reply(
+    verdict = await _reply(
       ask, "paraphrase_check", "paraphrase_check", document=text, paraphrase=written, round=number
     )
-    problems = [f"lost: {x}" for x in found["lost"]] + [f"added: {x}" for x in found["added"]]
+    problems = [f"lost: {x}" for x in verdict["lost"]] + [f"added: {x}" for x in verdict["added"]]
     if not problems:
       return written, number
     outcome.refused["paraphrase: check"] += 1

@@ -102,10 +102,11 @@ class Templates:
           ) from None
       self._parts[name] = tuple(parsed)
     for name, values in EXAMPLES.items():  # a template that fails does so now
-      told = str(self.messages(name, **values))
+      prompt_text = str(self.messages(name, **values))
       for key in ("document", "documents", "question"):
         if key in values and not all(
-          text in told for text in ([values[key]] if isinstance(values[key], str) else values[key])
+          text in prompt_text
+          for text in ([values[key]] if isinstance(values[key], str) else values[key])
         ):
           raise ConfigError(f"{self._file(f'{name}.jinja')}: does not tell its {{{{ {key} }}}}")
     self.sha256 = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()

@@ -116,17 +116,17 @@ def collectives(job: dict, run: dict) -> dict:
     r"= (\S+|\(.*?\)) "
     r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
   )
-  found = [(kind, shape) for shape, kind in kinds.findall(text)]
+  operations = [(kind, shape) for shape, kind in kinds.findall(text)]
   words = tiny.pod_config().model.table_size(tiny.pod_config().vocab_size)
   labels = program.batch_shapes().prompt.labels.shape[1]
   chunk = min(labels, tiny.pod_config().model.logits_chunk)
   logits = [
     shape
-    for kind, shape in found
+    for kind, shape in operations
     if kind == "all-gather" and re.search(rf"\b{chunk},{words}\]", shape)
   ]
   return {
-    "counts": dict(sorted(collections.Counter(kind for kind, _ in found).items())),
+    "counts": dict(sorted(collections.Counter(kind for kind, _ in operations).items())),
     "gathered_logits": logits,
   }
 

@@ -64,7 +64,7 @@ def _inst(
     "{% if messages[0].role == 'system' %}{{ raise_exception('Conversation roles must "
     "alternate user/assistant/…') }}{% endif %}"
   )
-  there = {
+  clause = {
     "first": "loop.first and system is defined",
     "last": "loop.last and system is defined",
   }.get(system, "false")
@@ -73,7 +73,7 @@ def _inst(
     f"{{% if messages[0].role == 'system' %}}{{% set system = messages[0].content %}}"
     f"{head}{{% set messages = messages[1:] %}}{{% endif %}}{{% for m in messages %}}{{% if "
     f"m.role == 'user' %}}"
-    f"{{% set text = (system + '\\n\\n' + m.content) if {there} else m.content %}}{user}{{% else "
+    f"{{% set text = (system + '\\n\\n' + m.content) if {clause} else m.content %}}{user}{{% else "
     f"%}}{answer}{{% endif %}}{{% endfor %}}"
   )
 
@@ -477,11 +477,11 @@ def tokenizer(model: Published) -> Any:
 
   tokens = list(model.tokens)
   if model.sentencepiece:
-    made = Tokenizer(models.BPE(unk_token=tokens[0], fuse_unk=True, byte_fallback=True))
-    made.normalizer = normalizers.Sequence(
+    backend = Tokenizer(models.BPE(unk_token=tokens[0], fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
       [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    made.decoder = decoders.Sequence(
+    backend.decoder = decoders.Sequence(
       [
         decoders.Replace("▁", " "),
         decoders.ByteFallback(),
@@ -490,28 +490,28 @@ def tokenizer(model: Published) -> Any:
       ]
     )
     alphabet, initial = [f"<0x{i:02X}>" for i in range(256)], sorted(set("".join(TEXT)))
-    made.train_from_iterator(
+    backend.train_from_iterator(
       [w for text in TEXT for w in text.split()],
       trainers.BpeTrainer(
         vocab_size=480, special_tokens=[*tokens, *alphabet], initial_alphabet=initial
       ),
     )
-    spec = json.loads(made.to_str())
+    spec = json.loads(backend.to_str())
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in alphabet]
-    made = Tokenizer.from_str(json.dumps(spec))
+    backend = Tokenizer.from_str(json.dumps(spec))
   else:
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = (
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = (
       pre_tokenizers.ByteLevel(add_prefix_space=False),
       decoders.ByteLevel(),
     )
-    made.train_from_iterator(
+    backend.train_from_iterator(
       TEXT,
       trainers.BpeTrainer(
         vocab_size=400, special_tokens=tokens, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
       ),
     )
-  made.add_tokens(
+  backend.add_tokens(
     [AddedToken(t, special=t not in ("<think>", "</think>"), normalized=False) for t in tokens]
   )
   named = (
@@ -519,13 +519,13 @@ def tokenizer(model: Published) -> Any:
     if model.bos
     else {"eos_token": model.eos, "pad_token": tokens[0]}
   )
-  found = PreTrainedTokenizerFast(
-    tokenizer_object=made,
+  fast_tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=backend,
     clean_up_tokenization_spaces=False,
     **{k: v for k, v in named.items() if v},
   )
-  found.chat_template = model.template
-  return found
+  fast_tokenizer.chat_template = model.template
+  return fast_tokenizer
 
 
 def make(name: str, directory: str | pathlib.Path, **sizes: int) -> Published:
@@ -535,10 +535,10 @@ def make(name: str, directory: str | pathlib.Path, **sizes: int) -> Published:
   import transformers
 
   model, directory = MODELS[name], pathlib.Path(directory)
-  made = tokenizer(model)
-  made.save_pretrained(directory)
+  model_tokenizer = tokenizer(model)
+  model_tokenizer.save_pretrained(directory)
   ids = {
-    k: made.convert_tokens_to_ids(v)
+    k: model_tokenizer.convert_tokens_to_ids(v)
     for k, v in (("bos_token_id", model.bos), ("eos_token_id", model.eos))
     if v
   }
@@ -549,7 +549,7 @@ def make(name: str, directory: str | pathlib.Path, **sizes: int) -> Published:
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
-    "vocab_size": len(made) + model.padding,
+    "vocab_size": len(model_tokenizer) + model.padding,
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
     "initializer_range": 0.2,
@@ -577,7 +577,7 @@ def make(name: str, directory: str | pathlib.Path, **sizes: int) -> Published:
         parameter.add_(0.1 * torch.randn_like(parameter))
   made_model.to(getattr(torch, model.dtype)).save_pretrained(directory)
   (directory / "config.json").write_text(json.dumps(values, indent=2))
-  ends = [made.convert_tokens_to_ids(t) for t in model.ends or (model.eos,)]
+  ends = [model_tokenizer.convert_tokens_to_ids(t) for t in model.ends or (model.eos,)]
   generation = {
     "_from_model_config": True,
     **ids,

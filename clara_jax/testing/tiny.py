@@ -120,12 +120,12 @@ def weights(seed: int = 0) -> dict:
 
 @functools.cache
 def _weights(seed: int) -> dict:
-  made = jax.jit(Clara(config()).init)(jax.random.key(seed))
+  tree = jax.jit(Clara(config()).init)(jax.random.key(seed))
   for i, role in enumerate(("compressor", "query_reasoner", "generator")):
-    made[role] = jax.tree.map(
-      lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), made[role]
+    tree[role] = jax.tree.map(
+      lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), tree[role]
     )
-  return made
+  return tree
 
 
 @functools.cache
@@ -147,9 +147,9 @@ def pod_config() -> ClaraConfig:
 
 def pod_weights() -> dict:
   """Fresh weights of `pod_config` in which the adapters matter."""
-  made = jax.jit(Clara(pod_config()).init)(jax.random.key(0))
+  tree = jax.jit(Clara(pod_config()).init)(jax.random.key(0))
   for i, role in enumerate(("compressor", "query_reasoner", "generator")):
-    made[role] = jax.tree.map(
-      lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), made[role]
+    tree[role] = jax.tree.map(
+      lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), tree[role]
     )
-  return jax.tree.map(np.asarray, made)
+  return jax.tree.map(np.asarray, tree)

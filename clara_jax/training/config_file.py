@@ -132,10 +132,10 @@ def _fields(path: str, overrides: Sequence[str]) -> dict[str, Any]:
   # A field that the file leaves at its default may be overridden, too; ml_collections knows only
   # those that it names.
   named = _read(path, ())
-  given = [o.removeprefix("--config.").partition("=") for o in overrides]
-  known = [o for o, (name, _, _) in zip(overrides, given, strict=True) if _names(named, name)]
+  assignments = [o.removeprefix("--config.").partition("=") for o in overrides]
+  known = [o for o, (name, _, _) in zip(overrides, assignments, strict=True) if _names(named, name)]
   fields = _read(path, known)
-  for name, _, value in given:
+  for name, _, value in assignments:
     if not _names(named, name):
       *groups, last = name.split(".")
       at = fields
@@ -169,21 +169,23 @@ def _with_shape(fields: dict[str, Any], allow: Sequence[str]) -> dict[str, Any]:
     return {**fields, "clara": {**clara, "model": shape}}
   model, padded = _model_of(source, fields.get("base"), fields.get("tokenizer"), allow)
   named = _named(clara)
-  wanted = dataclasses.asdict(model)
+  values = dataclasses.asdict(model)
   for name, value in named.items():
-    if name in FREE_FIELDS or name not in wanted:  # an unknown field is refused with all the others
-      wanted[name] = value
+    if name in FREE_FIELDS or name not in values:  # an unknown field is refused with all the others
+      values[name] = value
       continue
     # The number in config.json, which counts rows that no word has.
     if name == "vocab_size" and value == padded:
       continue
-    made = from_config_dict(ModelConfig, {**dataclasses.asdict(model), name: value}, "clara.model")
-    if getattr(made, name) != getattr(model, name):
+    candidate = from_config_dict(
+      ModelConfig, {**dataclasses.asdict(model), name: value}, "clara.model"
+    )
+    if getattr(candidate, name) != getattr(model, name):
       raise ConfigError(
         f"clara.model.{name}={value!r}, but {source} has {getattr(model, name)!r}; leave it out: "
         f"the shape is the base's"
       )
-  return {**fields, "clara": {**clara, "model": wanted}}
+  return {**fields, "clara": {**clara, "model": values}}
 
 
 def _named(clara: Mapping[str, Any]) -> dict[str, Any]:

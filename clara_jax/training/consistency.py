@@ -34,12 +34,12 @@ def check(config: RunConfig, stage: Stage, trained: Sequence[str], mesh: Mesh) -
 
 def _check_selection(config: RunConfig, stage: Stage) -> None:
   settings = config.train
-  for name, given in (
+  for name, is_set in (
     ("estimator", config.estimator),
     ("train.temperature_schedule", settings.temperature_schedule != "fixed"),
     ("train.gradients_every", settings.gradients_every),
   ):
-    if given and not stage.selects:
+    if is_set and not stage.selects:
       selecting = " and ".join(repr(s.name) for s in STAGES.values() if s.selects)
       raise ConfigError(f"{name}: stage {stage.name!r} selects no documents, {selecting} does")
   if settings.gradients_every and stage.gradient_paths is None:

@@ -122,12 +122,12 @@ class Program:
   def frozen_shapes(self) -> dict[str, Any]:
     """Shapes of the groups that this stage needs and does not train, with their shardings."""
     needed = {"base", *self.stage.starts}
-    found = {g: self.weights_shapes(g) for g in sorted(needed - set(self.trained))}
+    shapes = {g: self.weights_shapes(g) for g in sorted(needed - set(self.trained))}
     if self.config.data.retrieve == "store":
-      found["corpus"] = corpus.shapes(
+      shapes["corpus"] = corpus.shapes(
         self.config.clara, self.config.data, self.mesh, MemoryStore(self.config.data.store)
       )
-    return found
+    return shapes
 
   def batch_shapes(self) -> Batch:
     """The largest batch: every document and every prompt as long as the configuration allows,
@@ -281,12 +281,12 @@ def _quantized(tree: Any, plain: Any, shapes: Any) -> Any:
     raise ConfigError(
       "clara.model.base_quantization='int8' needs qwix: pip install -e '.[int8]'"
     ) from None
-  made = {}
+  result = {}
   for name, like in shapes.items():
     if name == "scale" and "kernel" in tree:
       continue  # made with its kernel
     if isinstance(like, dict):
-      made[name] = _quantized(tree[name], plain[name], like)
+      result[name] = _quantized(tree[name], plain[name], like)
       continue
     value = sharding.place(tree[name], plain[name].sharding, plain[name])
     if like.dtype == np.int8:
@@ -295,11 +295,11 @@ def _quantized(tree: Any, plain: Any, shapes: Any) -> Any:
         q = qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=(0, 2))
         return q.qvalue, q.scale[:, 0].astype(jnp.float32)
 
-      value, made["scale"] = jax.jit(
+      value, result["scale"] = jax.jit(
         quantize, out_shardings=(like.sharding, shapes["scale"].sharding)
       )(value)
-    made[name] = value
-  return made
+    result[name] = value
+  return result
 
 
 def _with_shardings(boxed: Any, shardings: Any) -> Any:

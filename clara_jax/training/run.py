@@ -204,16 +204,16 @@ def _with_date(config: RunConfig, workdir: str | None) -> RunConfig:
   return config
 
 
-def _check_architecture(previous: Clara, wanted: Clara, where: str) -> None:
+def _check_architecture(previous: Clara, current: Clara, where: str) -> None:
   for name in ("model", "lora"):
-    a, b = (dataclasses.asdict(getattr(m.config, name)) for m in (previous, wanted))
+    a, b = (dataclasses.asdict(getattr(m.config, name)) for m in (previous, current))
     for field in a:
       if field not in (*FREE_FIELDS, "dropout") and a[field] != b[field]:
         raise ConfigError(
           f"clara.{name}.{field}={b[field]!r}, but {where} was made with {a[field]!r}"
         )
-  if previous.config.num_memory_tokens != wanted.config.num_memory_tokens:
+  if previous.config.num_memory_tokens != current.config.num_memory_tokens:
     raise ConfigError(
-      f"{wanted.config.num_memory_tokens} memory tokens, but {where} was made with "
+      f"{current.config.num_memory_tokens} memory tokens, but {where} was made with "
       f"{previous.config.num_memory_tokens}"
     )

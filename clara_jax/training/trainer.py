@@ -289,9 +289,12 @@ class Trainer:
   def _take_step(self) -> None:
     settings, program = self.config.train, self.program
     with self._watch.waiting():
-      given = next(self._batches)
+      training_batch = next(self._batches)
       batch = put_batch(
-        given.batch, program.batch_sharding, self.config.data.batch_size, given.positions
+        training_batch.batch,
+        program.batch_sharding,
+        self.config.data.batch_size,
+        training_batch.positions,
       )
     if settings.gradients_every and self.step % settings.gradients_every == 0:
       with self._untimed():
@@ -307,9 +310,9 @@ class Trainer:
       self._compiled.add(shapes)
       self._watch.discount(time.monotonic() - start)
     self.step += 1
-    self._window.add(self.step, given.ids, batch, metrics)
+    self._window.add(self.step, training_batch.ids, batch, metrics)
     for hook in self._hooks:
-      hook.after_step(self, given.ids)
+      hook.after_step(self, training_batch.ids)
 
   @contextlib.contextmanager
   def _untimed(self) -> Iterator[None]:
@@ -421,8 +424,8 @@ def _evaluation(
   """Batches by the suffix of their metrics' names: with all memory tokens none, with the first m of
   `clara.nested_memory` '_m<m>'."""
   sizes = config.clara.nested_memory if encoder.kind != "text" else ()
-  made = {"": evaluation_batches(rows, encoder, config.data.eval_batch_size)}
-  return made | {
+  batches = {"": evaluation_batches(rows, encoder, config.data.eval_batch_size)}
+  return batches | {
     f"_m{m}": evaluation_batches(rows, encoder.first_tokens(m), config.data.eval_batch_size)
     for m in sizes[:-1]
   }

@@ -51,11 +51,11 @@ def main() -> None:
   )
   options = parser.parse_args()
   options.out.mkdir(parents=True, exist_ok=True)
-  made = rows(options.data, options.passages, options.candidates, options.top_k, options.limit)
-  for name, values in made.items():
+  datasets = rows(options.data, options.passages, options.candidates, options.top_k, options.limit)
+  for name, values in datasets.items():
     with open(options.out / f"{name}.jsonl", "w", encoding="utf-8") as file:
       file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-  print(json.dumps({name: len(values) for name, values in made.items()}))
+  print(json.dumps({name: len(values) for name, values in datasets.items()}))
 
 
 def rows(
@@ -98,12 +98,14 @@ def rows(
     if q["title"] not in elsewhere and _fits(q["text"])
   ][:limit]
   squad = sides["train"]
-  told = [
+  passage_texts = [
     f"{p['title']}\n{p['text']}"
     for p in _read(data / "wiki" / "passages.jsonl.gz")
     if p["title"] not in elsewhere and _fits(p["text"])
   ]
-  told = rng.sample(told, min(passages, limit or len(told), len(told)))
+  passage_texts = rng.sample(
+    passage_texts, min(passages, limit or len(passage_texts), len(passage_texts))
+  )
   scp = [row for group in squad.by_paragraph() for row in _scp(group)]
   scp += [
     {
@@ -116,7 +118,7 @@ def rows(
   ]
   scp += [
     {"id": f"told-{i}", "data_type": "paraphrase", "docs": [text], "answers": [text]}
-    for i, text in enumerate(told)
+    for i, text in enumerate(passage_texts)
   ]
   hotpot_pool = list(dict.fromkeys(d for row in train_hotpot for d in row["docs"]))
   test_pool = list(dict.fromkeys(d for row in test_hotpot for d in row["docs"]))
@@ -172,12 +174,12 @@ class _Squad:
     """Others for each paragraph, hardest first, from its article and from BM25 over all in turn."""
     retriever = Bm25(self._texts)
     names = list(self._groups)
-    found = retriever.search(
+    rankings = retriever.search(
       [" ".join(q["question"] for q in self._groups[name]) for name in names],
       min(3 * n, len(self._texts)),
     )
-    made = {}
-    for name, near in zip(names, found.tolist(), strict=True):
+    candidates = {}
+    for name, near in zip(names, rankings.tolist(), strict=True):
       gold = self._place[name]
       article = set(self._article[self.paragraphs[gold]["title"]])
       own = [p for p in near if p in article] + sorted(
@@ -186,17 +188,17 @@ class _Squad:
       turns = [
         p for pair in zip(own, [p for p in near if p not in article], strict=False) for p in pair
       ]
-      made[name] = [p for p in dict.fromkeys([*turns, *own, *near]) if p != gold][: n - 1]
-    return made
+      candidates[name] = [p for p in dict.fromkeys([*turns, *own, *near]) if p != gold][: n - 1]
+    return candidates
 
   def rows(self, count: int) -> list[dict[str, Any]]:
     """Every question with so many candidates."""
-    made = []
+    candidate_rows = []
     for name, group in self._groups.items():
       gold = self._place[name]
       chosen = [gold, *self._candidates[name][: count - 1]]
       random.Random(f"{name} {count}").shuffle(chosen)
-      made += [
+      candidate_rows += [
         {
           "id": q["id"],
           "question": q["question"],
@@ -206,17 +208,17 @@ class _Squad:
         }
         for q in group
       ]
-    return made
+    return candidate_rows
 
 
 def _scp(group: tuple[str, str, list[dict]]) -> list[dict[str, Any]]:
   identifier, text, questions = group
-  made = [
+  pretraining_rows = [
     {"id": q["id"], "question": q["question"], "golden_answers": q["answers"], "docs": [text]}
     for q in questions
   ]
   listed = questions[:LISTED]
-  made.append(
+  pretraining_rows.append(
     {
       "id": f"{identifier}-list",
       "question": [q["question"] for q in listed],
@@ -225,7 +227,7 @@ def _scp(group: tuple[str, str, list[dict]]) -> list[dict[str, Any]]:
     }
   )
   return [
-    *made,
+    *pretraining_rows,
     {"id": f"{identifier}-told", "data_type": "paraphrase", "docs": [text], "answers": [text]},
   ]
 
@@ -249,11 +251,13 @@ def _hotpot(
 
 
 def _filled_up(
-  given: Sequence[dict], n: int, pool: Sequence[str], rng: random.Random
+  hotpot_rows: Sequence[dict], n: int, pool: Sequence[str], rng: random.Random
 ) -> list[dict[str, Any]]:
   """HotpotQA's own ten documents and what BM25 finds among those of the others."""
-  found = Bm25(pool).search([row["question"] for row in given], min(3 * n, len(pool))).tolist()
-  return [_hotpot(row, n, pool, near, rng) for row, near in zip(given, found, strict=True)]
+  rankings = (
+    Bm25(pool).search([row["question"] for row in hotpot_rows], min(3 * n, len(pool))).tolist()
+  )
+  return [_hotpot(row, n, pool, near, rng) for row, near in zip(hotpot_rows, rankings, strict=True)]
 
 
 def _fits(text: str) -> bool:

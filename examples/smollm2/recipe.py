@@ -138,8 +138,8 @@ class Recipe:
     from clara_jax.training import run as run_lib
 
     training = TRAININGS[name]
-    given = [f"--config.base={self.base}", *self.overrides]
-    config = config_file.load_config(f"{ROOT}/configs/smollm2.py:{training.stage}", given)
+    overrides = [f"--config.base={self.base}", *self.overrides]
+    config = config_file.load_config(f"{ROOT}/configs/smollm2.py:{training.stage}", overrides)
     if training.estimator:
       config = dataclasses.replace(config, estimator=training.estimator)
     if training.before:

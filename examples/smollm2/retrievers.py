@@ -32,7 +32,7 @@ def main() -> None:
   )
   options = parser.parse_args()
   rows = [row for row in schemas.read_rows([options.rows]) if row.gold]
-  found = {
+  recalls = {
     "bm25": recall(rows, [Bm25(r.documents).search(r.questions, len(r.documents))[0] for r in rows])
   }
   if options.model:
@@ -47,8 +47,8 @@ def main() -> None:
       np.argsort(-documents[[place[d] for d in r.documents]] @ q, kind="stable")
       for r, q in zip(rows, questions, strict=True)
     ]
-    found["dense"] = recall(rows, order)
-  print(json.dumps({"rows": len(rows), **found}, indent=2))
+    recalls["dense"] = recall(rows, order)
+  print(json.dumps({"rows": len(rows), **recalls}, indent=2))
 
 
 def recall(rows: list[schemas.Row], ranked: list[np.ndarray]) -> dict[str, dict]:

@@ -300,7 +300,7 @@ def run(
     for letter in claims:
       for name, make in CLAIMS[letter].needs:
         results[seed][name] = make(experiments)
-  found = {
+  report = {
     "scale": scale,
     "seeds": seeds,
     "seconds": round(time.monotonic() - start),
@@ -310,12 +310,12 @@ def run(
     "results": results,
   }
   with open(os.path.join(workdir, "reproduction.json"), "w", encoding="utf-8") as file:
-    json.dump(found, file, indent=2)
+    json.dump(report, file, indent=2)
   with open(os.path.join(workdir, "reproduction.md"), "w", encoding="utf-8") as file:
-    file.write(markdown(found))
-  html.write(os.path.join(workdir, "reproduction.html"), _page(found, results))
+    file.write(markdown(report))
+  html.write(os.path.join(workdir, "reproduction.html"), _page(report, results))
   log.info(f"\nWritten: {workdir}/reproduction.json, .md and .html")
-  return found
+  return report
 
 
 def same_sizes(workdir: str, sizes: ExperimentSizes) -> None:
@@ -325,12 +325,14 @@ def same_sizes(workdir: str, sizes: ExperimentSizes) -> None:
     ConfigError: it has experiments of other sizes.
   """
   path = os.path.join(workdir, "sizes.json")
-  wanted = json.loads(json.dumps(dataclasses.asdict(sizes)))
+  requested_sizes = json.loads(json.dumps(dataclasses.asdict(sizes)))
   if os.path.exists(path):
     with open(path, encoding="utf-8") as file:
-      if (there := json.load(file)) != wanted:
+      if (stored_sizes := json.load(file)) != requested_sizes:
         changed = [
-          f"{k}: {there[k]} there, {v} asked for" for k, v in wanted.items() if there.get(k) != v
+          f"{k}: {stored_sizes[k]} there, {v} asked for"
+          for k, v in requested_sizes.items()
+          if stored_sizes.get(k) != v
         ]
         raise ConfigError(
           f"{workdir}: has experiments of other sizes ({'; '.join(changed)}); name another "
@@ -339,7 +341,7 @@ def same_sizes(workdir: str, sizes: ExperimentSizes) -> None:
     return
   os.makedirs(workdir, exist_ok=True)
   with open(path, "w", encoding="utf-8") as file:
-    json.dump(wanted, file, indent=2)
+    json.dump(requested_sizes, file, indent=2)
 
 
 def judge(claim: Claim, results: Mapping[int, Results]) -> dict[str, Any]:
@@ -374,14 +376,14 @@ def _range(values: Sequence[float]) -> str:
   return f"{np.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(report: Mapping[str, Any]) -> str:
   """The table for a document."""
   lines = [
     "| | claim | the paper | what was compared | larger in the paper | smaller in the paper | "
     "verdict |",
     "|---|---|---|---|---|---|---|",
   ]
-  for letter, claim in found["claims"].items():
+  for letter, claim in report["claims"].items():
     for i, c in enumerate(claim["comparisons"]):
       head = f"| ({letter}) | {claim['says']} | {claim['paper']} " if not i else "| | | "
       lines.append(
@@ -392,7 +394,7 @@ def markdown(found: Mapping[str, Any]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def _page(found: Mapping[str, Any], results: Mapping[int, Results]) -> str:
+def _page(report: Mapping[str, Any], results: Mapping[int, Results]) -> str:
   rows = [
     [
       f"({letter}) {claim['says']}" if not i else "",
@@ -402,11 +404,11 @@ def _page(found: Mapping[str, Any], results: Mapping[int, Results]) -> str:
       f"{c['worse']}: {_range(c['values_worse'])}",
       c["outcome"],
     ]
-    for letter, claim in found["claims"].items()
+    for letter, claim in report["claims"].items()
     for i, c in enumerate(claim["comparisons"])
   ]
   plots = []
-  for letter in found["claims"]:
+  for letter in report["claims"]:
     if curve := CLAIMS[letter].curve:
       plots.append(_curve(*curve, results))
   names = [n for n in JOINT if all(n in r for r in results.values())]
@@ -414,9 +416,9 @@ def _page(found: Mapping[str, Any], results: Mapping[int, Results]) -> str:
     plots.append(_recall(names, results))
   intro = (
     "One seed."
-    if found["seeds"] == 1
+    if report["seeds"] == 1
     else (
-      f"{found['seeds']} seeds; mean (range over seeds). Two numbers count as told apart only "
+      f"{report['seeds']} seeds; mean (range over seeds). Two numbers count as told apart only "
       f"where their ranges do not touch."
     )
   )

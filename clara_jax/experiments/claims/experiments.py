@@ -145,12 +145,12 @@ class Experiments:
       with open(path, encoding="utf-8") as file:
         return json.load(file)
     start = time.monotonic()
-    found = make() | {"seconds": round(time.monotonic() - start, 1)}
+    scores = make() | {"seconds": round(time.monotonic() - start, 1)}
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path + ".part", "w", encoding="utf-8") as file:
-      json.dump(found, file, indent=2)
+      json.dump(scores, file, indent=2)
     os.replace(path + ".part", path)
-    return found
+    return scores
 
   # ---- trainings ---------------------------------------------------------------------------------
 
@@ -274,13 +274,13 @@ class Experiments:
 
     def make():
       checkpoint = formats.load(self.instructed(name))
-      found = self._evaluate(checkpoint, self.test_rows(TOP_K), "compressor")
+      scores = self._evaluate(checkpoint, self.test_rows(TOP_K), "compressor")
       texts = [d["text"] for d in self.world.documents(True, 300)]
       documents, memories = document_and_memory_means(checkpoint, texts)
       spread = np.square(documents - documents.mean(0)).mean()
       return {
-        "em": found["em"],
-        "f1": found["f1"],
+        "em": scores["em"],
+        "f1": scores["f1"],
         "distance": float(np.square(documents - memories).mean() / spread),
       }
 
@@ -335,10 +335,10 @@ class Experiments:
     def make():
       rows = self.test_rows(CANDIDATES)
       after = self.joint(name, rows, estimator=estimator, tau=tau, gradients_every=25, **train)
-      found = self._evaluate(after, rows, "joint")
+      scores = self._evaluate(after, rows, "joint")
       # The last window: nothing is compiled there any more.
       speed = [v["samples_per_second"] for v in self._log(name, "train")][-1]
-      return {k: found[k] for k in RETRIEVAL} | {
+      return {k: scores[k] for k in RETRIEVAL} | {
         "curve": self._curve(name),
         "milliseconds": 1000 * BATCH / speed,
         "gradients": self._log(name, "gradients"),

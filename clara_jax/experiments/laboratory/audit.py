@@ -62,16 +62,18 @@ VARIED: dict[str, tuple[Any, ...]] = {
 # rows [K, WIDTH] that are read, facts [2, WIDTH] that are asked for -> loss
 
 
-def _told(rows, fact):
+def _mention_probability(rows, fact):
   """Probability that one of the rows tells a fact."""
   return 1 - jnp.prod(1 - jax.nn.sigmoid(10 * (rows @ fact) - 5))
 
 
 LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
   "linear": lambda rows, facts: -(rows @ facts[0]).mean(),
-  "answer": lambda rows, facts: -jnp.log(0.02 + 0.98 * _told(rows, facts[0])),
+  "answer": lambda rows, facts: -jnp.log(0.02 + 0.98 * _mention_probability(rows, facts[0])),
   "two_hops": lambda rows, facts: (
-    -jnp.log(0.02 + 0.98 * _told(rows, facts[0]) * _told(rows, facts[1]))
+    -jnp.log(
+      0.02 + 0.98 * _mention_probability(rows, facts[0]) * _mention_probability(rows, facts[1])
+    )
   ),
   "quadratic": lambda rows, facts: jnp.square(rows.mean(0) - facts[0]).sum(),
 }
@@ -127,9 +129,9 @@ def estimates(
   def one(key):
     def objective(scores):
       choice = estimator(stages.repeat(scores, draws), k, temperature, key)
-      found = losses(choice.rows(stages.repeat(memories, draws)), draws, context)
-      term = 0.0 if choice.log_prob is None else leave_one_out(found, choice.log_prob, draws)
-      return found.sum() / draws + term
+      draw_losses = losses(choice.rows(stages.repeat(memories, draws)), draws, context)
+      term = 0.0 if choice.log_prob is None else leave_one_out(draw_losses, choice.log_prob, draws)
+      return draw_losses.sum() / draws + term
 
     return jax.grad(objective)(scores)
 
@@ -166,7 +168,7 @@ def summary(drawn: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 def exact_gradients(
   scores: np.ndarray,
   losses: np.ndarray,
-  found: np.ndarray,
+  selections: np.ndarray,
   temperature: float,
   policies: Sequence[str] = tuple(exact.POLICIES),
 ) -> dict[str, np.ndarray]:
@@ -178,7 +180,11 @@ def exact_gradients(
         [
           np.asarray(
             _exact_gradient(
-              exact.POLICIES[name], np.float64(s), np.float64(v), found, np.float64(temperature)
+              exact.POLICIES[name],
+              np.float64(s),
+              np.float64(v),
+              selections,
+              np.float64(temperature),
             )
           )
           for s, v in zip(scores, losses, strict=True)
@@ -213,17 +219,17 @@ def audit_setting(
   """
   if setting.loss not in LOSSES:
     raise ConfigError(f"loss={setting.loss!r}: expected one of {sorted(LOSSES)}")
-  found = exact.choices(setting.n, setting.k)
+  selections = exact.choices(setting.n, setting.k)
   scores, memories, facts = instances(setting, count, seed)
   of_choices = jax.jit(
-    jax.vmap(lambda m, f: jax.vmap(lambda i: LOSSES[setting.loss](m[i], f))(found))
+    jax.vmap(lambda m, f: jax.vmap(lambda i: LOSSES[setting.loss](m[i], f))(selections))
   )(memories, facts)
   truths: dict[float, dict[str, np.ndarray]] = {}
-  made = {}
+  summaries = {}
   for variant in variants:
     tau = variant.temperature or setting.temperature
     if tau not in truths:
-      truths[tau] = exact_gradients(np.asarray(scores), np.asarray(of_choices), found, tau)
+      truths[tau] = exact_gradients(np.asarray(scores), np.asarray(of_choices), selections, tau)
     keys = jax.random.split(jax.random.key(seed + 1), draws)
     drawn = np.asarray(
       estimates(
@@ -240,8 +246,10 @@ def audit_setting(
     )
     if not np.isfinite(drawn).all():
       raise ConfigError(f"{variant.name}: a gradient is not finite with {setting}")
-    made[variant.name] = {policy: summary(drawn, truth) for policy, truth in truths[tau].items()}
-  return made
+    summaries[variant.name] = {
+      policy: summary(drawn, truth) for policy, truth in truths[tau].items()
+    }
+  return summaries
 
 
 def audit_generator(
@@ -270,7 +278,7 @@ def audit_generator(
     DataError: a row has fewer documents.
   """
   model, k = checkpoint.model, checkpoint.model.config.top_k
-  found = exact.choices(n, k)
+  selections = exact.choices(n, k)
   weights = dict(checkpoint.weights)
   weights.setdefault("query_reasoner", weights.get("compressor"))
   rng = np.random.default_rng(seed)
@@ -290,9 +298,9 @@ def audit_generator(
   )
   (batch,) = evaluation_batches([cut(row) for row in rows], encoder, len(rows))
 
-  def cross_entropy(selected, draws, given):
+  def cross_entropy(selected, draws, context):
     """Of each row, a mean over its label tokens: rows [R·S, K, M, D] -> [R·S]."""
-    weights, prompt = given
+    weights, prompt = context
     prompt = stages.repeat(prompt, draws)
     *_, sums = stages.answer_terms(
       model, weights, model.answer_states(weights, prompt, selected), prompt
@@ -304,15 +312,15 @@ def audit_generator(
     memories = model.compress(weights, batch.documents)
     scores = model.score(model.encode_query(weights, batch.question), memories)
     of_choices = jax.lax.map(
-      lambda i: cross_entropy(memories[:, i], 1, (weights, batch.prompt)), jnp.asarray(found)
+      lambda i: cross_entropy(memories[:, i], 1, (weights, batch.prompt)), jnp.asarray(selections)
     )
     return memories, scores, of_choices.T
 
   memories, scores, of_choices = prepare(weights, batch)
-  made: dict[str, Any] = {}
+  summaries: dict[str, Any] = {}
   for variant in variants:
     tau, start = variant.temperature or model.config.temperature, time.monotonic()
-    truths = exact_gradients(np.asarray(scores), np.asarray(of_choices), found, tau)
+    truths = exact_gradients(np.asarray(scores), np.asarray(of_choices), selections, tau)
     keys = jax.random.split(jax.random.key(seed + 1), draws)
     drawn = np.asarray(
       estimates(
@@ -327,17 +335,17 @@ def audit_generator(
         (weights, batch.prompt),
       )
     )
-    made[variant.name] = {policy: summary(drawn, truth) for policy, truth in truths.items()} | {
-      "seconds": round(time.monotonic() - start, 2)
-    }
+    summaries[variant.name] = {
+      policy: summary(drawn, truth) for policy, truth in truths.items()
+    } | {"seconds": round(time.monotonic() - start, 2)}
     log.info(f"gradients: {variant.name}, {time.monotonic() - start:.0f} s")
   return {
     "rows": len(rows),
     "n": n,
     "k": k,
-    "choices": len(found),
+    "choices": len(selections),
     "draws": draws,
     "temperature": model.config.temperature,
     "spread": float(np.asarray(scores).std(-1).mean()),
-    "estimators": made,
+    "estimators": summaries,
   }

@@ -51,13 +51,13 @@ def compare(
       results[variant.name].append(
         experiments.estimated(name, variant.estimator, variant.temperature, **variant.train)
       )
-  finals = {name: [r["recall_at_1"] for r in found] for name, found in results.items()}
+  finals = {name: [r["recall_at_1"] for r in records] for name, records in results.items()}
   return {
     "seeds": seeds,
     "steps": sizes.joint,
     "test_rows": sizes.test_rows,
     "seconds": round(time.monotonic() - start),
-    "training_seconds": round(sum(r["seconds"] for found in results.values() for r in found)),
+    "training_seconds": round(sum(r["seconds"] for records in results.values() for r in records)),
     "results": results,
     "against_algorithm1": {
       name: verdict(values, finals[REFERENCE])

@@ -41,37 +41,39 @@ def choices(n: int, k: int) -> np.ndarray:
 
 
 def plackett_luce_policy(
-  scores: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array
+  scores: jax.Array, selections: np.ndarray | jax.Array, temperature: float | jax.Array
 ) -> jax.Array:
   """The K best of s + τ g, g ~ Gumbel(0, 1): each slot is a softmax over what is left.
 
   Args:
     scores: [N].
-    found: [P, K] of `choices`.
+    selections: [P, K] of `choices`.
     temperature: τ.
 
   Returns:
     [P] probabilities.
   """
   return jnp.exp(
-    jax.vmap(lambda i: plackett_luce((scores / temperature)[None], i[None])[0])(jnp.asarray(found))
+    jax.vmap(lambda i: plackett_luce((scores / temperature)[None], i[None])[0])(
+      jnp.asarray(selections)
+    )
   )
 
 
 def subset_policy(
-  scores: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array
+  scores: jax.Array, selections: np.ndarray | jax.Array, temperature: float | jax.Array
 ) -> jax.Array:
   """Subsets with p ∝ exp(Σ θ), in order of score; see `plackett_luce_policy` for the arguments. The
   distribution of 'simple'."""
   theta = scores / temperature
-  picked = theta[jnp.asarray(found)]
-  place = jnp.argsort(jnp.argsort(-scores))[jnp.asarray(found)]  # ties: the lower index first
+  picked = theta[jnp.asarray(selections)]
+  place = jnp.argsort(jnp.argsort(-scores))[jnp.asarray(selections)]  # ties: the lower index first
   in_order = (place[:, 1:] > place[:, :-1]).all(-1)
   return jax.nn.softmax(jnp.where(in_order, picked.sum(-1), -jnp.inf))
 
 
 def uniform_noise_policy(
-  scores: jax.Array, found: np.ndarray | jax.Array, temperature: float | jax.Array
+  scores: jax.Array, selections: np.ndarray | jax.Array, temperature: float | jax.Array
 ) -> jax.Array:
   """The K best of s + τ u, u uniform with mean 0 and variance 1; see `plackett_luce_policy` for the
   arguments.
@@ -80,7 +82,7 @@ def uniform_noise_policy(
   neighboring ends of the N intervals everything is a polynomial of degree at most N, which N + 1
   Gauss–Legendre nodes integrate exactly.
   """
-  n, k = scores.shape[0], found.shape[1]
+  n, k = scores.shape[0], selections.shape[1]
   width = HALF_WIDTH * jnp.asarray(temperature)
   nodes, weights = np.polynomial.legendre.leggauss(n + 1)
   # [D, D]: ∫_{-1}^{x_i} of the polynomial through values at the nodes.
@@ -107,7 +109,7 @@ def uniform_noise_policy(
       rest, total = integral(density[chosen[slot]] * rest)
     return total
 
-  return jax.lax.map(one, jnp.asarray(found), batch_size=256)
+  return jax.lax.map(one, jnp.asarray(selections), batch_size=256)
 
 
 POLICIES: dict[str, Policy] = {
@@ -121,19 +123,19 @@ def expected_loss(
   policy: Policy,
   scores: jax.Array,
   losses: jax.Array,
-  found: np.ndarray | jax.Array,
+  selections: np.ndarray | jax.Array,
   temperature: float | jax.Array,
 ) -> jax.Array:
   """J(s): scores [N], losses [P] of the choices [P, K] -> scalar; differentiable."""
-  return jnp.vdot(policy(scores, found, temperature), losses)
+  return jnp.vdot(policy(scores, selections, temperature), losses)
 
 
 def exact_gradient(
   policy: Policy,
   scores: jax.Array,
   losses: jax.Array,
-  found: np.ndarray | jax.Array,
+  selections: np.ndarray | jax.Array,
   temperature: float | jax.Array,
 ) -> jax.Array:
   """∂J/∂s [N]."""
-  return jax.grad(lambda s: expected_loss(policy, s, losses, found, temperature))(scores)
+  return jax.grad(lambda s: expected_loss(policy, s, losses, selections, temperature))(scores)

@@ -45,40 +45,40 @@ def run_audit(
     raise ConfigError(f"{scheduled[0]}: an audit has one temperature; schedules are for --train")
   _make(out)
   path, start = os.path.join(out, "audit.json"), time.monotonic()
-  told = {"draws": draws, "instances": INSTANCES}
-  found = _read(path) or {**told, "sources": {}, "seconds": 0.0, "settings": []}
-  if {k: found[k] for k in told} != told:
-    raise ConfigError(f"{path}: is an audit with {found['draws']} draws; name another --out")
-  before, sources = found["seconds"], {v.name: _source(v) for v in variants}
+  parameters = {"draws": draws, "instances": INSTANCES}
+  report = _read(path) or {**parameters, "sources": {}, "seconds": 0.0, "settings": []}
+  if {k: report[k] for k in parameters} != parameters:
+    raise ConfigError(f"{path}: is an audit with {report['draws']} draws; name another --out")
+  before, sources = report["seconds"], {v.name: _source(v) for v in variants}
   for name in [
-    n for n in found["sources"] if sources.get(n, found["sources"][n]) != found["sources"][n]
+    n for n in report["sources"] if sources.get(n, report["sources"][n]) != report["sources"][n]
   ]:
-    for entry in found["settings"]:  # it was changed since
+    for entry in report["settings"]:  # it was changed since
       entry["estimators"].pop(name, None)
-  found |= {"names": list(sources), "sources": found["sources"] | sources}
-  wanted = [(None, AuditSetting())] + [
+  report |= {"names": list(sources), "sources": report["sources"] | sources}
+  settings = [(None, AuditSetting())] + [
     (factor, dataclasses.replace(AuditSetting(), **{factor: value}))
     for factor in varied
     for value in VARIED[factor]
   ]
-  for number, (factor, setting) in enumerate(wanted, 1):
+  for number, (factor, setting) in enumerate(settings, 1):
     entry = {"varies": factor, "setting": dataclasses.asdict(setting)}
-    there = next((e for e in found["settings"] if {k: e[k] for k in entry} == entry), None)
-    if there is None:
+    record = next((e for e in report["settings"] if {k: e[k] for k in entry} == entry), None)
+    if record is None:
       same = next(
-        (e["estimators"] for e in found["settings"] if e["setting"] == entry["setting"]), {}
+        (e["estimators"] for e in report["settings"] if e["setting"] == entry["setting"]), {}
       )
-      found["settings"].append(there := entry | {"estimators": dict(same)})
-    if not (missing := [v for v in variants if v.name not in there["estimators"]]):
+      report["settings"].append(record := entry | {"estimators": dict(same)})
+    if not (missing := [v for v in variants if v.name not in record["estimators"]]):
       continue
-    there["estimators"] |= audit_setting(setting, missing, draws, INSTANCES)
-    found["seconds"] = round(before + time.monotonic() - start, 1)
-    _write(path, found)
-    log.info(f"gradients: setting {number} of {len(wanted)}, {time.monotonic() - start:.0f} s")
+    record["estimators"] |= audit_setting(setting, missing, draws, INSTANCES)
+    report["seconds"] = round(before + time.monotonic() - start, 1)
+    _write(path, report)
+    log.info(f"gradients: setting {number} of {len(settings)}, {time.monotonic() - start:.0f} s")
   return {
-    "settings": len(found["settings"]),
+    "settings": len(report["settings"]),
     "estimators": len(variants),
-    "seconds": found["seconds"],
+    "seconds": report["seconds"],
     **pages.write(out),
   }
 
@@ -90,14 +90,14 @@ def run_generator(
   names: Sequence[str] = AUDITED,
   n: int = 6,
   draws: int = 32,
-  told: Mapping[str, Any] | None = None,
+  source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """The audit with a checkpoint's generator, into OUT/generator.json; see `audit_generator`.
   Estimators of an earlier one stay.
 
   Args:
     out, checkpoint, rows, names, n, draws: see `audit_generator`.
-    told: what else the result tells, and a later start must agree in.
+    source: what else the result tells, and a later start must agree in.
 
   Raises:
     ConfigError: OUT has an audit of another checkpoint, other rows, N or draws.
@@ -105,21 +105,21 @@ def run_generator(
   variants = parse_all(names)
   _make(out)
   path, start = os.path.join(out, "generator.json"), time.monotonic()
-  of = {**(told or {}), "rows": len(rows), "n": n, "draws": draws}
-  there = _read(path) or {**of, "estimators": {}, "seconds": 0.0}
-  if {k: there.get(k) for k in of} != of:
+  of = {**(source or {}), "rows": len(rows), "n": n, "draws": draws}
+  stored = _read(path) or {**of, "estimators": {}, "seconds": 0.0}
+  if {k: stored.get(k) for k in of} != of:
     raise ConfigError(
-      f"{path}: is an audit of {', '.join(f'{k} {there.get(k)}' for k in of)}; name another --out"
+      f"{path}: is an audit of {', '.join(f'{k} {stored.get(k)}' for k in of)}; name another --out"
     )
-  found = audit_generator(checkpoint, rows, variants, n=n, draws=draws)
-  seconds = round(there["seconds"] + time.monotonic() - start, 1)
+  report = audit_generator(checkpoint, rows, variants, n=n, draws=draws)
+  seconds = round(stored["seconds"] + time.monotonic() - start, 1)
   _write(
     path,
-    {**of, **found, "estimators": there["estimators"] | found["estimators"], "seconds": seconds},
+    {**of, **report, "estimators": stored["estimators"] | report["estimators"], "seconds": seconds},
   )
   return {
     "rows": len(rows),
-    "choices": found["choices"],
+    "choices": report["choices"],
     "estimators": len(variants),
     "seconds": seconds,
     **pages.write(out),
@@ -145,13 +145,13 @@ def run_compare(
   or in a workdir of `clara reproduce`."""
   variants = parse_all(names)
   _make(out)
-  found = compare(workdir or os.path.join(out, "trainings"), variants, seeds, scale, sizes)
-  _write(os.path.join(out, "compare.json"), found)
+  report = compare(workdir or os.path.join(out, "trainings"), variants, seeds, scale, sizes)
+  _write(os.path.join(out, "compare.json"), report)
   return {
     "seeds": seeds,
     "estimators": len(variants),
-    "seconds": found["seconds"],
-    "against_algorithm1": found["against_algorithm1"],
+    "seconds": report["seconds"],
+    "against_algorithm1": report["against_algorithm1"],
     **pages.write(out),
   }
 

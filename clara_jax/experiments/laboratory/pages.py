@@ -61,7 +61,7 @@ def write(directory: str) -> dict[str, str]:
     The files.
   """
   folder = pathlib.Path(directory)
-  found = {
+  reports = {
     name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     for name in ("audit", "generator", "compare")
     if (folder / f"{name}.json").exists()
@@ -81,12 +81,12 @@ def write(directory: str) -> dict[str, str]:
       svg.removeprefix("<figure>").removesuffix("</figure>"), encoding="utf-8"
     )
 
-  if "audit" in found:
-    base = found["audit"]["settings"][0]
+  if "audit" in reports:
+    base = reports["audit"]["settings"][0]
     add(
       "Against the exact gradient, synthetic loss",
-      f"{_setting(base['setting'])}; {found['audit']['draws']} draws, "
-      f"{found['audit']['instances']} instances, medians. Exact: of the "
+      f"{_setting(base['setting'])}; {reports['audit']['draws']} draws, "
+      f"{reports['audit']['instances']} instances, medians. Exact: of the "
       "expected loss when documents are drawn from the Plackett–Luce distribution of the scores. "
       + LEGEND,
       ["estimator", *MEASURES, "cosine, uniform noise", "cosine, subsets"],
@@ -97,14 +97,14 @@ def write(directory: str) -> dict[str, str]:
           v["uniform_noise"]["cosine"],
           v["subsets"]["cosine"],
         ]
-        for name, v in _shown(found["audit"], base)
+        for name, v in _shown(reports["audit"], base)
       ],
     )
-    if any(entry["varies"] for entry in found["audit"]["settings"]):
-      draw("audit_cosine", _varied(found["audit"], "cosine", "cosine to the exact gradient"))
-      draw("audit_error", _varied(found["audit"], "error", "relative error of one draw"))
-  if "generator" in found:
-    g = found["generator"]
+    if any(entry["varies"] for entry in reports["audit"]["settings"]):
+      draw("audit_cosine", _varied(reports["audit"], "cosine", "cosine to the exact gradient"))
+      draw("audit_error", _varied(reports["audit"], "error", "relative error of one draw"))
+  if "generator" in reports:
+    g = reports["generator"]
     add(
       "Against the exact gradient, a generator's loss",
       f"{g['rows']} questions, N = {g['n']}, K = {g['k']} ({g['choices']} ordered choices), τ = "
@@ -121,8 +121,8 @@ def write(directory: str) -> dict[str, str]:
         for name, v in g["estimators"].items()
       ],
     )
-  if "compare" in found:
-    c = found["compare"]
+  if "compare" in reports:
+    c = reports["compare"]
     rows = []
     for name, results in c["results"].items():
       recall, answers = ([r[key] for r in results] for key in ("recall_at_1", "em"))
@@ -182,11 +182,11 @@ def _varied(audit: Mapping[str, Any], measure: str, label: str) -> str:
   lines = -(-len(axes_of) // columns)
 
   def value(entry, name):
-    found = entry["estimators"][name]["plackett_luce"]
+    summary = entry["estimators"][name]["plackett_luce"]
     return (
-      found["cosine"]
+      summary["cosine"]
       if measure == "cosine"
-      else float(np.sqrt(found["bias"] ** 2 + found["variance"]))
+      else float(np.sqrt(summary["bias"] ** 2 + summary["variance"]))
     )
 
   def draw(axes):

@@ -72,16 +72,18 @@ def parse(text: str) -> Variant:
   """
   text = text.strip().removesuffix("()")
   name, bracket, rest = text.rpartition("(") if text.endswith(")") else (text, "", "")
-  given: dict[str, Any] = {}
+  arguments: dict[str, Any] = {}
   if bracket:
     try:
       call = ast.parse(f"f({rest}", mode="eval").body
       if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
         raise SyntaxError
-      given = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+      arguments = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError):
       raise ConfigError(f"estimator {text!r}: expected NAME or NAME(argument=value, …)") from None
-  fields = {k: given.pop(k) for k in ("temperature", "final_temperature", "learned") if k in given}
+  fields = {
+    k: arguments.pop(k) for k in ("temperature", "final_temperature", "learned") if k in arguments
+  }
   for field in ("temperature", "final_temperature"):
     value = fields.get(field, 1.0)
     if (
@@ -90,7 +92,7 @@ def parse(text: str) -> Variant:
       raise ConfigError(f"estimator {text!r}: {field}={value!r}, expected a positive number")
   if not isinstance(fields.get("learned", True), bool):
     raise ConfigError(f"estimator {text!r}: learned={fields['learned']!r}, expected True or False")
-  return Variant(text, estimators.get(name.strip(), given), **fields)
+  return Variant(text, estimators.get(name.strip(), arguments), **fields)
 
 
 def parse_all(texts: Sequence[str]) -> list[Variant]:

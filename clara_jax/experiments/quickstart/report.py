@@ -79,10 +79,10 @@ def page(
   table: list[tuple[str, Any, str]],
   plots: list[tuple[str, str]],
   answers: list[dict[str, Any]],
-  made: dict[str, Any],
+  report: dict[str, Any],
 ) -> str:
   """The whole page. `table` rows: (measure, value, what it means)."""
-  told = html.joined(
+  answer_section = html.joined(
     Markup("<h3>{}</h3><p class=answer>{}</p>{}").format(
       a["question"],
       a["answer"],
@@ -105,7 +105,7 @@ def page(
         ),
       ),
       *plots,
-      ("Three questions, answered from memory tokens", told),
-      ("report.json", Markup("<pre>{}</pre>").format(json.dumps(made, indent=2))),
+      ("Three questions, answered from memory tokens", answer_section),
+      ("report.json", Markup("<pre>{}</pre>").format(json.dumps(report, indent=2))),
     ],
   )

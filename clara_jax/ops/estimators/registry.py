@@ -58,9 +58,9 @@ def get(name: str, arguments: Mapping[str, Any] | None = None) -> Estimator:
   for p in parameters[4:]:
     value = (arguments or {}).get(p.name, p.default)
     # A number where a number is meant: the type of the default tells.
-    wanted = (int, float) if isinstance(p.default, float) else type(p.default)
+    expected_type = (int, float) if isinstance(p.default, float) else type(p.default)
     if p.default not in (inspect.Parameter.empty, None) and (
-      not isinstance(value, wanted) or isinstance(value, bool) != isinstance(p.default, bool)
+      not isinstance(value, expected_type) or isinstance(value, bool) != isinstance(p.default, bool)
     ):
       raise ConfigError(f"estimator_args.{p.name}={value!r}: expected {type(p.default).__name__}")
     if p.name in ("draws", "samples", "iterations") and isinstance(value, int) and value < 1:

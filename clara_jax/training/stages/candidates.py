@@ -73,19 +73,19 @@ def candidates(model: Clara, weights: Weights, batch: Batch, query: jax.Array) -
   )
 
 
-def recall(scores: jax.Array, found: Candidates, valid: jax.Array) -> Metrics:
+def recall(scores: jax.Array, pool: Candidates, valid: jax.Array) -> Metrics:
   """Recall@1, 3 and 5 = |top-k ∩ gold| / |gold|, over rows that have gold documents. scores: [B,
   N]."""
   order = jnp.argsort(-scores, axis=-1)
-  taken = jnp.take_along_axis(found.is_gold, order, axis=-1).astype(jnp.float32)
-  weight = valid * (found.num_gold > 0)
+  taken = jnp.take_along_axis(pool.is_gold, order, axis=-1).astype(jnp.float32)
+  weight = valid * (pool.num_gold > 0)
   return {
-    f"recall_at_{k}": Mean.of(taken[:, :k].sum(-1) / jnp.maximum(found.num_gold, 1), weight)
+    f"recall_at_{k}": Mean.of(taken[:, :k].sum(-1) / jnp.maximum(pool.num_gold, 1), weight)
     for k in (1, 3, 5)
   }
 
 
-def gold_selected(indices: jax.Array, found: Candidates) -> jax.Array:
+def gold_selected(indices: jax.Array, pool: Candidates) -> jax.Array:
   """Whether every gold document of a row is among the selected: indices [B, K] -> [B] bool."""
-  taken = jnp.take_along_axis(found.is_gold, indices, axis=-1).sum(-1)
-  return (taken == found.num_gold) & (taken > 0)
+  taken = jnp.take_along_axis(pool.is_gold, indices, axis=-1).sum(-1)
+  return (taken == pool.num_gold) & (taken > 0)

@@ -42,8 +42,8 @@ def selection_gradients(model: Clara, weights: Weights, batch: Batch, rng: jax.A
   """
   estimator, tau = estimator_of(model), model.temperature(weights)
   query = model.encode_query(weights, batch.question)
-  found = candidates(model, weights, batch, query)
-  scores, back = jax.vjp(model.score, query, found.memories)
+  pool = candidates(model, weights, batch, query)
+  scores, back = jax.vjp(model.score, query, pool.memories)
   draws = estimator.samples
   prompt = repeat(batch.prompt, draws)
 
@@ -56,7 +56,7 @@ def selection_gradients(model: Clara, weights: Weights, batch: Batch, rng: jax.A
       0.0 if choice.log_prob is None else estimators.leave_one_out(rows, choice.log_prob, draws)
     )
 
-  d_scores, through_rows = jax.grad(objective, (0, 1))(scores, found.memories)
+  d_scores, through_rows = jax.grad(objective, (0, 1))(scores, pool.memories)
   d_query, through_scores = back(d_scores)
 
   def norm(x):

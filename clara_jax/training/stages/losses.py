@@ -92,21 +92,21 @@ def joint_loss(
     (None, None, None) if rng is None else jax.random.split(rng, 3)
   )
   query = model.encode_query(weights, batch.question, query_key)
-  found = candidates(model, weights, batch, query)
-  scores = model.score(query, found.memories)
+  pool = candidates(model, weights, batch, query)
+  scores = model.score(query, pool.memories)
   draws = 1
   if rng is None:
-    selected, indices = model.select(scores, found.memories)
+    selected, indices = model.select(scores, pool.memories)
     log_prob = None
   else:
     estimator = estimator_of(model)
     draws = estimator.samples
-    batch, found, scores = (repeat(x, draws) for x in (batch, found, scores))
+    batch, pool, scores = (repeat(x, draws) for x in (batch, pool, scores))
     # Not split off: the other keys are as without an estimator.
     choice = estimator(
       scores, model.config.top_k, model.temperature(weights), jax.random.fold_in(rng, 3)
     )
-    selected, indices, log_prob = choice.rows(found.memories), choice.indices, choice.log_prob
+    selected, indices, log_prob = choice.rows(pool.memories), choice.indices, choice.log_prob
   if nested_key is not None and model.config.nested_dropout:
     selected = nested_dropout(selected, model.config.nested_dropout, nested_key)
   states = model.answer_states(weights, batch.prompt, selected, dropout=answer_key)
@@ -118,9 +118,9 @@ def joint_loss(
   metrics = {"ce": ce, "answers": Mean.of(right, valid(batch))}
   if "temperature" in weights:
     metrics["temperature"] = Mean(jnp.asarray(model.temperature(weights)), jnp.ones(()))
-  if found.is_gold is not None:
-    metrics |= recall(scores, found, valid(batch))
-    metrics["answers_given_gold"] = Mean.of(right, valid(batch) * gold_selected(indices, found))
+  if pool.is_gold is not None:
+    metrics |= recall(scores, pool, valid(batch))
+    metrics["answers_given_gold"] = Mean.of(right, valid(batch) * gold_selected(indices, pool))
   return terms, metrics
 
 
@@ -169,11 +169,11 @@ def joint_diagnostics(model: Clara, weights: Weights, batch: Batch) -> Metrics:
   and 3/N.
   """
   query = model.encode_query(weights, batch.question)
-  found = candidates(model, weights, batch, query)
-  if found.is_gold is None:
+  pool = candidates(model, weights, batch, query)
+  if pool.is_gold is None:
     return {}
-  scores = model.score(query, found.memories)
-  selected, indices = model.select(scores, found.memories)
+  scores = model.score(query, pool.memories)
+  selected, indices = model.select(scores, pool.memories)
 
   def loss(selected):
     mean, *_ = answer_terms(
@@ -183,11 +183,11 @@ def joint_diagnostics(model: Clara, weights: Weights, batch: Batch) -> Metrics:
 
   config = model.config
   pushes = jax.vmap(lambda s, m, i, d: push(s, m, i, d, config.temperature, config.masking))(
-    scores, found.memories, indices, jax.grad(loss)(selected)
+    scores, pool.memories, indices, jax.grad(loss)(selected)
   )
-  gold = jnp.argmax(found.is_gold, axis=-1)
+  gold = jnp.argmax(pool.is_gold, axis=-1)
   place = (pushes > jnp.take_along_axis(pushes, gold[:, None], axis=-1)).sum(-1)
-  missed = valid(batch) * ~gold_selected(indices, found) * found.is_gold.any(-1)
+  missed = valid(batch) * ~gold_selected(indices, pool) * pool.is_gold.any(-1)
   ordered = jnp.sort(scores, axis=-1)
   return {
     "gold_gradient_top1": Mean.of(place == 0, missed),
@@ -203,13 +203,13 @@ def contrastive_loss(
   held against."""
   weights = {**frozen, **trainable}
   query = model.encode_query(weights, batch.question, rng)
-  found = candidates(model, weights, batch, query)
-  scores = model.score(query, found.memories)
+  pool = candidates(model, weights, batch, query)
+  scores = model.score(query, pool.memories)
   has_gold = batch.is_gold.any(-1).sum().astype(jnp.float32)
   loss = Mean(
     losses.contrastive(scores, batch.is_gold, model.config.temperature) * has_gold, has_gold
   )
-  return {"contrastive": loss}, {"contrastive": loss} | recall(scores, found, valid(batch))
+  return {"contrastive": loss}, {"contrastive": loss} | recall(scores, pool, valid(batch))
 
 
 def pretrain_loss(
