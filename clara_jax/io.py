@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import gzip
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 _SUM = '"sum": "'
 _SUM_LENGTH = 16
@@ -44,6 +45,25 @@ def write(file: Any, content: bytes | str) -> None:
     with contextlib.suppress(OSError):
       part.unlink(missing_ok=True)
     raise
+
+
+@contextlib.contextmanager
+def rewriting(path: str, *, compress: bool = False) -> Iterator[IO[bytes]]:
+  """A file to write to, beside its name; it has its name when the block ends well."""
+  part = f"{path}.part"
+  try:
+    with gzip.open(part, "wb") if compress else open(part, "wb") as file:
+      yield file
+    os.replace(part, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      os.unlink(part)
+    raise
+
+
+def json_line(value: Any) -> bytes:
+  """A value as a line of a JSONL file."""
+  return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
 def checksum(file: Any) -> str:

@@ -3,6 +3,7 @@ configuration, the Python API."""
 
 import argparse
 import dataclasses
+import importlib
 import pathlib
 import re
 
@@ -95,7 +96,19 @@ def commands() -> str:
       )
       choices = f"; one of {', '.join(f'`{c}`' for c in action.choices)}" if action.choices else ""
       lines.append(f"| `{shown}` | {default} | {_escape((action.help or '') + choices)} |")
+    lines += ["", f"With `--json`: {_returned(command_module(name).run)}"]
   return "\n".join(lines) + "\n"
+
+
+def _returned(run) -> str:
+  """What a command returns, from its docstring, with the fields of a dataclass that it names."""
+  text = " ".join(run.__doc__.split()).removeprefix("Returns ")
+  for dotted in re.findall(r"`([a-z_.]+\.[A-Z]\w+)`", text):
+    module, _, name = dotted.rpartition(".")
+    report = getattr(importlib.import_module(f"clara_jax.{module}"), name)
+    fields = ", ".join(f"`{field.name}`" for field in dataclasses.fields(report))
+    text = text.replace(f"`{dotted}`", f"`{dotted}` ({fields})")
+  return _escape(text)
 
 
 def configuration() -> str:

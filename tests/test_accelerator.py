@@ -124,7 +124,7 @@ def test_train(tmp_path):
 
 
 def test_what_travels_comes_back_whole(tmp_path):
-  data, golden, model = tmp_path / "data", tmp_path / "golden", tmp_path / "m.gguf"
+  data, model = tmp_path / "data", tmp_path / "m.gguf"
   for name in (
     "squad/paragraphs",
     "squad/qa",
@@ -136,16 +136,12 @@ def test_what_travels_comes_back_whole(tmp_path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(path, "wt") as file:
       file.write(f'{{"id": "{name}"}}\n')
-  golden.mkdir()
-  (golden / "numbers.json").write_text("{}")
   model.write_bytes(bytes(range(256)) * 1000)
   report = json.loads(
     python(
       FOLDER / "pack.py",
       "--data",
       data,
-      "--golden",
-      golden,
       "--model",
       model,
       "--out",
@@ -157,7 +153,6 @@ def test_what_travels_comes_back_whole(tmp_path):
   for part in ("part1", "part2"):
     python(FOLDER / "run.py", "--unpack", tmp_path / "pack" / part, "--work", tmp_path / "work")
   assert (tmp_path / "work" / "model.gguf").read_bytes() == model.read_bytes()
-  assert (tmp_path / "work" / "golden" / "numbers.json").exists()
   assert (
     gzip.open(tmp_path / "work" / "data" / "wiki" / "passages.jsonl.gz").read()
     == b'{"id": "wiki/passages"}\n'

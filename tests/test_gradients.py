@@ -72,10 +72,10 @@ def test_estimators_of_ones_own_are_audited(own_estimator, tmp_path, capsys):
 
 def test_the_tutorial_is_the_example():
   tutorial = (ROOT / "docs/gradients.md").read_text()
-  code = (ROOT / "examples/reinmax.py").read_text()
+  code = (ROOT / "examples/new_estimator.py").read_text()
   function = code[code.index("def reinmax") : code.index("\n\nif __name__")].rstrip()
   assert function in tutorial and f"{ROOT}" not in tutorial
-  choice = estimators.get(f"{ROOT}/examples/reinmax.py:reinmax")(
+  choice = estimators.get(f"{ROOT}/examples/new_estimator.py:reinmax")(
     jnp.array([[0.3, 0.1, 0.2]]), 2, 0.1, jax.random.key(0)
   )
   assert choice.rows(jnp.eye(3)[None]).shape == (1, 2, 3)
@@ -84,7 +84,7 @@ def test_the_tutorial_is_the_example():
 def test_reinmax_is_exact_for_quadratic_losses():
   """Which no first-order straight-through estimator is: what a second-order one is for."""
   setting = audit.AuditSetting(n=4, k=1, temperature=0.3, spread=0.3, loss="quadratic")
-  names = (f"{ROOT}/examples/reinmax.py:reinmax", "gumbel")
+  names = (f"{ROOT}/examples/new_estimator.py:reinmax", "gumbel")
   reinmax, gumbel = (
     v["plackett_luce"]
     for v in audit.audit_setting(setting, parse_all(names), draws=20_000, count=4).values()

@@ -1,9 +1,9 @@
 """What has to travel to a machine without a network, in two parts of less than 60 MiB
 (benchmarks/accelerator/README.md).
 
-    python benchmarks/accelerator/pack.py --data DIR --golden DIR --model F.gguf --out .pack
+    python benchmarks/accelerator/pack.py --data DIR --model F.gguf --out .pack
 
-PART1: wheels of what the machine lacks, the data, the golden numbers, the first half of the model;
+PART1: wheels of what the machine lacks, the data, the first half of the model;
 PART2: the rest of the model. The project itself travels as the working tree. Prints the parts'
 sizes.
 """
@@ -49,7 +49,6 @@ def main() -> None:
     metavar="DIR",
     help="with squad/, nq/, multihop/, wiki/",
   )
-  parser.add_argument("--golden", type=pathlib.Path, required=True, metavar="DIR")
   parser.add_argument("--model", type=pathlib.Path, required=True, metavar="F.gguf")
   parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR")
   parser.add_argument("--python", default="3.12", help="of the machine; default 3.12")
@@ -60,7 +59,6 @@ def main() -> None:
   for part in parts:
     part.mkdir(parents=True)
   _archive(parts[0] / "data.tar.xz", _data(options.data, options.out / "data"), "data")
-  _archive(parts[0] / "golden.tar.xz", options.golden, "golden")
   shutil.rmtree(options.out / "data")
   if not options.no_wheels:
     wheels = options.out / "wheels"

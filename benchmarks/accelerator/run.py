@@ -130,7 +130,7 @@ def one(side: str, options: argparse.Namespace) -> None:
 
     checks.run(
       out,
-      pathlib.Path(options.golden or pathlib.Path(options.work) / "golden"),
+      options.golden,
       options.seconds,
       options.smoke,
     )
@@ -225,7 +225,9 @@ def main() -> None:
     help="where --unpack puts things; default /tmp/clara",
   )
   parser.add_argument("--unpack", metavar="PART", help="a directory of pack.py")
-  parser.add_argument("--golden", metavar="DIR", help="default: WORK/golden")
+  parser.add_argument(
+    "--golden", type=pathlib.Path, default=ROOT / "tests" / "golden", metavar="DIR"
+  )
   parser.add_argument(
     "--base",
     metavar="DIR",

@@ -1,8 +1,6 @@
 """`clara candidates`: a first-stage retriever."""
 
 import argparse
-import gzip
-import json
 import os
 from typing import Any
 
@@ -45,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Any:
   """Returns `evaluation.candidates.CandidatesReport`."""
+  from clara_jax import io
   from clara_jax.config import ConfigError
   from clara_jax.data import schemas
   from clara_jax.evaluation import candidates, datasets
@@ -63,16 +62,11 @@ def run(options: argparse.Namespace) -> Any:
     rows, corpus, options.count, options.setting, options.retriever, options.seed
   )
   os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
-  report, part = None, f"{options.out}.part"
-  with (
-    gzip.open(part, "wt", encoding="utf-8")
-    if options.out.endswith(".gz")
-    else open(part, "w", encoding="utf-8")
-  ) as file:
+  report = None
+  with io.rewriting(options.out, compress=options.out.endswith(".gz")) as file:
     for row in written:
       if isinstance(row, dict):
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(io.json_line(row))
       else:
         report = row
-  os.replace(part, options.out)
   return report

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  """Serves until it is stopped."""
+  """Returns nothing: it serves until it is stopped."""
   from clara_jax.serving import guard, server
 
   access = guard.Access(

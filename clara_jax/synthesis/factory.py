@@ -212,113 +212,20 @@ async def produce(
   _same_shards(directory, shard)
   _same_settings(shard.path(directory, "settings", "json"), made_by)
   journal = Journal(shard.path(directory, "journal", "jsonl"))
-  again = (
-    set()
-    if retry_rejected is None
-    else {
-      name
-      for name, outcome in journal_lib.outcomes(journal.path)
-      if (outcome["reason"] or "").startswith(retry_rejected) and outcome["reason"]
-    }
-  )
-
-  def is_waiting(name, item):
-    if name in again and journal.is_done(name, _said(item)):
-      again.remove(name)
-      journal.withdraw(name)
-    return not journal.is_done(name, _said(item))
-
-  start, before, failures = time.monotonic(), journal.done, 0
-  report = FactoryReport()
-  waiting = ((name, item) for name, item in items if shard.has(name) and is_waiting(name, item))
-  reported_usage, unread = [0, 0, 0], []
-
-  def spent() -> list[int]:
-    """Since the last call."""
-    nonlocal reported_usage
-    usage, before = backend.usage, reported_usage
-    reported_usage = [usage.requests, usage.prompt_tokens, usage.completion_tokens]
-    return [a - b for a, b in zip(reported_usage, before, strict=True)]
-
-  def finish(name: str, item: Any, outcome: Outcome) -> None:
-    journal.finish(name, _said(item), vars(outcome))
-    report.open -= 1
-
-  async def worker() -> None:
-    nonlocal failures
-    for name, item in waiting:
-      if report.stopped:
-        return
-      report.open += 1
-      try:
-        outcome = await work(
-          item, asker(CachedBackend(backend, journal, name, spent), templates, sampling)
-        )
-      except BudgetError as error:
-        report.stopped = str(error)
-        return
-      except RequestError as error:
-        failures += 1
-        report.problem = str(error)
-        if isinstance(error, FatalError):
-          report.stopped = "no request will pass"
-          return
-        if failures >= FAILURES:
-          report.stopped = f"{FAILURES} requests in a row failed"
-          return
-        continue
-      failures = 0
-      if outcome.unread:  # the document's fault, or the server's? The next ones tell
-        unread.append((name, item, outcome))
-        if len(unread) >= FAILURES:
-          report.stopped, report.problem = (
-            f"{FAILURES} documents in a row got no usable reply",
-            outcome.reason,
-          )
-          return
-        continue
-      report.read += 1
-      for one in (*unread, (name, item, outcome)):
-        finish(*one)
-      unread.clear()
-
-  async def tell() -> None:
-    first = share() if share else 0.0
-    while True:
-      await asyncio.sleep(10)
-      done, seconds = journal.done - before, time.monotonic() - start
-      left = ""
-      if share and 1 > (now := share()) > first:  # at 1, the last ones are at work
-        left = f", left {datetime.timedelta(seconds=round(seconds * (1 - now) / (now - first)))}"
-      log.info(
-        f"synthesize: {journal.done} documents, {done / seconds:.1f}/s; {backend.usage.requests} "
-        f"requests, "
-        f"{backend.usage.requests / seconds:.0f}/s, at most {backend.usage.in_flight} in flight; "
-        f"retries {backend.usage.retries}{left}"
-      )
-
-  teller = asyncio.create_task(tell()) if progress else None
+  production = _Production(journal, work, backend, templates, sampling)
+  waiting = production.open_items(items, shard, retry_rejected)
+  report = production.report
+  progress_log = asyncio.create_task(production.log_progress(share)) if progress else None
   try:
     async with asyncio.TaskGroup() as group:
       for _ in range(at_once):
-        group.create_task(worker())
+        group.create_task(production.work_on(waiting))
   except ExceptionGroup as problems:
     raise problems.exceptions[0] from None
   finally:
-    if teller:
-      teller.cancel()
-    if report.read and not report.stopped:  # a server that can be read
-      for one in unread:
-        finish(*one)
-    elif unread:
-      report.problem = report.problem or unread[-1][-1].reason
-      for name, *_ in unread:  # the replies that could not be used are not taken again
-        journal.ask_anew(name)
-    journal.spend(spent())
-    report.requests, prompts, replies = journal.spent
-    report.tokens, report.seconds = prompts + replies, round(time.monotonic() - start, 2)
-    report.cost = round((price[0] * prompts + price[1] * replies) / 1e6, 4)
-    report.requests_a_document = round(report.requests / max(1, journal.done), 2)
+    if progress_log:
+      progress_log.cancel()
+    production.close(price)
     _write(journal, directory, shard, report, {**made_by, "endpoint": endpoint}, backend.usage)
     journal.close()
   if report.problem:
@@ -328,6 +235,132 @@ async def produce(
       f"resume"
     )
   return report
+
+
+class _Production:
+  """One start of a shard: its workers share the items, the journal and the report."""
+
+  def __init__(
+    self,
+    journal: Journal,
+    work: Callable[[Any, Ask], Awaitable[Outcome]],
+    backend: Backend,
+    templates: Templates,
+    sampling: Sampling,
+  ):
+    self._journal, self._work, self._backend = journal, work, backend
+    self._templates, self._sampling = templates, sampling
+    self._start, self._done_before = time.monotonic(), journal.done
+    self._failures = 0  # requests in a row that failed for good
+    self._unread: list[tuple[str, Any, Outcome]] = []  # in a row without a usable reply
+    self._usage = [0, 0, 0]  # that the journal has
+    self.report = FactoryReport()
+
+  def open_items(
+    self, items: Iterable[tuple[str, Any]], shard: Shard, retry_rejected: str | None
+  ) -> Iterator[tuple[str, Any]]:
+    """The shard's items that are not finished, or were rejected for the reason named."""
+    journal = self._journal
+    again = (
+      set()
+      if retry_rejected is None
+      else {
+        name
+        for name, outcome in journal_lib.outcomes(journal.path)
+        if (outcome["reason"] or "").startswith(retry_rejected) and outcome["reason"]
+      }
+    )
+    for name, item in items:
+      if not shard.has(name):
+        continue
+      if name in again and journal.is_done(name, _said(item)):
+        again.remove(name)
+        journal.withdraw(name)
+      if not journal.is_done(name, _said(item)):
+        yield name, item
+
+  async def work_on(self, waiting: Iterator[tuple[str, Any]]) -> None:
+    """A worker: one item after the other, until there is none or the start is stopped."""
+    report = self.report
+    for name, item in waiting:
+      if report.stopped:
+        return
+      report.open += 1
+      cached = CachedBackend(self._backend, self._journal, name, self._spent)
+      try:
+        outcome = await self._work(item, asker(cached, self._templates, self._sampling))
+      except BudgetError as error:
+        report.stopped = str(error)
+      except RequestError as error:
+        self._fail(error)
+      else:
+        self._take(name, item, outcome)
+
+  def _fail(self, error: RequestError) -> None:
+    self._failures += 1
+    self.report.problem = str(error)
+    if isinstance(error, FatalError):
+      self.report.stopped = "no request will pass"
+    elif self._failures >= FAILURES:
+      self.report.stopped = f"{FAILURES} requests in a row failed"
+
+  def _take(self, name: str, item: Any, outcome: Outcome) -> None:
+    self._failures = 0
+    if outcome.unread:  # the document's fault, or the server's? The next ones tell
+      self._unread.append((name, item, outcome))
+      if len(self._unread) >= FAILURES:
+        self.report.stopped = f"{FAILURES} documents in a row got no usable reply"
+        self.report.problem = outcome.reason
+      return
+    self.report.read += 1
+    self._finish_unread()
+    self._finish(name, item, outcome)
+
+  def _finish_unread(self) -> None:
+    for unread in self._unread:
+      self._finish(*unread)
+    self._unread.clear()
+
+  def _finish(self, name: str, item: Any, outcome: Outcome) -> None:
+    self._journal.finish(name, _said(item), vars(outcome))
+    self.report.open -= 1
+
+  def _spent(self) -> list[int]:
+    """Since the last call: requests, tokens of prompts, tokens of replies."""
+    usage, before = self._backend.usage, self._usage
+    self._usage = [usage.requests, usage.prompt_tokens, usage.completion_tokens]
+    return [a - b for a, b in zip(self._usage, before, strict=True)]
+
+  async def log_progress(self, share: Callable[[], float] | None) -> None:
+    """Every ten seconds, until it is cancelled."""
+    first = share() if share else 0.0
+    usage = self._backend.usage
+    while True:
+      await asyncio.sleep(10)
+      done, seconds = self._journal.done - self._done_before, time.monotonic() - self._start
+      left = ""
+      if share and 1 > (now := share()) > first:  # at 1, the last ones are at work
+        left = f", left {datetime.timedelta(seconds=round(seconds * (1 - now) / (now - first)))}"
+      log.info(
+        f"synthesize: {self._journal.done} documents, {done / seconds:.1f}/s; {usage.requests} "
+        f"requests, {usage.requests / seconds:.0f}/s, at most {usage.in_flight} in flight; "
+        f"retries {usage.retries}{left}"
+      )
+
+  def close(self, price: tuple[float, float]) -> None:
+    """Decides on the unread documents and counts what all starts have spent."""
+    report, journal = self.report, self._journal
+    if report.read and not report.stopped:  # a server that can be read
+      self._finish_unread()
+    elif self._unread:
+      report.problem = report.problem or self._unread[-1][-1].reason
+      for name, *_ in self._unread:  # the replies that could not be used are not taken again
+        journal.ask_anew(name)
+    journal.spend(self._spent())
+    report.requests, prompts, replies = journal.spent
+    report.tokens, report.seconds = prompts + replies, round(time.monotonic() - self._start, 2)
+    report.cost = round((price[0] * prompts + price[1] * replies) / 1e6, 4)
+    report.requests_a_document = round(report.requests / max(1, journal.done), 2)
 
 
 def _said(item: Document | Row) -> str:
@@ -384,10 +417,9 @@ def _write(
   reasons: collections.Counter = collections.Counter()
   refused: collections.Counter = collections.Counter()
   rounds = pairs = 0
-  paths = {name: shard.path(directory, name, "jsonl") for name in ("rows", "rejected")}
   with (
-    open(f"{paths['rows']}.part", "w", encoding="utf-8") as rows,
-    open(f"{paths['rejected']}.part", "w", encoding="utf-8") as rejects,
+    io.rewriting(shard.path(directory, "rows", "jsonl")) as rows,
+    io.rewriting(shard.path(directory, "rejected", "jsonl")) as rejects,
   ):
     for document, outcome in journal_lib.outcomes(journal.path):
       refused.update(outcome["refused"])
@@ -396,20 +428,14 @@ def _write(
         report.rejected += 1
         reasons[outcome["reason"]] += 1
         rejects.write(
-          json.dumps(
-            {"id": document, "reason": outcome["reason"], "rounds": outcome["rounds"]},
-            ensure_ascii=False,
-          )
-          + "\n"
+          io.json_line({"id": document, "reason": outcome["reason"], "rounds": outcome["rounds"]})
         )
         continue
       report.accepted += 1
       for row in outcome["rows"]:
         report.rows += 1
         pairs += len(row["question"]) if isinstance(row["question"], list) else 0
-        rows.write(json.dumps(row, ensure_ascii=False) + "\n")
-  for path in paths.values():
-    os.replace(f"{path}.part", path)
+        rows.write(io.json_line(row))
   done = report.accepted + report.rejected
   report.rounds = round(rounds / max(1, done), 2)
   report.reasons, report.refused = dict(reasons.most_common()), dict(refused.most_common())

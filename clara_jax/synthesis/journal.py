@@ -84,8 +84,7 @@ class Journal:
 
   def _rewrite(self) -> None:
     """Without the replies of finished documents."""
-    part = f"{self.path}.part"
-    with open(part, "wb") as file:
+    with io.rewriting(self.path) as file:
       dropped = [0, 0, 0]
       for value in _lines(self.path):
         if "r" not in value or _digest(value["r"]) not in self._done:
@@ -93,7 +92,6 @@ class Journal:
         else:
           dropped = [a + b for a, b in zip(dropped, value.get("u", [0, 0, 0]), strict=True)]
       file.write(io.sealed({"u": dropped}))
-    os.replace(part, self.path)
 
   def is_done(self, document: str, said: str) -> bool:
     """Whether a document is finished.

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import os
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from clara_jax import io
 from clara_jax.checkpoints import formats, huggingface
 from clara_jax.config import ClaraConfig, DataConfig, RunConfig, TrainConfig
 from clara_jax.data import schemas
@@ -147,9 +149,7 @@ class Experiments:
     start = time.monotonic()
     scores = make() | {"seconds": round(time.monotonic() - start, 1)}
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".part", "w", encoding="utf-8") as file:
-      json.dump(scores, file, indent=2)
-    os.replace(path + ".part", path)
+    io.write(pathlib.Path(path), json.dumps(scores, indent=2))
     return scores
 
   # ---- trainings ---------------------------------------------------------------------------------

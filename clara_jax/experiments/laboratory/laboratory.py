@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from clara_jax import io
 from clara_jax.checkpoints.formats import Checkpoint
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import Row
@@ -171,6 +172,4 @@ def _read(path: str) -> dict[str, Any] | None:
 
 
 def _write(path: str, value: dict[str, Any]) -> None:
-  with open(f"{path}.part", "w", encoding="utf-8") as file:
-    json.dump(value, file, indent=1)
-  os.replace(f"{path}.part", path)
+  io.write(pathlib.Path(path), json.dumps(value, indent=1))

@@ -1,10 +1,10 @@
 """An estimator of one's own: ReinMax (Liu et al., arXiv 2304.08612), slot by slot.
 docs/gradients.md builds it up.
 
-    clara gradients --out lab --estimators algorithm1 gumbel examples/reinmax.py:reinmax
-    clara train --config … --config.estimator=examples/reinmax.py:reinmax --config.estimator_args.sharpness=1.0
+    clara gradients --out lab --estimators algorithm1 gumbel examples/new_estimator.py:reinmax
+    clara train --config … --config.estimator=examples/new_estimator.py:reinmax --config.estimator_args.sharpness=1.0
 
-or, as a script, its audit beside two others: `python examples/reinmax.py`.
+or, as a script, its audit beside two others: `python examples/new_estimator.py`.
 """  # noqa: E501
 
 import tempfile
