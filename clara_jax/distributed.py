@@ -63,6 +63,11 @@ def is_main() -> bool:
   return jax.process_index() == 0
 
 
+def several() -> bool:
+  """Whether there are other processes."""
+  return jax.process_count() > 1
+
+
 def maximum(values: np.ndarray) -> np.ndarray:
   """The elementwise maximum over all processes."""
   if jax.process_count() == 1:

@@ -6,16 +6,17 @@ look-up is silent on an unknown name and on a mesh axis used twice, so `spec` ch
 the parameter.
 """
 
+import contextlib
 import fractions
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clara_jax import axes
@@ -77,9 +78,8 @@ def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> dict[str, i
   if min(sizes.values()) < 1 or math.prod(sizes.values()) != devices:
     shown = {axis: "the rest" if size == -1 else size for axis, size in sizes.items()}
     raise ConfigError(
-      f"mesh: {shown} does not fit {devices} devices; set config.mesh.slice, .data, .fsdp and "
-      f".tensor so that their "
-      f"product is {devices}"
+      f"mesh: {shown} does not fit {devices} devices; choose slice, data, fsdp and tensor so that "
+      f"their product is {devices}"
     )
   return sizes
 
@@ -275,6 +275,40 @@ def positions_of(count: int, positions: np.ndarray) -> np.ndarray:
   return (positions[::q, None] // q * p + np.arange(p)).reshape(-1)
 
 
-def activation_rules() -> Any:
-  """Context in which activations' logical names mean mesh axes; wrap traced calls in it."""
-  return nn.logical_axis_rules(tuple(ACTIVATION_RULES.items()))
+def jit(function: Any, mesh: Mesh | None, *, gather: bool = True, **options: Any) -> Any:
+  """`jax.jit` for a computation on weights that lie on a mesh; None: on one device.
+
+  Args:
+    function: of weights and of what every process has.
+    mesh: where the weights lie.
+    gather: several processes: whether results are whole on each of them.
+    options: of `jax.jit`.
+  """
+  if mesh is None:
+    return jax.jit(function, **options)
+  if gather and mesh.is_multi_process:
+    options["out_shardings"] = NamedSharding(mesh, PartitionSpec())
+  compiled = jax.jit(function, **options)
+
+  def on_mesh(*arguments):
+    with context(mesh):
+      return compiled(*arguments)
+
+  return on_mesh
+
+
+@contextlib.contextmanager
+def context(mesh: Mesh | None) -> Iterator[None]:
+  """Where traced calls know the mesh and the logical names; None: nothing."""
+  if mesh is None:
+    yield
+    return
+  with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(ACTIVATION_RULES.items())):
+    yield
+
+
+def to_host(x: Any) -> np.ndarray:
+  """An array as numpy has it, on every process; several processes call this together."""
+  if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -514,7 +514,9 @@ def test_gains_and_attention_by_the_plain_formula(checkpoint):
   memories = jnp.asarray(rng.normal(size=(1, 2, 2, 16)), jnp.float32)
   prompt = prompt_tokenizer.answer_prompt("who", 2).ids
   answer = np.array([5, 6, 7], np.int32)
-  log_p, count = make_likelihood(model, prompt_tokenizer)(weights, [prompt], [answer], memories)
+  log_p, count = make_likelihood(Checkpoint(model, prompt_tokenizer, weights))(
+    weights, [prompt], [answer], memories
+  )
   ids = jnp.asarray(np.concatenate([prompt, answer]))[None]
   hidden, _ = model.hidden(weights, "generator", model.splice(weights, ids, memories))
   logits = jax.nn.log_softmax(model.logits(weights, hidden))[0]

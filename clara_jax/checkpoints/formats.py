@@ -4,20 +4,23 @@ a model with its weights."""
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
+from clara_jax import sharding
 from clara_jax.checkpoints import families, huggingface, lazy, native, peft, upstream
 from clara_jax.checkpoints.hub import local_directory
 from clara_jax.checkpoints.keymap import EMBEDDING, HEAD, KeyMapError
 from clara_jax.checkpoints.workdir import is_checkpoint, read_config, read_record
-from clara_jax.config import ROLES, ClaraConfig, ConfigError
+from clara_jax.config import ROLES, ClaraConfig, ConfigError, MeshConfig
 from clara_jax.data.prompt_tokenizer import PromptTokenizer
 from clara_jax.data.tokenizer import has_tokenizer
 from clara_jax.inference.checkpoint import Checkpoint, CheckpointError
@@ -394,30 +397,35 @@ def load(
   *,
   chat_template: str | None = None,
   allow: Sequence[str] = (),
+  mesh: MeshConfig | Mesh | None = None,
 ) -> Checkpoint:
-  """Reads a checkpoint of ours, of the released code or of PEFT, or a plain Hugging Face model,
-  onto the first device.
+  """Reads a checkpoint of ours, of the released code or of PEFT, or a plain Hugging Face model.
 
   Args:
     directory, base, dtype, chat_template, allow: see `open_checkpoint`.
+    mesh: the devices over which the weights are divided, each host reading its part only; None: the
+      first device.
 
   Raises:
-    CheckpointError, ConfigError, KeyMapError: naming the file, field or tensor.
+    CheckpointError, ConfigError, KeyMapError: naming the file, field or tensor; also where the mesh
+      does not divide the model.
   """
   opened = open_checkpoint(directory, base, dtype, chat_template=chat_template, allow=allow)
   if opened.plain_base is not None:
     note_rounding(opened.plain_base, opened.config, opened.base or opened.directory)
   prompt_tokenizer = opened.prompt_tokenizer()
   base_sha256 = opened.check_base()
-  weights = on_device(opened)
   # A plain model has none; whoever reads text alone needs none.
-  if "memory_embedding" not in weights:
-    weights["memory_embedding"] = jnp.zeros(
-      (opened.config.num_memory_tokens, opened.config.model.width)
-    )
-  return Checkpoint(
-    Clara(prompt_tokenizer.config), prompt_tokenizer, weights, directory, opened.base, base_sha256
-  )
+  if "memory_embedding" not in opened.groups:
+    shape = (opened.config.num_memory_tokens, opened.config.model.width)
+    opened.groups["memory_embedding"] = np.zeros(shape, np.float32)
+  if isinstance(mesh, MeshConfig):
+    mesh = sharding.make_mesh(mesh)
+  model = Clara(prompt_tokenizer.config)
+  if mesh is not None:
+    model = _padded_vocabulary(model, mesh)
+  weights = on_device(opened) if mesh is None else on_mesh(opened, model, mesh)
+  return Checkpoint(model, prompt_tokenizer, weights, directory, opened.base, base_sha256, mesh)
 
 
 def note_rounding(base: Mapping[str, Any], config: ClaraConfig, name: str) -> None:
@@ -438,10 +446,51 @@ def on_device(opened: LazyCheckpoint) -> dict[str, Any]:
   Raises:
     KeyMapError: a leaf has another shape than the model's.
   """
-  model = Clara(opened.config)
-  weights = opened.weights
-  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tuple(weights)))
   arrays: dict[str, Any] = {}
+  for _, have, want in _checked_leaves(opened):
+    # Not bound to the device, so that a computation on a mesh may take them.
+    arrays |= lazy.nest(
+      {path: jnp.asarray(lazy.read(have[path]), want[path].dtype) for path in want}
+    )
+  return arrays
+
+
+def on_mesh(opened: LazyCheckpoint, model: Clara, mesh: Mesh) -> dict[str, Any]:
+  """The weights of an opened checkpoint, each leaf straight into its shards.
+
+  Args:
+    opened: the checkpoint.
+    model: what they are for; its vocabulary may be padded over `tensor`.
+    mesh: where they go.
+
+  Raises:
+    ConfigError: an axis does not divide over the mesh, by the parameter's name.
+    KeyMapError: a leaf has another shape than the model's.
+  """
+  arrays: dict[str, Any] = {}
+  for group, have, _ in _checked_leaves(opened):
+    boxed = jax.eval_shape(lambda group=group: model.init_boxed(jax.random.key(0), (group,)))
+    where = dict(lazy.leaves(sharding.tree_shardings(boxed, mesh)))
+    like = dict(lazy.leaves(nn.meta.unbox(boxed)))
+    arrays |= lazy.nest(
+      {path: sharding.place(have[path], where[path], like[path]) for path in like}
+    )
+  return arrays
+
+
+def _padded_vocabulary(model: Clara, mesh: Mesh) -> Clara:
+  """The model with a vocabulary that divides over `tensor`."""
+  sharding.check_heads(model.config.model, mesh)
+  padded = dataclasses.replace(model.config.model, vocab_multiple=mesh.shape["tensor"])
+  return dataclasses.replace(model, config=dataclasses.replace(model.config, model=padded))
+
+
+def _checked_leaves(
+  opened: LazyCheckpoint,
+) -> Iterator[tuple[str, dict[tuple[str, ...], Any], dict[tuple[str, ...], Any]]]:
+  """(group, its leaves by path, the shapes that the model wants)."""
+  model, weights = Clara(opened.config), opened.weights
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tuple(weights)))
   for group, tree in weights.items():
     want = dict(lazy.leaves({group: shapes[group]}))
     have = dict(lazy.leaves({group: tree}))
@@ -449,11 +498,7 @@ def on_device(opened: LazyCheckpoint) -> dict[str, Any]:
       a, b = (tuple(x[path].shape) if path in x else "none" for x in (want, have))
       if a != b:
         raise KeyMapError(f"{opened.directory}: {'/'.join(path)}: expected the shape {a}, got {b}")
-    # Not bound to the device, so that a computation on a mesh may take them.
-    arrays |= lazy.nest(
-      {path: jnp.asarray(lazy.read(have[path]), want[path].dtype) for path in want}
-    )
-  return arrays
+    yield group, have, want
 
 
 def tokenizer_directory(directory: str) -> str | None:

@@ -1,6 +1,12 @@
 """Options that several commands share."""
 
+from __future__ import annotations
+
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from clara_jax.config import MeshConfig
 
 
 def positive(text: str) -> int:
@@ -43,6 +49,35 @@ def checkpoint(parser: argparse.ArgumentParser) -> None:
     help="the base model, where the checkpoint's own record does not lead to it",
   )
   reading(parser, "compute dtype; default: the checkpoint's")
+  mesh(parser)
+
+
+def mesh(parser: argparse.ArgumentParser) -> None:
+  """Over which devices a checkpoint is divided."""
+  parser.add_argument(
+    "--mesh",
+    type=_mesh,
+    metavar="SIZES",
+    help="divides the weights over the devices: tensor=8 (one question is answered sooner), fsdp=8 "
+    "or data=2,fsdp=4 (more at a time), or a preset of training: host, pod, slices; default: the "
+    "first device, for compress data over all",
+  )
+
+
+def _mesh(text: str) -> MeshConfig:
+  from clara_jax.config import ConfigError, MeshConfig, from_config_dict
+
+  fields: dict[str, str | int] = {}
+  for part in text.split(","):
+    name, equals, size = part.strip().partition("=")
+    try:
+      fields |= {name: int(size)} if equals else {"preset": name}
+    except ValueError:
+      raise argparse.ArgumentTypeError(f"{part}: expected a whole number of devices") from None
+  try:
+    return from_config_dict(MeshConfig, fields, "mesh")
+  except ConfigError as error:
+    raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def memory_tokens(
@@ -65,7 +100,7 @@ def max_malformed(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def several_processes(parser: argparse.ArgumentParser) -> None:
-  """How this process finds the others."""
+  """How this process finds the others (`inputs.join_processes`)."""
   parser.add_argument(
     "--distributed",
     action="store_true",
@@ -74,7 +109,7 @@ def several_processes(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--coordinator",
     metavar="HOST:PORT",
-    help="by hand: where process 0 is (compress does not need it)",
+    help="by hand: where process 0 is (compress needs it with --mesh only)",
   )
   parser.add_argument("--processes", type=int, metavar="N", help="by hand: how many there are")
   parser.add_argument("--process", type=int, metavar="I", help="by hand: which one this is, from 0")

@@ -12,18 +12,18 @@ HELP = "Retrieves documents and answers questions from their memory tokens."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's options."""
   arguments.answerer(parser)
+  arguments.several_processes(parser)
   parser.add_argument("questions", nargs="+", metavar="QUESTION")
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> dict[str, Any] | None:
   """Returns `answers`, each an `inference.answer.Answer`."""
   from clara_jax.config import ConfigError
 
   if any(not q.strip() for q in options.questions):
     raise ConfigError("QUESTION: a question is empty")
-  return {
-    "answers": [dataclasses.asdict(a) for a in inputs.answerer(options).answer(options.questions)]
-  }
+  answers = inputs.answerer(options).answer(options.questions)
+  return inputs.main_only({"answers": [dataclasses.asdict(answer) for answer in answers]})
 
 
 def show(report: dict[str, Any]) -> None:

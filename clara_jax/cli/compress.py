@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--fsdp",
     type=arguments.positive,
     default=1,
-    help="devices over which the compressor's weights are divided; default 1",
+    help="devices over which the compressor's weights are divided, as --mesh fsdp=; default 1",
   )
   arguments.several_processes(parser)
 
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> Any:
   """Returns `inference.compress.CompressReport`."""
   import jax
 
-  from clara_jax import distributed
+  from clara_jax import sharding
   from clara_jax.config import ConfigError, MeshConfig
   from clara_jax.data import schemas
   from clara_jax.inference.compress import compress_corpus
@@ -66,12 +66,16 @@ def run(options: argparse.Namespace) -> Any:
   process, processes = options.process or 0, options.processes or 1
   if not 0 <= process < processes:
     raise ConfigError(f"--process {process}: expected 0 to {processes - 1}")
+  one_mesh = options.mesh is not None and (options.distributed or options.coordinator)
+  inputs.join_processes(options)
   if options.distributed or options.coordinator:  # otherwise they need not know of each other
-    distributed.initialize(options.coordinator, options.processes, options.process)
     process, processes = jax.process_index(), jax.process_count()
+  if not one_mesh:
+    sizes = options.mesh or MeshConfig(data=-1, fsdp=options.fsdp)
+    options.mesh = sharding.make_mesh(sizes, jax.local_devices())
   checkpoint = inputs.checkpoint(options, "compressor")
   documents = schemas.read_documents(options.documents, schemas.Malformed(options.max_malformed))
-  return compress_corpus(
+  report = compress_corpus(
     checkpoint,
     documents,
     options.store,
@@ -81,7 +85,7 @@ def run(options: argparse.Namespace) -> Any:
     batch_size=options.batch_size,
     shard_size=options.shard_size,
     workers=options.workers,
-    process=process,
-    processes=processes,
-    mesh=MeshConfig(data=-1, fsdp=options.fsdp),
+    process=0 if one_mesh else process,
+    processes=1 if one_mesh else processes,
   )
+  return inputs.main_only(report) if one_mesh else report

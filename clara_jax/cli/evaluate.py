@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   arguments.checkpoint(parser)
   arguments.memory_tokens(parser)
   arguments.rows(parser)
+  arguments.several_processes(parser)
   parser.add_argument(
     "--setting",
     choices=(*SETTINGS, "all"),
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> dict[str, Any] | None:
   """Returns the scores of one setting, or with --report `runs`: scores by setting."""
   from clara_jax.config import ConfigError
   from clara_jax.evaluation import evaluator, runs
@@ -84,15 +85,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     options, *dict.fromkeys(role for name in settings for role in SETTINGS[name].roles())
   )
   rows = inputs.rows(options, checkpoint, *settings)
+  inputs.copy_outputs(options, "report", "predictions")
   if options.report is None:
-    return evaluator.evaluate(
+    evaluation = evaluator.evaluate(
       checkpoint,
       rows,
       settings[0],
       batch_size=options.batch_size,
       max_new_tokens=options.max_new_tokens,
       path=options.predictions,
-    ).scores
+    )
+    return inputs.main_only(evaluation.scores)
   also = {}
   for argument in options.also:
     name, equals, directory = argument.partition("=")
@@ -102,7 +105,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
       also[name] = inputs.first(inputs.load(directory, None, options), options)
     except CheckpointError as error:
       raise ConfigError(f"--also {argument}: {error}") from None
-  return runs.run(
+  report = runs.run(
     checkpoint,
     rows,
     settings,
@@ -113,6 +116,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     max_new_tokens=options.max_new_tokens,
     judge=judge,
   )
+  return inputs.main_only(report)
 
 
 def show(report: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--base", metavar="DIR", help="the checkpoint's base, where its own record does not lead to it"
   )
   arguments.reading(parser, "of the computations")
+  arguments.mesh(parser)
   parser.add_argument(
     "--rows", metavar="F", help="questions with candidates (the joint stage's rows)"
   )

@@ -4,9 +4,12 @@ called."""
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
-from typing import TYPE_CHECKING
+import shutil
+import tempfile
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from clara_jax.data.schemas import Row
@@ -21,6 +24,8 @@ def checkpoint(options: argparse.Namespace, *roles: str) -> Checkpoint:
   that."""
   from clara_jax.compilation import enable_compilation_cache
 
+  if options.command != "compress":  # which has joined them
+    join_processes(options)
   enable_compilation_cache()
   loaded = load(options.checkpoint, options.base, options)
   loaded.require(*roles)
@@ -28,12 +33,64 @@ def checkpoint(options: argparse.Namespace, *roles: str) -> Checkpoint:
 
 
 def load(directory: str, base: str | None, options: argparse.Namespace) -> Checkpoint:
-  """A checkpoint, as --dtype, --chat-template and --allow-config want it."""
+  """A checkpoint, as --dtype, --chat-template, --allow-config and --mesh want it."""
   from clara_jax.checkpoints import formats
 
   return formats.load(
-    directory, base, options.dtype, chat_template=chat_template(options), allow=options.allow_config
+    directory,
+    base,
+    options.dtype,
+    chat_template=chat_template(options),
+    allow=options.allow_config,
+    mesh=options.mesh,
   )
+
+
+def join_processes(options: argparse.Namespace) -> None:
+  """--distributed, --coordinator, --processes, --process, where the command has them: processes
+  that hold one checkpoint together.
+
+  Raises:
+    ConfigError: no --mesh says how.
+  """
+  from clara_jax import distributed
+  from clara_jax.config import ConfigError
+
+  if not (getattr(options, "distributed", False) or getattr(options, "coordinator", None)):
+    if getattr(options, "process", None) is not None and options.command != "compress":
+      raise ConfigError("--process: several processes need --coordinator and --processes, too")
+    return
+  if options.mesh is None and options.command != "compress":
+    raise ConfigError("several processes: name --mesh, over which they divide the checkpoint")
+  distributed.initialize(options.coordinator, options.processes, options.process)
+  if options.mesh is not None and not distributed.is_main():  # one reports for all
+    logging.getLogger("clara_jax").setLevel(logging.WARNING)
+
+
+def main_only(report: Any) -> Any:
+  """The report on the first process, None on the others."""
+  from clara_jax import distributed
+
+  return report if distributed.is_main() else None
+
+
+def copy_outputs(options: argparse.Namespace, *names: str) -> None:
+  """On every process but the first, the outputs that these options name become copies of its own:
+  what was done before is read by all, and written by one."""
+  from clara_jax import distributed
+
+  if not distributed.is_main():
+    private = tempfile.mkdtemp(prefix="clara-")
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    for name in names:
+      if path := getattr(options, name):
+        own = os.path.join(private, name)
+        if os.path.isdir(path):
+          shutil.copytree(path, own)
+        elif os.path.exists(path):
+          shutil.copyfile(path, own)
+        setattr(options, name, own)
+  distributed.barrier("outputs")
 
 
 def first(loaded: Checkpoint, options: argparse.Namespace) -> Checkpoint:

@@ -1,6 +1,8 @@
 """`clara serve`: answers over HTTP."""
 
 import argparse
+import contextlib
+from typing import Any
 
 from clara_jax.cli import arguments, inputs
 
@@ -10,6 +12,7 @@ HELP = "Answers over HTTP, with a page to ask on."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's options."""
   arguments.answerer(parser)
+  arguments.several_processes(parser)
   parser.add_argument("--host", default="127.0.0.1", help="default: this machine only")
   parser.add_argument("--port", type=int, default=5004, help="default 5004")
   parser.add_argument(
@@ -47,15 +50,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  """Returns nothing: it serves until it is stopped."""
-  from clara_jax.serving import guard, server
+  """Returns nothing: it serves until it is stopped. Of several processes the first one serves, and
+  all compute."""
+  from clara_jax import distributed
+  from clara_jax.inference import together
+  from clara_jax.serving import guard
 
   access = guard.Access(
     tuple(options.allowed_host),
     guard.read_token(options.token_file) if options.token_file else None,
   )
+  answerer = inputs.answerer(options)
+  if not distributed.is_main():
+    together.follow(answerer)
+    return
+  with contextlib.ExitStack() as stack:
+    if distributed.several():
+      answerer = together.Leader(answerer)
+      stack.callback(answerer.close)
+    _serve(answerer, options, access)
+
+
+def _serve(answerer: Any, options: argparse.Namespace, access: Any) -> None:
+  from clara_jax.serving import server
+
   server.run(
-    inputs.answerer(options),
+    answerer,
     options.host,
     options.port,
     server.Limits(

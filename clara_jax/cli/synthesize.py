@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--model", metavar="NAME", help="its name there")
   arguments.reading(parser, "of --endpoint checkpoint")
+  arguments.mesh(parser)
   parser.add_argument(
     "--prompts",
     metavar="DIR",

@@ -231,11 +231,11 @@ class _Answers:
       weights,
       how,
     )
-    self._compress = jax.jit(model.compress)
-    self._score = jax.jit(
+    self._compress = checkpoint.jit(model.compress)
+    self._score = checkpoint.jit(
       lambda weights, tokens, memories: model.score(self._query(weights, tokens), memories)
     )
-    self._generate = jax.jit(
+    self._generate = checkpoint.jit(
       Greedy(
         model, max_new_tokens, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id, how.reader
       ).scored
@@ -377,8 +377,8 @@ def stage_loss(
     ConfigError: the stage's main metric is none of its metrics.
   """
   model, weights, stage = checkpoint.model, checkpoint.weights, stages.get(stage_name)
-  step = jax.jit(lambda w, b: stage.loss(model.reading(b), w, {}, b, None))
-  retrieve = jax.jit(lambda w, b: _scores(model, w, b))
+  step = checkpoint.jit(lambda w, b: stage.loss(model.reading(b), w, {}, b, None))
+  retrieve = checkpoint.jit(lambda w, b: _scores(model, w, b))
   terms, total, listed = None, None, []
   for batch in stages.make_batches(stage_name, checkpoint, rows, batch_size):
     of_batch = step(weights, batch)

@@ -92,12 +92,13 @@ class Explainer:
       weights,
       top,
     )
-    self._compress, self._encode = jax.jit(model.compress), jax.jit(model.encode_query)
+    self._compress = checkpoint.jit(model.compress)
+    self._encode = checkpoint.jit(model.encode_query)
     self._generate = make_generate(
-      model, max_new_tokens, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id
+      model, max_new_tokens, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id, mesh=checkpoint.mesh
     )
-    self._likelihood = make_likelihood(model, prompt_tokenizer)
-    self._attention = jax.jit(functools.partial(answer_attention, model))
+    self._likelihood = make_likelihood(checkpoint)
+    self._attention = checkpoint.jit(functools.partial(answer_attention, model))
 
   def explain(self, row: Row) -> Explanation:
     """One row with K or more candidates, two at least.
@@ -245,7 +246,7 @@ def document_and_memory_means(
     checkpoint.weights,
   )
 
-  @jax.jit
+  @checkpoint.jit
   def both(weights, tokens):
     memories, hidden = model.encode(weights, "compressor", tokens)
     real = jnp.arange(tokens.ids.shape[1]) < tokens.lengths[:, None] - model.num_memory_tokens

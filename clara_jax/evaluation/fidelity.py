@@ -5,7 +5,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from clara_jax.config import ConfigError
@@ -50,8 +49,10 @@ def paraphrase(
   )
   scorer = _bert_scorer(bert_model) if bert_model else None
   prompt = prompt_tokenizer.paraphrase_prompt().ids
-  compress = jax.jit(model.compress)
-  generate = make_generate(model, max_new_tokens, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id)
+  compress = checkpoint.jit(model.compress)
+  generate = make_generate(
+    model, max_new_tokens, prompt_tokenizer.end_ids, prompt_tokenizer.pad_id, mesh=checkpoint.mesh
+  )
   rows: list[dict[str, Any]] = []
   for start in range(0, len(documents), batch_size):
     batch = documents[start : start + batch_size]

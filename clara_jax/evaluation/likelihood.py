@@ -3,18 +3,17 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from clara_jax.config import Role
 from clara_jax.data.pipeline import pad_prompts, padded_length
-from clara_jax.data.prompt_tokenizer import PromptTokenizer, PromptTokens
-from clara_jax.model import Clara
+from clara_jax.data.prompt_tokenizer import PromptTokens
+from clara_jax.inference.checkpoint import Checkpoint
 from clara_jax.ops.losses import cross_entropy
 
 
 def make_likelihood(
-  model: Clara, prompt_tokenizer: PromptTokenizer, role: Role | None = "generator"
+  checkpoint: Checkpoint, role: Role | None = "generator"
 ) -> Callable[..., np.ndarray]:
   """(weights, prompts, answers, memories) -> log p of each answer's tokens after its prompt, summed
   [B], and their number [B].
@@ -22,7 +21,9 @@ def make_likelihood(
   `prompts` and `answers` are rows of token ids, `memories` [B, K, M, D] or None.
   """
 
-  @jax.jit
+  model, prompt_tokenizer = checkpoint.model, checkpoint.prompt_tokenizer
+
+  @checkpoint.jit
   def log_p(weights, prompt, memories):
     loss, _ = cross_entropy(model.answer_logits(weights, prompt, memories, role), prompt.labels)
     return -(loss * prompt.label_weights).sum(-1), prompt.label_weights.sum(-1)

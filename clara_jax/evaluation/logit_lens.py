@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from clara_jax.data.pipeline import pad_tokens
@@ -26,7 +25,7 @@ def words(checkpoint: Checkpoint, memories: np.ndarray, top: int) -> list[list[t
     checkpoint.prompt_tokenizer,
     checkpoint.weights,
   )
-  logits = np.asarray(jax.jit(model.logits)(weights, memories))[
+  logits = np.asarray(checkpoint.jit(model.logits)(weights, memories))[
     ..., : model.config.model.vocab_size
   ]
   special = set(prompt_tokenizer.tokenizer.all_special_ids)
@@ -55,7 +54,7 @@ def queries(checkpoint: Checkpoint, questions: Sequence[str], top: int) -> list[
     checkpoint.weights,
   )
   tokens = pad_tokens([prompt_tokenizer.query(q) for q in questions], prompt_tokenizer.pad_id, 16)
-  memories = jax.jit(model.encode_query)(weights, tokens)
+  memories = checkpoint.jit(model.encode_query)(weights, tokens)
   return [
     {"question": q, "tokens": top_words}
     for q, top_words in zip(questions, words(checkpoint, memories, top), strict=True)

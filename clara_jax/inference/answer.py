@@ -5,7 +5,6 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
 from clara_jax.config import ConfigError
@@ -116,7 +115,7 @@ class Answerer:
     self.top_k, self.max_new_tokens = top_k or model.config.top_k, max_new_tokens
     if self.top_k > len(store):
       raise ConfigError(f"top_k={self.top_k} documents of a store with {len(store)}")
-    self._index, self._encode = index, jax.jit(encode)
+    self._index, self._encode = index, checkpoint.jit(encode)
     greedy = Greedy(
       model,
       max_new_tokens,
@@ -126,11 +125,13 @@ class Answerer:
     )
     self._generator = weights
     if merge:
-      merged = jax.jit(functools.partial(linear.merge, scale=model.config.lora.scale))(
-        weights["base"], weights["generator"]
+      merge_roles = checkpoint.jit(
+        functools.partial(linear.merge, scale=model.config.lora.scale), gather=False
       )
+      merged = merge_roles(weights["base"], weights["generator"])
       self._generator = {"base": merged, "memory_embedding": weights["memory_embedding"]}
-    self._prefill_prefix, self._stream = jax.jit(greedy.prefill_prefix), make_stream(greedy)
+    self._prefill_prefix = checkpoint.jit(greedy.prefill_prefix, gather=False)
+    self._stream = make_stream(greedy, checkpoint.mesh)
     self._instruction: KeyValues | None = None
     self._stream_every = stream_every
 

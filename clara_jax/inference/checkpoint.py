@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from clara_jax import sharding
 from clara_jax.config import ROLES, ConfigError
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.prompt_tokenizer import PromptTokenizer
@@ -38,6 +40,7 @@ class Checkpoint:
     directory: where it came from.
     base: the base's path, None where the checkpoint is one.
     base_sha256: hash of the base's tensors.
+    mesh: where the weights lie; None for one device.
   """
 
   model: Clara
@@ -46,12 +49,17 @@ class Checkpoint:
   directory: str = ""
   base: str | None = None
   base_sha256: str | None = None
+  mesh: Mesh | None = None
 
   @property
   def layout(self) -> PromptTokenizer:
     """What `prompt_tokenizer` was called in version 0.1."""
     warnings.warn("layout is prompt_tokenizer now", DeprecationWarning, stacklevel=2)
     return self.prompt_tokenizer
+
+  def jit(self, function: Callable, **options: Any) -> Callable:
+    """`jax.jit` of a function of the weights, on the mesh where they lie (`sharding.jit`)."""
+    return sharding.jit(function, self.mesh, **options)
 
   def require(self, *groups: str) -> None:
     """Refuses a checkpoint that lacks a role.
@@ -133,17 +141,21 @@ class Checkpoint:
 
   @functools.cached_property
   def _compress(self):
-    return jax.jit(self.model.compress)
+    return self.jit(self.model.compress)
 
   @functools.cached_property
   def _encode_query(self):
-    return jax.jit(self.model.encode_query)
+    return self.jit(self.model.encode_query)
 
   @functools.cached_property
   def _generate(self):
     return functools.cache(
       lambda length: make_generate(
-        self.model, length, self.prompt_tokenizer.end_ids, self.prompt_tokenizer.pad_id
+        self.model,
+        length,
+        self.prompt_tokenizer.end_ids,
+        self.prompt_tokenizer.pad_id,
+        mesh=self.mesh,
       )
     )
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from clara_jax import distributed, sharding
 from clara_jax.config import ClaraConfig, ConfigError, MeshConfig
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.prompt_tokenizer import PromptTokenizer
@@ -26,13 +27,6 @@ from clara_jax.data.schemas import Document
 from clara_jax.inference.checkpoint import Checkpoint
 from clara_jax.memory.store import Manifest, MemoryStore, fingerprint, read_manifest
 from clara_jax.model import Clara
-from clara_jax.sharding import (
-  activation_rules,
-  batch_sharding,
-  make_mesh,
-  num_batch_shards,
-  tree_shardings,
-)
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +89,7 @@ def fingerprints(config: ClaraConfig, weights: dict[str, Any]) -> dict[str, str]
   embedding and that of `<ENC>`, and the layers; the rows of the other special tokens are never
   read, and differ between formats."""
   base = weights["base"]
-  table, first = np.asarray(jax.device_get(base["embedding"])), config.model.vocab_size
+  table, first = sharding.to_host(base["embedding"]), config.model.vocab_size
   encode = first + config.num_memory_tokens + 1  # after <MEM…> and <AE>
   groups = {
     "embedding": {"embedding": [table[:first], table[encode]]},
@@ -126,7 +120,8 @@ def compress_corpus(
   stopped run goes on.
 
   Several processes may work on one corpus, each with devices of its own: every block of
-  `shard_size` documents belongs to one of them.
+  `shard_size` documents belongs to one of them. Where the checkpoint lies on a mesh of several
+  processes, they compress every batch together and the first one writes.
 
   Args:
     checkpoint: with the compressor; a store that is there and has fewer memory tokens gets as many
@@ -144,8 +139,8 @@ def compress_corpus(
     bucket: lengths are padded to a multiple of it.
     workers: processes that tokenize ahead; 0 does it in a thread.
     process, processes: which part of the corpus is this process's.
-    mesh: of this process's devices; by default each has the whole compressor and a part of the
-      batch.
+    mesh: of this process's devices, where the checkpoint lies on none; by default each has the
+      whole compressor and a part of the batch.
     progress: whether progress is logged.
 
   Raises:
@@ -165,17 +160,19 @@ def compress_corpus(
         prompt_tokenizer.first(existing.num_memory_tokens),
       )
   manifest = manifest_of(model, weights, encoding, text is not False)
-  store = MemoryStore(
-    directory, _like(existing, manifest, weights) if existing else manifest, writer=process
+  devices = checkpoint.mesh or sharding.make_mesh(mesh, jax.local_devices())
+  together = devices.is_multi_process
+  store = _open_store(
+    directory, _like(existing, manifest, weights) if existing else manifest, process, together
   )
   if replace and not store.manifest.text:
     raise ConfigError(
       f"{directory}: the store keeps no text, so that changed documents cannot be told from others"
     )
-  devices = make_mesh(mesh, jax.local_devices())
-  batch_size = -(-batch_size // num_batch_shards(devices)) * num_batch_shards(devices)
-  sharding = batch_sharding(devices)
-  compress = jax.jit(model.compress)
+  ways = sharding.num_batch_shards(devices)
+  batch_size = -(-batch_size // ways) * ways
+  by_row = sharding.batch_sharding(devices)
+  compress = sharding.jit(model.compress, devices)
   chunks = _Chunks(documents, store, shard_size, replace, process, processes)
   new_count = cut = 0
   config = model.config
@@ -187,11 +184,8 @@ def compress_corpus(
     for first in range(0, len(order), batch_size):
       chosen = order[first : first + batch_size]
       padded = [inputs[i] for i in chosen] + [inputs[chosen[0]]] * (batch_size - len(chosen))
-      parts.append(
-        compress(
-          placed, jax.device_put(pad_tokens(padded, prompt_tokenizer.pad_id, bucket), sharding)
-        )
-      )
+      tokens = pad_tokens(padded, prompt_tokenizer.pad_id, bucket)
+      parts.append(compress(placed, tokens if together else jax.device_put(tokens, by_row)))
     return order, parts
 
   def write(chunk: list[Document], order: np.ndarray, parts: list[jax.Array]) -> None:
@@ -200,8 +194,9 @@ def compress_corpus(
     for first, part in zip(range(0, len(order), batch_size), parts, strict=True):
       chosen = order[first : first + batch_size]
       memories[chosen] = np.asarray(part)[: len(chosen)]
-    store.upsert(chunk, memories)
     new_count += len(chunk)
+    if not together or distributed.is_main():
+      store.upsert(chunk, memories)
     if progress:
       log.info(
         f"compress: {new_count} new documents, {chunks.skipped} were there, "
@@ -211,11 +206,9 @@ def compress_corpus(
   writing: concurrent.futures.Future | None = None
   with (
     contextlib.closing(store),
-    jax.set_mesh(devices),
-    activation_rules(),
     concurrent.futures.ThreadPoolExecutor(1) as writer,
   ):
-    placed = _place(model, weights, devices)
+    placed = weights if checkpoint.mesh else _place(model, weights, devices)
     for chunk, inputs in _tokenized(chunks, prompt_tokenizer, workers):
       cut += sum(prompt_tokenizer.is_cut(x) for x in inputs)
       work = dispatch(inputs)
@@ -224,7 +217,9 @@ def compress_corpus(
       writing = writer.submit(write, chunk, *work)
     if writing:
       writing.result()
-  if processes > 1:
+  if together:
+    distributed.barrier("compressed")
+  if processes > 1 or together:
     store = MemoryStore(directory)  # with what the others have written
   seconds = time.monotonic() - start
   if cut and progress:
@@ -244,10 +239,21 @@ def compress_corpus(
   )
 
 
+def _open_store(directory: str, manifest: Manifest, writer: int, together: bool) -> MemoryStore:
+  """To write; where processes work together, the first one writes and the others only read."""
+  if not together:
+    return MemoryStore(directory, manifest, writer=writer)
+  store = MemoryStore(directory, manifest) if distributed.is_main() else None
+  distributed.barrier("store is there")
+  store = store or MemoryStore(directory)
+  distributed.barrier("store is open")
+  return store
+
+
 def _place(model: Clara, weights: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """The compressor's weights where the mesh wants them, once."""
   boxed = jax.eval_shape(lambda: model.init_boxed(jax.random.key(0), GROUPS))
-  shardings = tree_shardings(boxed, mesh)
+  shardings = sharding.tree_shardings(boxed, mesh)
   return {group: jax.tree.map(jax.device_put, weights[group], shardings[group]) for group in GROUPS}
 
 

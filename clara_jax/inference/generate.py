@@ -10,22 +10,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
+from clara_jax import axes, sharding
 from clara_jax.batch import Tokens
 from clara_jax.config import ModelConfig, Role
 from clara_jax.model import Clara, Weights
 from clara_jax.nn.decoder import EMPTY, KeyValues, extend, first_slots
+from clara_jax.nn.partition import constrain
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> KeyValues:
   """A cache that holds no token, in the compute type."""
   shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
+  names = (axes.LAYERS, axes.BATCH, axes.KV_HEADS, axes.LENGTH, None)
   return KeyValues(
-    jnp.zeros(shape, config.dtype),
-    jnp.zeros(shape, config.dtype),
-    jnp.full((batch, slots), EMPTY, jnp.int32),
+    constrain(jnp.zeros(shape, config.dtype), names),
+    constrain(jnp.zeros(shape, config.dtype), names),
+    constrain(jnp.full((batch, slots), EMPTY, jnp.int32), (axes.BATCH, axes.LENGTH)),
   )
 
 
@@ -200,25 +203,26 @@ def make_generate(
   end_ids: tuple[int, ...],
   pad_id: int,
   role: Role | None = "generator",
+  mesh: Mesh | None = None,
 ):
   """Whole answers, compiled: (weights, prompt, memories, prefix_cache=None) -> ids [B,
-  max_new_tokens]; see `Greedy`."""
-  return jax.jit(Greedy(model, max_new_tokens, end_ids, pad_id, role).__call__)
+  max_new_tokens]; see `Greedy`, and `sharding.jit` for the mesh."""
+  return sharding.jit(Greedy(model, max_new_tokens, end_ids, pad_id, role).__call__, mesh)
 
 
-def make_stream(greedy: Greedy) -> Callable[..., Any]:
+def make_stream(greedy: Greedy, mesh: Mesh | None = None) -> Callable[..., Any]:
   """Answers that grow: (weights, prompt, memories, every, prefix_cache=None) -> iterator of ids [B,
   max_new_tokens] after the first token, and then after every `every` more of them."""
-  prefill = jax.jit(greedy.prefill)
-  decode = jax.jit(greedy.decode, donate_argnums=1)
+  prefill = sharding.jit(greedy.prefill, mesh, gather=False)
+  decode = sharding.jit(greedy.decode, mesh, gather=False, donate_argnums=1)
 
   def stream(weights, prompt, memories, every, prefix_cache=None):
     state = prefill(weights, prompt, memories, prefix_cache)
-    yield np.asarray(state.answer)
+    yield sharding.to_host(state.answer)
     until = 1
-    while until < greedy.max_new_tokens and not bool(state.stopped.all()):
+    while until < greedy.max_new_tokens and not sharding.to_host(state.stopped).all():
       until = min(until + every, greedy.max_new_tokens)
       state = decode(weights, state, until)
-      yield np.asarray(state.answer)
+      yield sharding.to_host(state.answer)
 
   return stream

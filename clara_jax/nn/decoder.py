@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from clara_jax import axes
 from clara_jax.config import LoraConfig, ModelConfig
 from clara_jax.nn.linear import Linear
+from clara_jax.nn.partition import constrain, partition
 from clara_jax.ops.attention import attend, attend_cached
 from clara_jax.ops.rope import rotary_angles, rotate
 
@@ -117,15 +118,13 @@ class Attention(nn.Module):
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     # Kept where a caller asks for the collection (evaluation/explain.py).
     self.sow("queries", "rotated", q)
-    q = nn.with_logical_constraint(q, (axes.BATCH, axes.LENGTH, axes.HEADS, None))
-    k, v = (
-      nn.with_logical_constraint(z, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, None)) for z in (k, v)
-    )
+    q = constrain(q, (axes.BATCH, axes.LENGTH, axes.HEADS, None))
+    k, v = (constrain(z, (axes.BATCH, axes.LENGTH, axes.KV_HEADS, None)) for z in (k, v))
     if cache is None:
-      partition = nn.logical_to_mesh_axes((axes.BATCH, axes.LENGTH, axes.HEADS, None))
+      parts = partition((axes.BATCH, axes.LENGTH, axes.HEADS, None), q.shape)
       # A kernel's mesh does not divide the one token of `init`.
       backend = "xla" if self.is_initializing() else config.attention
-      mix = functools.partial(attend, backend=backend, partition=partition)
+      mix = functools.partial(attend, backend=backend, partition=parts)
     else:
       mix = lambda q, k, v, window: attend_cached(q, k, v, positions, *cache, window=window)
     # Kernels want to know their window, the layers are one program: both, of which one runs.
@@ -166,7 +165,7 @@ class Mlp(nn.Module):
       gate, up = jnp.split(project("gate_up", 2 * config.mlp_dim), 2, axis=-1)
     else:
       gate, up = project("gate", config.mlp_dim), project("up", config.mlp_dim)
-    hidden = nn.with_logical_constraint(nn.silu(gate) * up, (axes.BATCH, axes.LENGTH, axes.MLP))
+    hidden = constrain(nn.silu(gate) * up, (axes.BATCH, axes.LENGTH, axes.MLP))
     return _linear(config, self.lora, "down", x.shape[-1], (axes.MLP, axes.WIDTH))(
       hidden, deterministic
     )
@@ -202,7 +201,7 @@ class Layer(nn.Module):
     )
     x = x + mixed
     x = x + Mlp(config, self.lora, name="mlp")(norm("mlp_norm")(x), self.deterministic)
-    return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.WIDTH)), new
+    return constrain(x, (axes.BATCH, axes.LENGTH, axes.WIDTH)), new
 
 
 class Decoder(nn.Module):
@@ -246,7 +245,7 @@ class Decoder(nn.Module):
     """[D, V] in the compute type, gathered along D once, so that no logits or their gradients are
     gathered instead."""
     head = self.embedding.T if self.config.tie_embeddings else self.head
-    return nn.with_logical_constraint(head.astype(self.config.dtype), (axes.WIDTH, axes.VOCAB))
+    return constrain(head.astype(self.config.dtype), (axes.WIDTH, axes.VOCAB))
 
   def logits(self, hidden: jax.Array, output_matrix: jax.Array | None = None) -> jax.Array:
     """hidden: [..., D], after the final norm -> [..., V] float32. Padding vocabulary entries
@@ -254,9 +253,7 @@ class Decoder(nn.Module):
     calls share it."""
     matrix = self.output_matrix() if output_matrix is None else output_matrix
     logits = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32)
-    logits = nn.with_logical_constraint(
-      logits, (axes.BATCH, *[None] * (logits.ndim - 2), axes.VOCAB)
-    )
+    logits = constrain(logits, (axes.BATCH, *[None] * (logits.ndim - 2), axes.VOCAB))
     words = logits.shape[-1]
     return (
       logits
@@ -303,7 +300,7 @@ class Decoder(nn.Module):
       unroll=config.scan_unroll,
       metadata_params={nn.PARTITION_NAME: axes.LAYERS},
     )(config, self.lora, deterministic, return_kv or cache is not None, name="layers")
-    x = nn.with_logical_constraint(x.astype(config.dtype), (axes.BATCH, axes.LENGTH, axes.WIDTH))
+    x = constrain(x.astype(config.dtype), (axes.BATCH, axes.LENGTH, axes.WIDTH))
     cached, cached_positions = (None, None) if cache is None else (cache[:2], cache.positions)
     windowed = jnp.isin(
       jnp.arange(config.num_layers), jnp.array(config.full_attention_layers, jnp.int32), invert=True

@@ -83,14 +83,13 @@ class ExactIndex:
     want = slots_needed(count if self._vectors is None else round(count * GROWTH), self._mesh.size)
     missing = max(0, want - have)
     self._row_of_slot = np.concatenate([self._row_of_slot, np.full(missing, -1, np.int64)])
-    old = (
-      self._vectors
-      if self._vectors is not None
-      else jnp.zeros((have, self._dimension), jnp.float32)
-    )
-    self._vectors = jax.jit(
-      lambda x: jnp.pad(x, ((0, missing), (0, 0))), out_shardings=self._by_row
-    )(old)
+    if self._vectors is None:
+      shape = (have + missing, self._dimension)
+      self._vectors = jax.jit(lambda: jnp.zeros(shape), out_shardings=self._by_row)()
+    else:
+      self._vectors = jax.jit(
+        lambda old: jnp.pad(old, ((0, missing), (0, 0))), out_shardings=self._by_row
+      )(self._vectors)
 
   def remove(self, rows: np.ndarray) -> None:
     """See `base.Retriever`."""
@@ -111,7 +110,9 @@ class ExactIndex:
       np.full((len(queries), k), -np.inf, np.float32),
     )
     if k_found:
-      scale = jax.device_put(mask.astype(np.float32), self._by_row)
+      scale = jax.make_array_from_callback(
+        mask.shape, self._by_row, lambda index: mask[index].astype(np.float32)
+      )
       with jax.set_mesh(self._mesh):
         slots, top_scores = _search(
           self._vectors, scale, np.asarray(queries, np.float32), k_found, self._recall_target

@@ -32,6 +32,7 @@ class OwnModel:
       self._prompt_tokenizer.end_ids,
       self._prompt_tokenizer.pad_id,
       None,
+      checkpoint.mesh,
     )
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self.usage = Usage(in_flight=1)

@@ -93,7 +93,7 @@ class Program:
   @contextlib.contextmanager
   def context(self) -> Iterator[None]:
     """Where traced calls know the mesh and the logical names."""
-    with jax.set_mesh(self.mesh), sharding.activation_rules():
+    with sharding.context(self.mesh):
       yield
 
   # ---- shapes before arrays ----------------------------------------------------------------------

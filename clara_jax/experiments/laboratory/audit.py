@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clara_jax import sharding
 from clara_jax.checkpoints.formats import Checkpoint
 from clara_jax.config import ConfigError, DataConfig
 from clara_jax.data.pipeline import RowEncoder, evaluation_batches
@@ -307,7 +308,7 @@ def audit_generator(
     )
     return sums / prompt.label_weights.sum(-1)
 
-  @jax.jit
+  @checkpoint.jit
   def prepare(weights, batch):
     memories = model.compress(weights, batch.documents)
     scores = model.score(model.encode_query(weights, batch.question), memories)
@@ -322,19 +323,20 @@ def audit_generator(
     tau, start = variant.temperature or model.config.temperature, time.monotonic()
     truths = exact_gradients(np.asarray(scores), np.asarray(of_choices), selections, tau)
     keys = jax.random.split(jax.random.key(seed + 1), draws)
-    drawn = np.asarray(
-      estimates(
-        variant.estimator,
-        scores,
-        memories,
-        cross_entropy,
-        k,
-        jnp.float32(tau),
-        keys,
-        1,
-        (weights, batch.prompt),
+    with sharding.context(checkpoint.mesh):
+      drawn = np.asarray(
+        estimates(
+          variant.estimator,
+          scores,
+          memories,
+          cross_entropy,
+          k,
+          jnp.float32(tau),
+          keys,
+          1,
+          (weights, batch.prompt),
+        )
       )
-    )
     summaries[variant.name] = {
       policy: summary(drawn, truth) for policy, truth in truths.items()
     } | {"seconds": round(time.monotonic() - start, 2)}
