@@ -5,8 +5,8 @@ without TPUs.
     python launch/aot.py --config configs/mistral_7b.py:scp --gpus 8 --chip h100            # by analysis, nothing is compiled
 
 The step, its shapes and its shardings are those of `clara train`; batches have the largest shapes
-that the configuration allows. With `--program compress` (a pass over `data.batch_size` documents)
-or `answer` (as many questions, 32 tokens each) those of inference. Overrides as in training:
+that the configuration allows. With `--program compress` (a pass over `--batch` documents) or
+`answer` (as many questions, 32 tokens each) those of inference. Overrides as in training:
 `--config.train.accumulate=4`. With --json one object: chips, mesh, fits, bytes_per_chip {arguments,
 temporaries, output, total}, memory_per_chip, flops_per_step (all chips, recomputation included),
 collectives {kind: how often they run}, interconnect_bytes_per_chip, memory_traffic_bytes_per_chip,
@@ -16,6 +16,7 @@ not, 2 wrong usage.
 """  # noqa: E501
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -34,9 +35,11 @@ os.environ.update(
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
 
 from clara_jax.analysis import cost
 from clara_jax.batch import Tokens
+from clara_jax.cli import arguments
 from clara_jax.config import ConfigError
 from clara_jax.data.pipeline import padded_length
 from clara_jax.data.prompt_tokenizer import EXTRA_TOKENS
@@ -46,7 +49,7 @@ from clara_jax.training import config_file
 from clara_jax.training.program import Program
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
   """Prints the report; returns the exit status."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -57,6 +60,17 @@ def main(arguments: list[str] | None = None) -> int:
   where.add_argument("--gpus", type=int, help="how many GPUs; by analysis")
   parser.add_argument("--program", choices=("train", *PROGRAMS), default="train")
   parser.add_argument(
+    "--mesh",
+    type=arguments.mesh_sizes,
+    metavar="SIZES",
+    help="tensor=8 or data=2,fsdp=4, as for clara ask; default: the configuration's",
+  )
+  parser.add_argument(
+    "--batch",
+    type=arguments.positive,
+    help="of compress and answer; default: the configuration's data.batch_size",
+  )
+  parser.add_argument(
     "--slices",
     type=int,
     default=1,
@@ -66,14 +80,20 @@ def main(arguments: list[str] | None = None) -> int:
     "--chip", choices=sorted(cost.CHIPS), default="h100", help="of --gpus; default h100"
   )
   parser.add_argument("--json", action="store_true")
-  options, overrides = parser.parse_known_args(arguments)
+  options, overrides = parser.parse_known_args(argv)
   try:
     config = config_file.load_config(options.config, overrides)
+    if options.mesh:
+      config = dataclasses.replace(config, mesh=options.mesh)
+    batch = options.batch or config.data.batch_size
     if options.topology:
       chip, devices = _topology(options.topology, options.slices)
     else:
       jax.config.update("jax_num_cpu_devices", options.gpus)
       chip, devices = cost.CHIPS[options.chip], jax.devices()
+    if options.program != "train":  # only its weights are looked at
+      data = dataclasses.replace(config.data, batch_size=len(devices), shards=1)
+      config = dataclasses.replace(config, data=data)
     program = Program(config, 1000, make_mesh(config.mesh, devices))
   except ConfigError as error:
     print(f"aot: {error}", file=sys.stderr)
@@ -89,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
       parser.error(f"--program {options.program} needs --topology")
     report |= {
       "program": options.program,
-      **cost.compiled(program, chip, *PROGRAMS[options.program](program)),
+      **cost.compiled(program, chip, *PROGRAMS[options.program](program, batch)),
       "remedies": [],
     }
   else:
@@ -99,46 +119,46 @@ def main(arguments: list[str] | None = None) -> int:
   return 0 if report["fits"] else 1
 
 
-def compress_step(program: Program):
+def compress_step(program: Program, batch: int):
   """A pass of the compressor over documents of full length, and its arguments."""
   clara = program.config.clara
   return jax.jit(program.model.compress), (
     {g: program.weights_shapes(g) for g in ("base", "memory_embedding", "compressor")},
     _tokens(
-      program,
+      batch,
       clara.doc_max_length + EXTRA_TOKENS + clara.num_memory_tokens,
       program.config.data.document_bucket,
+      program.batch_sharding,
     ),
   )
 
 
-def answer_step(program: Program):
+def answer_step(program: Program, batch: int):
   """Answers of NEW_TOKENS tokens from K documents each and questions of 64 tokens, and their
   arguments."""
-  clara, batch = program.config.clara, program.config.data.batch_size
+  clara = program.config.clara
   slots = clara.top_k * (clara.num_memory_tokens + 1)
   memories = jax.ShapeDtypeStruct(
     (batch, clara.top_k, clara.num_memory_tokens, clara.model.width),
     clara.model.dtype,
-    sharding=program.batch_sharding,
+    sharding=_whole(program),
   )
   return jax.jit(Greedy(program.model, NEW_TOKENS, end_ids=(2,), pad_id=0).__call__), (
     {g: program.weights_shapes(g) for g in ("base", "memory_embedding", "generator")},
-    _tokens(program, slots + 128, 128),
+    _tokens(batch, slots + 128, 128, _whole(program)),
     memories,
   )
 
 
-def _tokens(program, length, bucket):
-  ids, lengths = (
-    (program.config.data.batch_size, padded_length(length, bucket)),
-    (program.config.data.batch_size,),
-  )
+def _whole(program):
+  """As `clara ask` gives its questions to the devices: all to each."""
+  return NamedSharding(program.mesh, PartitionSpec())
+
+
+def _tokens(batch, length, bucket, sharding):
+  ids, lengths = (batch, padded_length(length, bucket)), (batch,)
   return Tokens(
-    *(
-      jax.ShapeDtypeStruct(shape, np.int32, sharding=program.batch_sharding)
-      for shape in (ids, lengths)
-    )
+    *(jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding) for shape in (ids, lengths))
   )
 
 

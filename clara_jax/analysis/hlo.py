@@ -278,18 +278,16 @@ def _traffic(
     written = instruction.shape if not instruction.opcode.endswith("-start") else ""
     return _memory_bytes(written) + sum(map(_memory_bytes, operands))
   inner = computations[_called(instruction, "calls")[0]]
-  parameters = sorted(
-    (i for i in inner.values() if i.opcode == "parameter"), key=lambda i: int(i.argument)
-  )
+  parameters = _parameters(inner)
   root = next(i for i in inner.values() if i.is_root)
   updated = _source(root.operands[0], inner) if root.opcode == "dynamic-update-slice" else None
   total = _memory_bytes(inner[root.operands[1]].shape if updated else instruction.shape)
   for parameter, shape in zip(parameters, operands, strict=True):
     if parameter.name == updated or not _memory_bytes(shape):
       continue
-    uses = _uses(parameter.name, inner)
-    if uses and all(u.opcode in ("dynamic-slice", "slice", "gather") for u in uses):
-      shape = " ".join(re.sub(r"S\(\d+\)", "", u.shape) for u in uses)
+    slices = _slices(parameter.name, inner, computations)
+    if slices:
+      shape = " ".join(re.sub(r"S\(\d+\)", "", s) for s in slices)
     total += _memory_bytes(shape)
   return total
 
@@ -298,6 +296,35 @@ def _source(name: str, inner: dict[str, _Instruction]) -> str:
   while inner[name].opcode in ("bitcast", "copy") and inner[name].operands:
     name = inner[name].operands[0]
   return name
+
+
+def _parameters(inner: dict[str, _Instruction]) -> list[_Instruction]:
+  return sorted(
+    (i for i in inner.values() if i.opcode == "parameter"), key=lambda i: int(i.argument)
+  )
+
+
+def _slices(
+  name: str,
+  inner: dict[str, _Instruction],
+  computations: dict[str, dict[str, _Instruction]],
+) -> list[str] | None:
+  """Shapes of the slices that a fusion takes of one of its values, also in fusions within it; None
+  where it reads the whole."""
+  shapes: list[str] = []
+  for use in _uses(name, inner):
+    if use.opcode in ("dynamic-slice", "slice", "gather"):
+      shapes.append(use.shape)
+      continue
+    if use.opcode != "fusion":
+      return None
+    nested = computations[_called(use, "calls")[0]]
+    for parameter, operand in zip(_parameters(nested), use.operands, strict=True):
+      if _source(operand, inner) == name:
+        if (within := _slices(parameter.name, nested, computations)) is None:
+          return None
+        shapes += within
+  return shapes
 
 
 def _uses(name: str, inner: dict[str, _Instruction]) -> list[_Instruction]:

@@ -56,7 +56,7 @@ def mesh(parser: argparse.ArgumentParser) -> None:
   """Over which devices a checkpoint is divided."""
   parser.add_argument(
     "--mesh",
-    type=_mesh,
+    type=mesh_sizes,
     metavar="SIZES",
     help="divides the weights over the devices: tensor=8 (one question is answered sooner), fsdp=8 "
     "or data=2,fsdp=4 (more at a time), or a preset of training: host, pod, slices; default: the "
@@ -64,7 +64,8 @@ def mesh(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def _mesh(text: str) -> MeshConfig:
+def mesh_sizes(text: str) -> MeshConfig:
+  """The value of --mesh: a preset, sizes, or both."""
   from clara_jax.config import ConfigError, MeshConfig, from_config_dict
 
   fields: dict[str, str | int] = {}

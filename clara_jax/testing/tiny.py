@@ -7,6 +7,7 @@ import itertools
 import jax
 import numpy as np
 
+from clara_jax.checkpoints import native, workdir
 from clara_jax.config import (
   ClaraConfig,
   DataConfig,
@@ -145,11 +146,18 @@ def pod_config() -> ClaraConfig:
   return dataclasses.replace(config(), model=model)
 
 
-def pod_weights() -> dict:
-  """Fresh weights of `pod_config` in which the adapters matter."""
-  tree = jax.jit(Clara(pod_config()).init)(jax.random.key(0))
+def pod_weights(config: ClaraConfig | None = None) -> dict:
+  """Fresh weights of `pod_config`, or of another, in which the adapters matter."""
+  tree = jax.jit(Clara(config or pod_config()).init)(jax.random.key(0))
   for i, role in enumerate(("compressor", "query_reasoner", "generator")):
     tree[role] = jax.tree.map(
       lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), tree[role]
     )
   return jax.tree.map(np.asarray, tree)
+
+
+def write_checkpoint(directory: str, config: ClaraConfig, weights: dict) -> None:
+  """A checkpoint of the joint stage that holds its base, with the world's tokenizer."""
+  workdir.write_config(directory, RunConfig(config, train=TrainConfig(stage="joint")))
+  native.write_weights(directory, weights)
+  world().tokenizer().save_pretrained(f"{directory}/tokenizer")

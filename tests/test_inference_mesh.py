@@ -1,0 +1,126 @@
+"""A checkpoint that is divided over devices and processes answers as one on a single device
+does."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from clara_jax.cli import main as cli
+from clara_jax.data.schemas import write_rows
+from clara_jax.testing import tiny
+from tests.helpers import free_port, refused
+
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "inference_collectives.json"
+MESHES = {
+  "one": None,
+  "tensor": "tensor=8",
+  "fsdp": "fsdp=8",
+  "mixed": "data=2,fsdp=2,tensor=2",
+}
+
+
+def start(folder, meshes, devices, *who):
+  return subprocess.Popen(
+    [
+      *(sys.executable, "-m", "tests.mesh_worker"),
+      json.dumps({"folder": str(folder), "meshes": meshes}),
+      *map(str, who),
+    ],
+    env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)},
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def finish(process):
+  out, err = process.communicate(timeout=400)
+  assert process.returncode == 0, err[-3000:]
+  return json.loads(next(line for line in out.splitlines() if line.startswith("REPORT"))[6:])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A checkpoint whose eight heads of keys divide over eight devices, documents and rows."""
+  path = tmp_path_factory.mktemp("mesh")
+  config = tiny.pod_config()
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_kv_heads=8))
+  tiny.write_checkpoint(str(path / "joint"), config, tiny.pod_weights(config))
+  write_rows(tiny.world().documents(test=False)[:30], str(path / "documents.jsonl"))
+  write_rows(list(tiny.world().question_rows(6, test=True))[:11], str(path / "rows.jsonl"))
+  return path
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+  return finish(start(folder, MESHES, 8))
+
+
+def same(run, expected):
+  assert run["ids"] == expected["ids"]
+  np.testing.assert_allclose(run["memories"], expected["memories"], rtol=0, atol=1e-5)
+  for answers, wanted in zip(run["answers"], expected["answers"], strict=True):
+    for answer, want in zip(answers, wanted, strict=True):
+      assert answer["answer"] == want["answer"]
+      assert [d["id"] for d in answer["documents"]] == [d["id"] for d in want["documents"]]
+      np.testing.assert_allclose(
+        [d["score"] for d in answer["documents"]],
+        [d["score"] for d in want["documents"]],
+        atol=1.1e-4,  # they are rounded to four places
+      )
+  for row, want in zip(run["predictions"], expected["predictions"], strict=True):
+    assert (row["prediction"], row["ranked"]) == (want["prediction"], want["ranked"])
+    np.testing.assert_allclose(row["scores"], want["scores"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
+def test_answers_scores_and_memory_tokens_are_those_of_one_device(runs, name):
+  assert len(runs["one"]["ids"]) == 30 and any(
+    a["answer"] for answers in runs["one"]["answers"] for a in answers
+  )
+  same(runs[name], runs["one"])
+
+
+@pytest.mark.parametrize("name, ways", [("tensor", 8), ("fsdp", 8), ("mixed", 4)])
+def test_each_device_holds_its_part(runs, name, ways):
+  divided = {
+    leaf: np.prod(whole) / np.prod(shard) for leaf, (whole, shard) in runs[name]["shards"].items()
+  }
+  matrices = [leaf for leaf in divided if leaf.endswith(("['kernel']", "['a']", "['b']"))]
+  assert len(matrices) == 7 * 7  # of the base, and two for each of three roles
+  assert {divided[leaf] for leaf in matrices} == {ways}
+  assert divided["['base']['embedding']"] == ways
+
+
+def test_what_answers_send(runs):
+  golden = json.loads(GOLDEN.read_text())
+  if golden["jax"] != jax.__version__:
+    pytest.skip(f"{GOLDEN.name} is of JAX {golden['jax']}; another compiler may send otherwise")
+  assert {name: runs[name]["collectives"] for name in MESHES} == golden["answer"]
+
+
+def test_two_processes_are_one(folder, runs):
+  port = free_port()
+  sizes = {"two": MESHES["mixed"]}
+  processes = [start(folder, sizes, 4, f"localhost:{port}", 2, i) for i in range(2)]
+  for report in map(finish, processes):
+    same(report["two"], runs["one"])
+
+
+def test_a_mesh_that_does_not_fit_is_named(folder):
+  ask = ("ask", "--checkpoint", folder / "joint", "--store", folder / "store-one", "q")
+  assert "does not fit 2 devices" in refused(*ask, "--mesh", "tensor=8")
+  assert "name --mesh" in refused(*ask, "--coordinator", "localhost:1")
+  with pytest.raises(SystemExit):
+    cli.main([str(a) for a in (*ask, "--mesh", "tensor=many")])
+  with pytest.raises(SystemExit):
+    cli.main([str(a) for a in (*ask, "--mesh", "rows=2")])
