@@ -35,6 +35,7 @@ SIZES = recipe.Sizes(
 )
 
 
+@pytest.mark.real
 def test_quickstart_and_what_is_shipped(tmp_path, caplog, monkeypatch, capsys):
   caplog.set_level("INFO", "clara_jax")
   report = recipe.run(str(tmp_path / "run"), from_scratch=True, sizes=SIZES)
@@ -46,7 +47,7 @@ def test_quickstart_and_what_is_shipped(tmp_path, caplog, monkeypatch, capsys):
     + ["--setting", "joint", "--max-new-tokens", "4", "--json"]
   )
   scores = json.loads(capsys.readouterr().out)
-  assert status == 0 and scores["rows"] == SIZES.evaluation_rows
+  assert status == 0 and scores["n"] == SIZES.evaluation_rows
   for name in ("recall_at_1", "recall_at_5"):
     assert report["joint"][name][1] == scores[name]
   assert report["joint"]["answer_em"][1] == scores["em"]
