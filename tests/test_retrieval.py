@@ -19,6 +19,7 @@ from clara_jax.ops.nearest import nearest, slots_needed, take
 from clara_jax.retrieval import base, index
 from clara_jax.retrieval.exact import ExactIndex
 from clara_jax.sharding import make_mesh
+from tests.helpers import free_port
 
 MANIFEST = Manifest("x", 2, 16, 40, "float32")
 
@@ -52,12 +53,23 @@ def truth(store, among=None, k=4):
   return rows[order], np.take_along_axis(scores, order, 1)
 
 
-KINDS = [("exact", None), ("scann", None), ("exact", 30), ("scann", 30)]
+KINDS = [
+  ("exact", None),
+  ("scann", None),
+  ("exact", 30),
+  ("scann", 30),
+  ("exact", None, "bfloat16"),
+  ("exact", 30, "int8"),
+]
 
 
-@pytest.fixture(params=KINDS, ids=lambda p: f"{p[0]}-{p[1]}")
+def settings(kind):
+  return dict(zip(("kind", "dimensions", "vectors"), kind, strict=False))
+
+
+@pytest.fixture(params=KINDS, ids=lambda p: "-".join(map(str, p)))
 def kind(request):
-  name, dimensions = request.param
+  name, dimensions, *_ = request.param
   if not index.available(name):
     pytest.skip(f"{name} is not installed")
   if dimensions:
@@ -66,8 +78,8 @@ def kind(request):
 
 
 def test_indices_find_the_nearest(store, kind):
-  built = index.build(store, kind[0], kind[1])
-  index.save(built, kind[0], store, kind[1])
+  built = index.build(store, **settings(kind))
+  index.save(built, store=store, **settings(kind))
   for retriever in (built, index.load(store)):
     rows, scores = retriever.search(queries(), 4)
     expected, cosines = truth(store)
@@ -83,7 +95,7 @@ def test_indices_find_the_nearest(store, kind):
 
 
 def test_filters(store, kind):
-  built = index.build(store, kind[0], kind[1])
+  built = index.build(store, **settings(kind))
   among = np.array([3, 77, 150, 151, 299])
   rows, scores = built.search(queries(), 4, among)
   expected, cosines = truth(store, among)
@@ -99,7 +111,7 @@ def test_filters(store, kind):
 
 
 def test_a_thousand_changes_equal_a_store_built_afresh(store, kind, tmp_path):
-  built, changes = index.build(store, kind[0], kind[1]), random.Random(0)
+  built, changes = index.build(store, **settings(kind)), random.Random(0)
   live, version = set(range(300)), 0
   for _ in range(10):
     for _ in range(10):
@@ -138,12 +150,12 @@ def test_a_thousand_changes_equal_a_store_built_afresh(store, kind, tmp_path):
 
 
 def test_an_index_is_brought_up_to_date(store, kind):
-  index.save(index.build(store, kind[0], kind[1]), kind[0], store, kind[1])
+  index.save(index.build(store, **settings(kind)), store=store, **settings(kind))
   store.upsert(documents([5, 1000]), memories_of([5, 1000], 1))
   store.delete(["d9"])
-  refreshed_index, changed = index.refresh(store, kind[0], kind[1])
+  refreshed_index, changed = index.refresh(store, **settings(kind))
   assert changed == (4 if kind[0] == "scann" else 300)
-  index.save(refreshed_index, kind[0], store, kind[1])
+  index.save(refreshed_index, store=store, **settings(kind))
   np.testing.assert_array_equal(index.load(store).search(queries(), 4)[0], truth(store)[0])
 
 
@@ -162,7 +174,7 @@ def test_an_index_saved_under_a_relative_path_can_be_moved(tmp_path, monkeypatch
   monkeypatch.chdir(tmp_path)
   memory_store = MemoryStore("store", MANIFEST)
   memory_store.append(documents(range(50)), memories_of(range(50)))
-  index.save(index.build(memory_store, *kind), kind[0], memory_store, kind[1])
+  index.save(index.build(memory_store, **settings(kind)), store=memory_store, **settings(kind))
   (tmp_path / "store").rename(tmp_path / "elsewhere")
   monkeypatch.chdir("/")
   moved = MemoryStore(str(tmp_path / "elsewhere"))
@@ -209,34 +221,60 @@ def test_approximate_search_has_its_recall():
 _ON_DEVICES = """
 import json, sys
 import numpy as np
+dtype, *who = sys.argv[1:]
+from clara_jax import distributed
+if who:
+  distributed.initialize(who[0], int(who[1]), int(who[2]))
 from clara_jax.retrieval.exact import ExactIndex
 rng = np.random.default_rng(0)
 vectors, queries = rng.normal(size=(2003, 24)).astype(np.float32), rng.normal(size=(6, 24)).astype(np.float32)
-index = ExactIndex(24)
-index.fill(np.arange(2000) * 3, lambda rows: vectors[rows // 3])
+vectors[[40, 900, 1999]] = vectors[5]  # ties, on devices of their own
+index, asked = ExactIndex(24, dtype=dtype), []
+def vectors_of(rows):
+  asked.extend(rows.tolist())
+  return vectors[rows // 3]
+index.fill(np.arange(2000) * 3, vectors_of)
+read = len(asked)
 index.add(np.array([7, 8, 10]), vectors[2000:])
 index.remove(np.array([3, 8]))
-rows, scores = index.search(queries, 9)
-print(json.dumps([rows.tolist(), scores.tolist(), len(index._vectors.addressable_shards)]))
+found = [index.search(np.concatenate([queries, vectors[5:6]]), 9), index.search(queries, 3, np.arange(0, 500, 9))]
+print("REPORT" + json.dumps([[[rows.tolist(), scores.tolist()] for rows, scores in found], read]))
 """  # noqa: E501
 
 
-def test_eight_devices_return_what_one_returns():
-  results = []
-  for devices in (1, 8):
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
-    run = subprocess.run(
-      [sys.executable, "-c", _ON_DEVICES],
+def search_on(devices, dtype, processes=1):
+  """[(rows and scores of both searches, vectors that this process has read)], by process."""
+  who = [[]]
+  if processes > 1:
+    coordinator = f"localhost:{free_port()}"
+    who = [[coordinator, str(processes), str(i)] for i in range(processes)]
+  environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
+  runs = [
+    subprocess.Popen(
+      [sys.executable, "-c", _ON_DEVICES, dtype, *w],
       env=environment,
-      capture_output=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
       text=True,
-      check=True,
-      timeout=200,
     )
-    results.append(json.loads(run.stdout))
-  assert [f[2] for f in results] == [1, 8]
-  assert results[0][0] == results[1][0]
-  np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-6)
+    for w in who
+  ]
+  outputs = [run.communicate(timeout=200) for run in runs]
+  assert not any(run.returncode for run in runs), outputs[0][1][-2000:]
+  return [json.loads(out[out.index("REPORT") + 6 :]) for out, _ in outputs]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_devices_and_processes_return_what_one_returns(dtype):
+  ((expected, everything),) = search_on(1, dtype)
+  ties = expected[0][0][6][:4]
+  assert ties == [15, 120, 2700, 5997] and everything == 2000
+  for devices, processes in ((8, 1), (2, 4)):
+    for searches, read in search_on(devices, dtype, processes):
+      assert read <= -(-2000 // processes) + 16  # its own part only
+      for (rows, scores), (want_rows, want_scores) in zip(searches, expected, strict=True):
+        assert rows == want_rows
+        np.testing.assert_allclose(scores, want_scores, rtol=1e-6)
 
 
 def test_an_exact_index_grows():

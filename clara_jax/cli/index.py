@@ -18,6 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="default: that of the existing index, else scann (millions, CPU)",
   )
   parser.add_argument(
+    "--vectors",
+    choices=("float32", "bfloat16", "int8"),
+    help="exact: what the devices hold of the vectors, the best are re-ranked on all of it; "
+    "default: as the existing index, else float32",
+  )
+  parser.add_argument(
+    "--recall",
+    type=float,
+    metavar="R",
+    help="exact: below 1, TPUs search approximately, with this expected recall; default: as the "
+    "existing index, else 1",
+  )
+  parser.add_argument(
     "--memory-tokens",
     type=arguments.positive,
     metavar="m",
@@ -34,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-  """Returns documents, changed, dimension, memory_tokens, bytes, seconds and kind."""
+  """Returns documents, changed, dimension, memory_tokens, bytes, seconds, kind, vectors and
+  recall."""
   from clara_jax.memory.store import MemoryStore
   from clara_jax.retrieval import index
 
@@ -51,7 +65,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     else None
   ) or None
   store = store.first(options.memory_tokens or saved.get("memory_tokens"))
-  built, changed = index.update(store, kind, dimensions)
+  settings = {
+    name: getattr(options, name) or (saved.get(name) if kind == saved.get("kind") else None)
+    for name in ("vectors", "recall")
+  }
+  settings = {name: value for name, value in settings.items() if value is not None}
+  built, changed = index.update(store, kind, dimensions, **settings)
   full = store.manifest.num_memory_tokens * store.manifest.width
   return {
     "documents": len(built),
@@ -61,4 +80,5 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     "bytes": index.saved_bytes(options.store),
     "seconds": time.monotonic() - start,
     "kind": kind,
+    **({"vectors": "float32", "recall": 1.0} | settings if kind == "exact" else {}),
   }

@@ -36,11 +36,13 @@ def nearest(
   (`slots_needed`), queries are on every device.
 
   Args:
-    vectors: [S, d].
-    scale: [S] float32, 1/norm for cosines; 0 or less where a slot is empty.
+    vectors: [S, d]; those in bfloat16 or int8 are multiplied in bfloat16 and summed in float32.
+    scale: [S] float32, 1/norm for cosines (for int8 also what one step of it is worth); 0 or less
+      where a slot is empty.
     queries: [Q, d].
     k: how many, at most S.
-    recall_target: below 1, `lax.approx_max_k` of each block, which is faster on TPU.
+    recall_target: below 1, `lax.approx_max_k` of each block (arXiv 2206.14286), which is faster on
+      TPU; elsewhere it is exact.
 
   Returns:
     (slots [Q, k] int32, scores [Q, k] float32), best first; an empty slot has the score -inf.
@@ -94,7 +96,13 @@ def _nearest_here(vectors, scale, queries, k, recall_target):
 
   def best(block):
     number, vectors, scale = block
-    scores = jnp.einsum("qd,nd->qn", queries, vectors, preferred_element_type=jnp.float32)
+    dtype = jnp.float32 if vectors.dtype == jnp.float32 else jnp.bfloat16
+    scores = jnp.einsum(
+      "qd,nd->qn",
+      queries.astype(dtype),
+      vectors.astype(dtype),
+      preferred_element_type=jnp.float32,
+    )
     scores = jnp.where(scale > 0, scores * scale, -jnp.inf)
     if recall_target < 1:
       scores, places = jax.lax.approx_max_k(scores, count, recall_target=recall_target)

@@ -7,6 +7,7 @@ Vectors are flattened memory tokens, normalized; the inner product is then the s
              /000003/         that folder; a new index gets the next one, and counts when index.json names it
 """  # noqa: E501
 
+import dataclasses
 import hashlib
 import importlib.util
 import shutil
@@ -16,11 +17,15 @@ import numpy as np
 from etils import epath
 
 from clara_jax import io
+from clara_jax.config import ConfigError
 from clara_jax.errors import InputError
 from clara_jax.memory.store import MemoryStore
+from clara_jax.retrieval import projection as projections
 from clara_jax.retrieval.base import Retriever, unit_vectors
+from clara_jax.retrieval.projection import Projection
 
 KINDS = ("exact", "scann")
+VECTORS = ("float32", "bfloat16", "int8")
 FOLDER = "index"
 # More changed documents than this share, and the index is built anew.
 CHANGED = 0.2
@@ -30,48 +35,88 @@ class MissingIndexError(InputError):
   """There is no index, or it does not fit its store."""
 
 
+@dataclasses.dataclass(frozen=True)
+class IndexSettings:
+  """How an index is made.
+
+  Attributes:
+    kind: 'exact' or 'scann'.
+    dimensions: d' of a learned projection; None searches the full vectors.
+    vectors: 'float32', 'bfloat16' or 'int8', what the devices hold of the vectors (exact); the
+      best are re-ranked on the full ones.
+    recall: below 1, the best are searched approximately on TPU, with this expected recall of a
+      device's best (exact).
+
+  Raises:
+    MissingIndexError: an unknown kind.
+    ConfigError: another value is none of those, or is not of the kind.
+  """
+
+  kind: str = "exact"
+  dimensions: int | None = None
+  vectors: str = "float32"
+  recall: float = 1.0
+
+  def __post_init__(self):
+    if self.kind not in KINDS:
+      raise MissingIndexError(f"index kind {self.kind!r}: expected one of {list(KINDS)}")
+    if self.vectors not in VECTORS:
+      raise ConfigError(f"vectors={self.vectors!r}: expected one of {list(VECTORS)}")
+    if not 0 < self.recall <= 1:
+      raise ConfigError(f"recall={self.recall}: expected more than 0 and at most 1")
+    if self.kind != "exact" and (self.vectors, self.recall) != ("float32", 1.0):
+      raise ConfigError(f"vectors and recall are of the index kind 'exact', not of {self.kind!r}")
+
+
 def available(kind: str) -> bool:
   """Whether what an index needs is installed."""
   return kind == "exact" or importlib.util.find_spec("scann") is not None
 
 
-def build(store: MemoryStore, kind: str = "exact", dimensions: int | None = None) -> Retriever:
+def build(
+  store: MemoryStore, kind: str = "exact", dimensions: int | None = None, **settings: Any
+) -> Retriever:
   """An index over all documents of a store.
 
   Args:
     store: whose memory tokens it searches.
-    kind: 'exact' or 'scann'.
-    dimensions: d' of a learned projection; None searches the full vectors.
+    kind, dimensions, settings: see `IndexSettings`.
 
   Raises:
     MissingIndexError: an unknown kind, or no documents.
-    ConfigError: what it needs is not installed, or `dimensions` does not fit.
+    ConfigError: what it needs is not installed, or a setting does not fit.
   """
-  if kind not in KINDS:
-    raise MissingIndexError(f"index kind {kind!r}: expected one of {list(KINDS)}")
+  how = IndexSettings(kind, dimensions, **settings)
   if not len(store):
     raise MissingIndexError(f"{store.directory}: the store has no documents to index")
-  if dimensions is None:
-    return _build(kind, store, None)
-  from clara_jax.retrieval import projection as projections
+  projection = None
+  if dimensions is not None:
+    sample = np.random.default_rng(0).permutation(store.rows)[: projections.SAMPLE]
+    projection = projections.learn(_vectors_of(store)(np.sort(sample)), dimensions)
+  return _reranked(_build(how, store, projection), how, projection, store)
 
-  sample = np.random.default_rng(0).permutation(store.rows)[: projections.SAMPLE]
-  projection = projections.learn(_vectors_of(store)(np.sort(sample)), dimensions)
-  return projections.ProjectedIndex(_build(kind, store, projection), projection, _vectors_of(store))
+
+def _reranked(
+  index: Retriever, how: IndexSettings, projection: Projection | None, store: MemoryStore
+) -> Retriever:
+  """Where less than the full vectors is searched, the best are re-ranked on these."""
+  if projection is None and (how.vectors, how.recall) == ("float32", 1.0):
+    return index
+  return projections.RerankedIndex(index, projection, _vectors_of(store))
 
 
 def _vectors_of(store: MemoryStore):
   return lambda rows: unit_vectors(store.memories(rows))
 
 
-def _build(kind: str, store: MemoryStore, projection) -> Retriever:
+def _build(how: IndexSettings, store: MemoryStore, projection) -> Retriever:
   full, dimension = _vectors_of(store), store.manifest.num_memory_tokens * store.manifest.width
   vectors_of = full if projection is None else lambda rows: projection.of_documents(full(rows))
   dimension = dimension if projection is None else len(projection.components)
-  if kind == "exact":
+  if how.kind == "exact":
     from clara_jax.retrieval import exact
 
-    index = exact.ExactIndex(dimension)
+    index = exact.ExactIndex(dimension, recall_target=how.recall, dtype=how.vectors)
     index.fill(store.rows, vectors_of)
     return index
   from clara_jax.retrieval import scann
@@ -82,9 +127,16 @@ def _build(kind: str, store: MemoryStore, projection) -> Retriever:
   return scann.build(store.rows, vectors)
 
 
-def save(index: Retriever, kind: str, store: MemoryStore, dimensions: int | None = None) -> None:
+def save(
+  index: Retriever,
+  kind: str,
+  store: MemoryStore,
+  dimensions: int | None = None,
+  **settings: Any,
+) -> None:
   """Saves an index beside its store, in the place of the one that is there; `store` is opened for
   the memory tokens that it searches (`MemoryStore.first`)."""
+  how = IndexSettings(kind, dimensions, **settings)
   top = epath.Path(store.directory) / FOLDER
   top.mkdir(exist_ok=True)
   number = max((int(f.name) for f in top.iterdir() if f.name.isdigit()), default=-1) + 1
@@ -96,8 +148,7 @@ def save(index: Retriever, kind: str, store: MemoryStore, dimensions: int | None
       top / "index.json",
       io.sealed(
         {
-          "kind": kind,
-          "dimensions": dimensions,
+          **dataclasses.asdict(how),
           "memory_tokens": store.manifest.num_memory_tokens,
           "documents": len(index),
           "generation": store.manifest.generation,
@@ -185,13 +236,18 @@ def _has_grown(store: MemoryStore, saved: dict) -> bool:
 
 
 def saved_settings(store: MemoryStore) -> dict:
-  """`kind`, `dimensions` and `memory_tokens` (how many of each document it searches) of the saved
-  index; empty where there is none."""
-  return {
-    name: value
-    for name, value in (_saved(store) or {}).items()
-    if name in ("kind", "dimensions", "memory_tokens")
-  }
+  """The fields of `IndexSettings` and `memory_tokens` (how many of each document it searches) of
+  the saved index; empty where there is none."""
+  saved = _saved(store)
+  if saved is None:
+    return {}
+  return {**dataclasses.asdict(_settings(saved)), "memory_tokens": saved["memory_tokens"]}
+
+
+def _settings(saved: dict) -> IndexSettings:
+  """Those of version 0.1 lack the later fields."""
+  names = [field.name for field in dataclasses.fields(IndexSettings)]
+  return IndexSettings(**{name: saved[name] for name in names if name in saved})
 
 
 def _load(store: MemoryStore, saved: dict) -> Retriever:
@@ -199,23 +255,19 @@ def _load(store: MemoryStore, saved: dict) -> Retriever:
   folder = _files(store, saved)
   projection = None
   if saved["dimensions"] is not None:
-    from clara_jax.retrieval import projection as projections
-
     projection = projections.load(folder)
   if saved["kind"] == "exact":
-    index = _build("exact", store, projection)  # the store has the vectors
+    index = _build(_settings(saved), store, projection)  # the store has the vectors
   else:
     from clara_jax.retrieval import scann
 
     index = scann.load(folder)
-  return (
-    index
-    if projection is None
-    else projections.ProjectedIndex(index, projection, _vectors_of(store))
-  )
+  return _reranked(index, _settings(saved), projection, store)
 
 
-def update(store: MemoryStore, kind: str, dimensions: int | None = None) -> tuple[Retriever, int]:
+def update(
+  store: MemoryStore, kind: str, dimensions: int | None = None, **settings: Any
+) -> tuple[Retriever, int]:
   """Brings the saved index up to date, or builds it, and saves it; nobody else changes the store
   meanwhile.
 
@@ -227,34 +279,35 @@ def update(store: MemoryStore, kind: str, dimensions: int | None = None) -> tupl
     MissingIndexError, ConfigError: see `build`.
   """
   with store.reading("index", "builds its index"):
-    built, changed = refresh(store, kind, dimensions)
-    save(built, kind, store, dimensions)
+    built, changed = refresh(store, kind, dimensions, **settings)
+    save(built, kind, store, dimensions, **settings)
   return built, changed
 
 
-def refresh(store: MemoryStore, kind: str, dimensions: int | None = None) -> tuple[Retriever, int]:
+def refresh(
+  store: MemoryStore, kind: str, dimensions: int | None = None, **settings: Any
+) -> tuple[Retriever, int]:
   """The saved index with the store's changes, or a new one where there is none, it is damaged, or
   much has changed.
 
   Returns:
     (index, number of documents that were added or removed; all of them for a new one).
   """
-  saved = _saved(store)
+  saved, how = _saved(store), IndexSettings(kind, dimensions, **settings)
   like = saved is not None and (
-    saved["kind"],
-    saved["dimensions"],
+    _settings(saved),
     saved["memory_tokens"],
     saved["generation"],
-  ) == (kind, dimensions, store.manifest.num_memory_tokens, store.manifest.generation)
+  ) == (how, store.manifest.num_memory_tokens, store.manifest.generation)
   if not like or kind == "exact" or not _has_grown(store, saved):
-    return build(store, kind, dimensions), len(store)
+    return build(store, **dataclasses.asdict(how)), len(store)
   try:
     index = _load(store, saved)
   except MissingIndexError:
-    return build(store, kind, dimensions), len(store)
+    return build(store, **dataclasses.asdict(how)), len(store)
   gone, new = np.setdiff1d(index.rows, store.rows), np.setdiff1d(store.rows, index.rows)
   if len(gone) + len(new) > CHANGED * len(store):
-    return build(store, kind, dimensions), len(store)
+    return build(store, **dataclasses.asdict(how)), len(store)
   if len(gone):
     index.remove(gone)
   for start in range(0, len(new), 4096):

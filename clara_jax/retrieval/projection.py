@@ -63,17 +63,20 @@ def learn(sample: np.ndarray, dimensions: int) -> Projection:
   return Projection(components.copy(), faiss.vector_to_array(pca.b)[:dimensions].copy())
 
 
-class ProjectedIndex:
-  """An index over projected vectors whose best are re-ranked by their full ones.
+class RerankedIndex:
+  """An index over less than the full vectors, whose best are re-ranked by these.
 
   Args:
-    inner: over the projected vectors.
-    projection: what made them.
+    inner: over projected vectors, or such of few bits.
+    projection: what made them; None where all dimensions are searched.
     vectors_of: rows [n] -> full unit vectors [n, d], from the store.
   """
 
   def __init__(
-    self, inner: Retriever, projection: Projection, vectors_of: Callable[[np.ndarray], np.ndarray]
+    self,
+    inner: Retriever,
+    projection: Projection | None,
+    vectors_of: Callable[[np.ndarray], np.ndarray],
   ):
     self._inner, self._projection, self._vectors_of = inner, projection, vectors_of
 
@@ -87,7 +90,9 @@ class ProjectedIndex:
 
   def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
     """See `base.Retriever`."""
-    self._inner.add(rows, self._projection.of_documents(vectors))
+    self._inner.add(
+      rows, vectors if self._projection is None else self._projection.of_documents(vectors)
+    )
 
   def remove(self, rows: np.ndarray) -> None:
     """See `base.Retriever`."""
@@ -98,9 +103,8 @@ class ProjectedIndex:
   ) -> tuple[np.ndarray, np.ndarray]:
     """See `base.Retriever`."""
     queries = np.asarray(queries, np.float32)
-    rows, _ = self._inner.search(
-      self._projection.of_queries(queries), min(len(self), RERANKED * k), among
-    )
+    searched = queries if self._projection is None else self._projection.of_queries(queries)
+    rows, _ = self._inner.search(searched, min(len(self), RERANKED * k), among)
     needed, place = np.unique(rows, return_inverse=True)
     vectors = np.zeros((len(needed), queries.shape[1]), np.float32)
     vectors[needed >= 0] = self._vectors_of(needed[needed >= 0])
@@ -115,7 +119,8 @@ class ProjectedIndex:
 
   def save(self, directory: str) -> None:
     """Beside the inner index's files."""
-    np.savez(os.path.join(directory, FILE), **dataclasses.asdict(self._projection))
+    if self._projection is not None:
+      np.savez(os.path.join(directory, FILE), **dataclasses.asdict(self._projection))
     self._inner.save(directory)
 
 
