@@ -6,8 +6,11 @@ without TPUs.
 
 The step, its shapes and its shardings are those of `clara train`; batches have the largest shapes
 that the configuration allows. With `--program compress` (a pass over `--batch` documents) or
-`answer` (as many questions, 32 tokens each) those of inference. Overrides as in training:
-`--config.train.accumulate=4`. With --json one object: chips, mesh, fits, bytes_per_chip {arguments,
+`answer` (as many questions, 32 tokens each) those of inference; `search` needs no configuration:
+
+    python launch/aot.py --program search --vectors 33000000 --topology v5e:4x8             # and queries a second, at best
+
+Overrides as in training: `--config.train.accumulate=4`. With --json one object: chips, mesh, fits, bytes_per_chip {arguments,
 temporaries, output, total}, memory_per_chip, flops_per_step (all chips, recomputation included),
 collectives {kind: how often they run}, interconnect_bytes_per_chip, memory_traffic_bytes_per_chip,
 roofline_seconds {compute, memory, interconnect, step}, compile_seconds, remedies (what would make
@@ -33,6 +36,7 @@ os.environ.update(
 )
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
@@ -44,6 +48,7 @@ from clara_jax.config import ConfigError
 from clara_jax.data.pipeline import padded_length
 from clara_jax.data.prompt_tokenizer import EXTRA_TOKENS
 from clara_jax.inference.generate import Greedy
+from clara_jax.ops.nearest import nearest, slots_needed
 from clara_jax.sharding import make_mesh
 from clara_jax.training import config_file
 from clara_jax.training.program import Program
@@ -54,11 +59,11 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--config", required=True, metavar="FILE.py[:NAME]")
+  parser.add_argument("--config", metavar="FILE.py[:NAME]", help="not for search")
   where = parser.add_mutually_exclusive_group(required=True)
   where.add_argument("--topology", help="chip and shape: v5e:4x8, v5p:2x2x4, v6e:4x4")
   where.add_argument("--gpus", type=int, help="how many GPUs; by analysis")
-  parser.add_argument("--program", choices=("train", *PROGRAMS), default="train")
+  parser.add_argument("--program", choices=("train", *PROGRAMS, "search"), default="train")
   parser.add_argument(
     "--mesh",
     type=arguments.mesh_sizes,
@@ -68,8 +73,17 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     "--batch",
     type=arguments.positive,
-    help="of compress and answer; default: the configuration's data.batch_size",
+    help="of compress and answer; default: the configuration's data.batch_size; of search: "
+    "questions at a time; default 1024",
   )
+  search = parser.add_argument_group("--program search")
+  search.add_argument("--vectors", type=arguments.positive, metavar="N", help="in the corpus")
+  search.add_argument(
+    "--dimensions", type=arguments.positive, default=512, help="of a vector; default 512"
+  )
+  search.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="int8")
+  search.add_argument("--recall", type=float, default=1.0, help="below 1: approximately; default 1")
+  search.add_argument("--top-k", type=arguments.positive, default=10, help="default 10")
   parser.add_argument(
     "--slices",
     type=int,
@@ -81,6 +95,10 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument("--json", action="store_true")
   options, overrides = parser.parse_known_args(argv)
+  if options.program == "search":
+    return _search(parser, options, overrides)
+  if options.config is None:
+    parser.error("name --config")
   try:
     config = config_file.load_config(options.config, overrides)
     if options.mesh:
@@ -109,12 +127,53 @@ def main(argv: list[str] | None = None) -> int:
       parser.error(f"--program {options.program} needs --topology")
     report |= {
       "program": options.program,
-      **cost.compiled(program, chip, *PROGRAMS[options.program](program, batch)),
+      **cost.compiled(chip, program.mesh, *PROGRAMS[options.program](program, batch)),
       "remedies": [],
     }
   else:
-    report |= cost.compiled(program, chip) if options.topology else cost.analyzed(program, chip)
+    report |= (
+      cost.compiled(chip, program.mesh, *cost.train_step(program))
+      if options.topology
+      else cost.analyzed(program, chip)
+    )
     report["remedies"] = [] if report["fits"] else cost.remedies(program, chip)
+  print(json.dumps(report) if options.json else _text(report))
+  return 0 if report["fits"] else 1
+
+
+def _search(parser, options, overrides) -> int:
+  """The exact index's program over a corpus that is not there."""
+  if options.vectors is None or not options.topology or overrides:
+    parser.error("--program search: name --topology and --vectors, and no --config")
+  try:
+    chip, devices = _topology(options.topology, options.slices)
+    mesh = make_mesh(options.mesh, devices)
+  except ConfigError as error:
+    print(f"aot: {error}", file=sys.stderr)
+    return 2
+  rows, queries = slots_needed(options.vectors, mesh.size), options.batch or 1024
+  by_row = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  whole = NamedSharding(mesh, PartitionSpec())
+  shapes = (
+    jax.ShapeDtypeStruct((rows, options.dimensions), jnp.dtype(options.dtype), sharding=by_row),
+    jax.ShapeDtypeStruct((rows,), np.float32, sharding=by_row),
+    jax.ShapeDtypeStruct((queries, options.dimensions), np.float32, sharding=whole),
+  )
+  step = jax.jit(lambda v, s, q: nearest(v, s, q, options.top_k, options.recall))
+  report = {
+    "program": "search",
+    "topology": options.topology,
+    "chips": mesh.size,
+    "mesh": dict(mesh.shape),
+    "vectors": options.vectors,
+    "dimensions": options.dimensions,
+    "dtype": options.dtype,
+    "recall": options.recall,
+    **cost.compiled(chip, mesh, step, shapes),
+    "remedies": [],
+  }
+  if "roofline_seconds" in report:
+    report["queries_per_second_at_best"] = queries / report["roofline_seconds"]["step"]
   print(json.dumps(report) if options.json else _text(report))
   return 0 if report["fits"] else 1
 
@@ -191,8 +250,8 @@ def _text(report: dict) -> str:
     f"{name} {size / 2**30:.2f}" for name, size in report["bytes_per_chip"].items() if size
   )
   lines = [
-    f"{report['config']} on {report['topology']}: {report['chips']} chips, mesh {report['mesh']} "
-    f"({report['method']})",
+    f"{report.get('config', report.get('program'))} on {report['topology']}: {report['chips']} "
+    f"chips, mesh {report['mesh']} ({report['method']})",
     f"  {'fits' if report['fits'] else 'DOES NOT FIT'}: GiB per chip {gib} of "
     f"{report['memory_per_chip'] / 2**30:.2f}",
     *([f"  {report['reason']}"] if "reason" in report else []),
@@ -209,8 +268,10 @@ def _text(report: dict) -> str:
   if "roofline_seconds" in report:
     lines.append(
       "  at least, seconds: "
-      + ", ".join(f"{k} {v:.2f}" for k, v in report["roofline_seconds"].items())
+      + ", ".join(f"{k} {v:.3g}" for k, v in report["roofline_seconds"].items())
     )
+  if "queries_per_second_at_best" in report:
+    lines.append(f"  at best, queries a second: {report['queries_per_second_at_best']:.0f}")
   return "\n".join(lines + [f"  would fit with {remedy}" for remedy in report["remedies"]])
 
 

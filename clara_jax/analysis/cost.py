@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from clara_jax import sharding
 from clara_jax.analysis import flops, hlo
 from clara_jax.config import RunConfig, from_config_dict
 
@@ -202,14 +203,9 @@ def train_step(program: StageProgram) -> tuple[Any, tuple[Any, ...]]:
   return program.step, (program.state_shapes(), program.frozen_shapes(), program.batch_shapes())
 
 
-def compiled(
-  program: StageProgram, chip: Chip, step: Any = None, arguments: tuple[Any, ...] = ()
-) -> dict[str, Any]:
-  """Compiles a step for the program's mesh, by default the one that trains, and reads the result;
-  see `launch/aot.py` for the fields."""
-  with program.context():
-    if step is None:
-      step, arguments = train_step(program)
+def compiled(chip: Chip, mesh: Mesh, step: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
+  """Compiles a step for a mesh and reads the result; see `launch/aot.py` for the fields."""
+  with sharding.context(mesh):
     start = time.monotonic()
     report: dict[str, Any] = {"method": "compiled", "flops_per_step": flops.count(step, *arguments)}
     try:
@@ -265,7 +261,7 @@ def compiled(
     "memory_traffic_bytes_per_chip": int(hlo_report.memory_bytes),
     "roofline_seconds": roofline(
       chip,
-      program.mesh.size,
+      mesh.size,
       report["flops_per_step"],
       hlo_report.memory_bytes,
       hlo_report.interconnect_bytes,

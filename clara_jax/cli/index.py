@@ -14,8 +14,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--store", required=True, metavar="DIR")
   parser.add_argument(
     "--kind",
-    choices=("scann", "exact"),
+    choices=("scann", "exact", "qdrant"),
     help="default: that of the existing index, else scann (millions, CPU)",
+  )
+  parser.add_argument(
+    "--url",
+    metavar="URL",
+    help="qdrant: of the server, its key in QDRANT_API_KEY; default: as the existing index, else "
+    "embedded in DIR/qdrant",
   )
   parser.add_argument(
     "--vectors",
@@ -47,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-  """Returns documents, changed, dimension, memory_tokens, bytes, seconds, kind, vectors and
-  recall."""
+  """Returns documents, changed, dimension, memory_tokens, bytes, seconds, kind, and what else the
+  kind has: vectors and recall, or url."""
   from clara_jax.memory.store import MemoryStore
   from clara_jax.retrieval import index
 
@@ -67,7 +73,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
   store = store.first(options.memory_tokens or saved.get("memory_tokens"))
   settings = {
     name: getattr(options, name) or (saved.get(name) if kind == saved.get("kind") else None)
-    for name in ("vectors", "recall")
+    for name in ("vectors", "recall", "url")
   }
   settings = {name: value for name, value in settings.items() if value is not None}
   built, changed = index.update(store, kind, dimensions, **settings)
@@ -80,5 +86,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     "bytes": index.saved_bytes(options.store),
     "seconds": time.monotonic() - start,
     "kind": kind,
-    **({"vectors": "float32", "recall": 1.0} | settings if kind == "exact" else {}),
+    **({"vectors": "float32", "recall": 1.0} if kind == "exact" else {}),
+    **settings,
   }

@@ -7,6 +7,7 @@ Vectors are flattened memory tokens, normalized; the inner product is then the s
              /000003/         that folder; a new index gets the next one, and counts when index.json names it
 """  # noqa: E501
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -21,10 +22,11 @@ from clara_jax.config import ConfigError
 from clara_jax.errors import InputError
 from clara_jax.memory.store import MemoryStore
 from clara_jax.retrieval import projection as projections
+from clara_jax.retrieval import qdrant
 from clara_jax.retrieval.base import Retriever, unit_vectors
 from clara_jax.retrieval.projection import Projection
 
-KINDS = ("exact", "scann")
+KINDS = ("exact", "scann", "qdrant")
 VECTORS = ("float32", "bfloat16", "int8")
 FOLDER = "index"
 # More changed documents than this share, and the index is built anew.
@@ -40,12 +42,13 @@ class IndexSettings:
   """How an index is made.
 
   Attributes:
-    kind: 'exact' or 'scann'.
+    kind: 'exact', 'scann' or 'qdrant'.
     dimensions: d' of a learned projection; None searches the full vectors.
     vectors: 'float32', 'bfloat16' or 'int8', what the devices hold of the vectors (exact); the
       best are re-ranked on the full ones.
     recall: below 1, the best are searched approximately on TPU, with this expected recall of a
       device's best (exact).
+    url: of the database; None: embedded, beside the store (qdrant).
 
   Raises:
     MissingIndexError: an unknown kind.
@@ -56,6 +59,7 @@ class IndexSettings:
   dimensions: int | None = None
   vectors: str = "float32"
   recall: float = 1.0
+  url: str | None = None
 
   def __post_init__(self):
     if self.kind not in KINDS:
@@ -66,11 +70,14 @@ class IndexSettings:
       raise ConfigError(f"recall={self.recall}: expected more than 0 and at most 1")
     if self.kind != "exact" and (self.vectors, self.recall) != ("float32", 1.0):
       raise ConfigError(f"vectors and recall are of the index kind 'exact', not of {self.kind!r}")
+    if self.kind != "qdrant" and self.url is not None:
+      raise ConfigError(f"url is of the index kind 'qdrant', not of {self.kind!r}")
 
 
 def available(kind: str) -> bool:
   """Whether what an index needs is installed."""
-  return kind == "exact" or importlib.util.find_spec("scann") is not None
+  needs = {"scann": "scann", "qdrant": "qdrant_client"}
+  return kind not in needs or importlib.util.find_spec(needs[kind]) is not None
 
 
 def build(
@@ -87,10 +94,17 @@ def build(
     ConfigError: what it needs is not installed, or a setting does not fit.
   """
   how = IndexSettings(kind, dimensions, **settings)
+  return _made(store, how)
+
+
+def _made(store: MemoryStore, how: IndexSettings, projection: Projection | None = None):
+  """An index; a projection is learned unless one is given."""
+  dimensions = how.dimensions
   if not len(store):
     raise MissingIndexError(f"{store.directory}: the store has no documents to index")
-  projection = None
-  if dimensions is not None:
+  if how.kind == "qdrant":
+    qdrant.check_dimension(dimensions or store.manifest.num_memory_tokens * store.manifest.width)
+  if dimensions is not None and projection is None:
     sample = np.random.default_rng(0).permutation(store.rows)[: projections.SAMPLE]
     projection = projections.learn(_vectors_of(store)(np.sort(sample)), dimensions)
   return _reranked(_build(how, store, projection), how, projection, store)
@@ -119,6 +133,9 @@ def _build(how: IndexSettings, store: MemoryStore, projection) -> Retriever:
     index = exact.ExactIndex(dimension, recall_target=how.recall, dtype=how.vectors)
     index.fill(store.rows, vectors_of)
     return index
+  if how.kind == "qdrant":
+    digest = "" if projection is None else projection.digest
+    return qdrant.build(how.url, store, dimension, digest, vectors_of)
   from clara_jax.retrieval import scann
 
   vectors = np.empty((len(store), dimension), np.float32)
@@ -258,6 +275,12 @@ def _load(store: MemoryStore, saved: dict) -> Retriever:
     projection = projections.load(folder)
   if saved["kind"] == "exact":
     index = _build(_settings(saved), store, projection)  # the store has the vectors
+  elif saved["kind"] == "qdrant":
+    index = qdrant.load(saved.get("url"), store)
+    if index is None:
+      raise MissingIndexError(
+        f"{store.directory}: the database has no whole collection of it; run clara index again"
+      )
   else:
     from clara_jax.retrieval import scann
 
@@ -299,6 +322,13 @@ def refresh(
     saved["memory_tokens"],
     saved["generation"],
   ) == (how, store.manifest.num_memory_tokens, store.manifest.generation)
+  if kind == "qdrant":  # what the database has is written once
+    projection = None
+    if like and dimensions is not None and _has_grown(store, saved):
+      with contextlib.suppress(MissingIndexError):
+        projection = projections.load(_files(store, saved))
+    index = _made(store, how, projection)
+    return index, getattr(index, "inner", index).changed
   if not like or kind == "exact" or not _has_grown(store, saved):
     return build(store, **dataclasses.asdict(how)), len(store)
   try:

@@ -6,6 +6,7 @@ queries as A q.
 """
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable
 
@@ -27,6 +28,13 @@ class Projection:
 
   components: np.ndarray
   offset: np.ndarray
+
+  @property
+  def digest(self) -> str:
+    """Of its numbers."""
+    return hashlib.blake2b(
+      self.components.tobytes() + self.offset.tobytes(), digest_size=8
+    ).hexdigest()
 
   def of_documents(self, vectors: np.ndarray) -> np.ndarray:
     """[n, d] -> [n, d'] float32."""
@@ -70,6 +78,9 @@ class RerankedIndex:
     inner: over projected vectors, or such of few bits.
     projection: what made them; None where all dimensions are searched.
     vectors_of: rows [n] -> full unit vectors [n, d], from the store.
+
+  Attributes:
+    inner: as given.
   """
 
   def __init__(
@@ -78,25 +89,25 @@ class RerankedIndex:
     projection: Projection | None,
     vectors_of: Callable[[np.ndarray], np.ndarray],
   ):
-    self._inner, self._projection, self._vectors_of = inner, projection, vectors_of
+    self.inner, self._projection, self._vectors_of = inner, projection, vectors_of
 
   @property
   def rows(self) -> np.ndarray:
     """See `base.Retriever`."""
-    return self._inner.rows
+    return self.inner.rows
 
   def __len__(self) -> int:
-    return len(self._inner)
+    return len(self.inner)
 
   def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
     """See `base.Retriever`."""
-    self._inner.add(
+    self.inner.add(
       rows, vectors if self._projection is None else self._projection.of_documents(vectors)
     )
 
   def remove(self, rows: np.ndarray) -> None:
     """See `base.Retriever`."""
-    self._inner.remove(rows)
+    self.inner.remove(rows)
 
   def search(
     self, queries: np.ndarray, k: int, among: np.ndarray | None = None
@@ -104,7 +115,7 @@ class RerankedIndex:
     """See `base.Retriever`."""
     queries = np.asarray(queries, np.float32)
     searched = queries if self._projection is None else self._projection.of_queries(queries)
-    rows, _ = self._inner.search(searched, min(len(self), RERANKED * k), among)
+    rows, _ = self.inner.search(searched, min(len(self), RERANKED * k), among)
     needed, place = np.unique(rows, return_inverse=True)
     vectors = np.zeros((len(needed), queries.shape[1]), np.float32)
     vectors[needed >= 0] = self._vectors_of(needed[needed >= 0])
@@ -121,7 +132,7 @@ class RerankedIndex:
     """Beside the inner index's files."""
     if self._projection is not None:
       np.savez(os.path.join(directory, FILE), **dataclasses.asdict(self._projection))
-    self._inner.save(directory)
+    self.inner.save(directory)
 
 
 def load(directory: str) -> Projection:
