@@ -116,6 +116,22 @@ def several_processes(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--process", type=int, metavar="I", help="by hand: which one this is, from 0")
 
 
+def ray(parser: argparse.ArgumentParser, what: str) -> None:
+  """Workers that come and go (`workers.Pool`)."""
+  parser.add_argument(
+    "--ray",
+    metavar="ADDRESS",
+    help=f"{what} by workers of a Ray cluster: 'auto', HOST:PORT or ray://…; 'local' starts one "
+    "here",
+  )
+  parser.add_argument(
+    "--ray-workers",
+    type=positive,
+    metavar="N",
+    help="how many; default: one for each accelerator of the cluster",
+  )
+
+
 def answerer(parser: argparse.ArgumentParser) -> None:
   """What answers questions over a store (`inputs.answerer`)."""
   checkpoint(parser)

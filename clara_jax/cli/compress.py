@@ -1,9 +1,15 @@
 """`clara compress`: documents into a memory store."""
 
+from __future__ import annotations
+
 import argparse
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from clara_jax.cli import arguments, inputs
+
+if TYPE_CHECKING:
+  from clara_jax.data.schemas import Document
 
 HELP = "Documents through the compressor, once, into a store; resumes where it was stopped."
 
@@ -49,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default=1,
     help="devices over which the compressor's weights are divided, as --mesh fsdp=; default 1",
   )
+  arguments.ray(parser, "compresses")
   arguments.several_processes(parser)
 
 
@@ -61,6 +68,9 @@ def run(options: argparse.Namespace) -> Any:
   from clara_jax.data import schemas
   from clara_jax.inference.compress import compress_corpus
 
+  documents = schemas.read_documents(options.documents, schemas.Malformed(options.max_malformed))
+  if options.ray:
+    return _with_ray(options, documents)
   if (options.process is None) != (options.processes is None) and not options.distributed:
     raise ConfigError("--process and --processes: name both, or neither")
   process, processes = options.process or 0, options.processes or 1
@@ -74,7 +84,6 @@ def run(options: argparse.Namespace) -> Any:
     sizes = options.mesh or MeshConfig(data=-1, fsdp=options.fsdp)
     options.mesh = sharding.make_mesh(sizes, jax.local_devices())
   checkpoint = inputs.checkpoint(options, "compressor")
-  documents = schemas.read_documents(options.documents, schemas.Malformed(options.max_malformed))
   report = compress_corpus(
     checkpoint,
     documents,
@@ -89,3 +98,36 @@ def run(options: argparse.Namespace) -> Any:
     processes=1 if one_mesh else processes,
   )
   return inputs.main_only(report) if one_mesh else report
+
+
+def _with_ray(options: argparse.Namespace, documents: Iterable[Document]) -> Any:
+  from clara_jax.config import ConfigError
+  from clara_jax.inference.compress import compress_corpus_with
+  from clara_jax.workers import Pool
+
+  if options.distributed or options.coordinator or options.processes is not None:
+    raise ConfigError("--ray: hands out the work itself; leave --processes and the others away")
+  with Pool(options.ray, make_compressor, {"options": options}, options.ray_workers) as pool:
+    return compress_corpus_with(
+      pool,
+      documents,
+      options.store,
+      encoding=options.encoding,
+      text=False if options.no_text else None,
+      replace=options.replace,
+      shard_size=options.shard_size,
+    )
+
+
+def make_compressor(options: argparse.Namespace) -> Any:
+  """What a worker makes, once, of the command's options."""
+  import jax
+
+  from clara_jax import sharding
+  from clara_jax.config import MeshConfig
+  from clara_jax.inference.compress import Compressor
+
+  sizes = options.mesh or MeshConfig(data=-1, fsdp=options.fsdp)
+  options.mesh = sharding.make_mesh(sizes, jax.local_devices())
+  checkpoint = inputs.checkpoint(options, "compressor")
+  return Compressor(checkpoint, checkpoint.mesh, options.batch_size)

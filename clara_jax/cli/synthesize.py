@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--model", metavar="NAME", help="its name there")
   arguments.reading(parser, "of --endpoint checkpoint")
   arguments.mesh(parser)
+  arguments.ray(parser, "--endpoint checkpoint: replies are made")
   parser.add_argument(
     "--prompts",
     metavar="DIR",
@@ -162,18 +163,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _produce(options: argparse.Namespace) -> Any:
-  from clara_jax.compilation import enable_compilation_cache
   from clara_jax.config import ConfigError
   from clara_jax.synthesis import client, documents, factory, rounds, templates
 
   if not options.endpoint or options.endpoint != "offline" and not options.model:
     raise ConfigError("--endpoint and --model: name both")
   for name in ("max_requests", "max_tokens"):
-    if getattr(options, name) and options.endpoint in ("offline", "checkpoint"):
+    if getattr(options, name) and options.endpoint in _HERE:
       raise ConfigError(
         f"--{name.replace('_', '-')}: budgets are for servers, not for --endpoint "
         f"{options.endpoint}"
       )
+  if options.ray and options.endpoint not in _HERE:
+    raise ConfigError("--ray: is for --endpoint checkpoint; requests to a server need no workers")
   if not all(0 <= price < float("inf") for price in options.price):
     raise ConfigError(
       f"--price {options.price[0]} {options.price[1]}: expected numbers of 0 or more"
@@ -205,19 +207,14 @@ async def _produce(options: argparse.Namespace) -> Any:
       "rounds": options.rounds,
     },
   }
-  if options.endpoint == "offline":
-    from clara_jax.experiments.offline_backend import Offline
-    from clara_jax.experiments.quickstart.recipe import Sizes
-    from clara_jax.experiments.world import World
+  if options.ray:
+    from clara_jax.synthesis.handed_out import HandedOut
+    from clara_jax.workers import Pool
 
-    return await factory.produce(items, work, Offline(World(Sizes().world)), texts, **settings)
-  if options.endpoint == "checkpoint":
-    from clara_jax.synthesis.own import OwnModel
-
-    enable_compilation_cache()
-    return await factory.produce(
-      items, work, OwnModel(inputs.load(options.model, None, options)), texts, **settings
-    )
+    with Pool(options.ray, make_replier, {"options": options}, options.ray_workers) as pool:
+      return await factory.produce(items, work, HandedOut(pool), texts, **settings)
+  if options.endpoint in _HERE:
+    return await factory.produce(items, work, _backend_here(options), texts, **settings)
   key = os.environ.get("OPENAI_API_KEY", "").strip()
   endpoint = client.Endpoint(
     options.endpoint,
@@ -232,6 +229,30 @@ async def _produce(options: argparse.Namespace) -> Any:
   )
   async with client.Client(endpoint) as backend:
     return await factory.produce(items, work, backend, texts, **settings)
+
+
+_HERE = ("offline", "checkpoint")  # endpoints that are no server
+
+
+def _backend_here(options: argparse.Namespace) -> Any:
+  if options.endpoint == "offline":
+    from clara_jax.experiments.offline_backend import Offline
+    from clara_jax.experiments.quickstart.recipe import Sizes
+    from clara_jax.experiments.world import World
+
+    return Offline(World(Sizes().world))
+  from clara_jax.compilation import enable_compilation_cache
+  from clara_jax.synthesis.own import OwnModel
+
+  enable_compilation_cache()
+  return OwnModel(inputs.load(options.model, None, options))
+
+
+def make_replier(options: argparse.Namespace) -> Any:
+  """What a worker makes, once, of the command's options."""
+  from clara_jax.synthesis.handed_out import Replier
+
+  return Replier(_backend_here(options))
 
 
 def _questions(path: str) -> list[Row]:

@@ -27,6 +27,7 @@ from clara_jax.data.schemas import Document
 from clara_jax.inference.checkpoint import Checkpoint
 from clara_jax.memory.store import Manifest, MemoryStore, fingerprint, read_manifest
 from clara_jax.model import Clara
+from clara_jax.workers import Pool
 
 log = logging.getLogger(__name__)
 
@@ -146,56 +147,172 @@ def compress_corpus(
   Raises:
     StoreError: the store was made by another compressor or in another encoding.
   """
-  model, prompt_tokenizer, weights = (
-    checkpoint.model,
-    checkpoint.prompt_tokenizer,
-    checkpoint.weights,
-  )
-  start = time.monotonic()
-  if (existing := read_manifest(directory)) is not None:
-    encoding, text = encoding or existing.encoding, existing.text if text is None else text
-    if model.memory_tokens is None and existing.num_memory_tokens < model.num_memory_tokens:
-      model, prompt_tokenizer = (
-        model.first(existing.num_memory_tokens),
-        prompt_tokenizer.first(existing.num_memory_tokens),
-      )
-  manifest = manifest_of(model, weights, encoding, text is not False)
   devices = checkpoint.mesh or sharding.make_mesh(mesh, jax.local_devices())
+  compressor = Compressor(checkpoint, devices, batch_size, bucket)
+  existing = read_manifest(directory)
   together = devices.is_multi_process
-  store = _open_store(
-    directory, _like(existing, manifest, weights) if existing else manifest, process, together
-  )
-  if replace and not store.manifest.text:
-    raise ConfigError(
-      f"{directory}: the store keeps no text, so that changed documents cannot be told from others"
-    )
-  ways = sharding.num_batch_shards(devices)
-  batch_size = -(-batch_size // ways) * ways
-  by_row = sharding.batch_sharding(devices)
-  compress = sharding.jit(model.compress, devices)
+  store = _open_store(directory, compressor.manifest(existing, encoding, text), process, together)
   chunks = _Chunks(documents, store, shard_size, replace, process, processes)
-  new_count = cut = 0
-  config = model.config
+  report = _write(
+    store,
+    chunks,
+    compressor.pipeline(chunks, workers),
+    writes=not together or distributed.is_main(),
+    progress=progress,
+  )
+  if together:
+    distributed.barrier("compressed")
+  if processes > 1 or together:  # with what the others have written
+    report = dataclasses.replace(report, documents=len(MemoryStore(directory)))
+  return report
 
-  def dispatch(inputs: list[np.ndarray]) -> tuple[np.ndarray, list[jax.Array]]:
+
+def compress_corpus_with(
+  pool: Pool,
+  documents: Iterable[Document],
+  directory: str,
+  *,
+  encoding: str | None = None,
+  text: bool | None = None,
+  replace: bool = False,
+  shard_size: int = 4096,
+  progress: bool = True,
+) -> CompressReport:
+  """`compress_corpus` by workers that come and go: blocks of `shard_size` documents are handed out,
+  and handed out again where a worker has died; this process writes. The store is that of a straight
+  run.
+
+  Args:
+    pool: of `Compressor`s (`make_compressor`).
+    documents, directory, encoding, text, replace, shard_size, progress: see `compress_corpus`.
+  """
+  existing = read_manifest(directory)
+  manifest = pool.result(pool.submit(0, "manifest", existing, encoding, text))
+  store = MemoryStore(directory, manifest)
+  chunks = _Chunks(documents, store, shard_size, replace, 0, 1)
+  waiting: collections.deque[list[Document]] = collections.deque()
+
+  def calls():
+    for chunk in chunks:
+      waiting.append(chunk)
+      yield manifest.num_memory_tokens, [d.text for d in chunk]
+
+  results = ((waiting.popleft(), *result) for result in pool.map("compress", calls()))
+  return _write(store, chunks, results, writes=True, progress=progress)
+
+
+class Compressor:
+  """A checkpoint's compressor on its devices.
+
+  Args:
+    checkpoint: with the compressor.
+    devices: where it computes; the checkpoint lies there or on one device.
+    batch_size: documents in a batch; rounded up to a multiple of the parts that the mesh divides a
+      batch into.
+    bucket: lengths are padded to a multiple of it.
+  """
+
+  def __init__(
+    self,
+    checkpoint: Checkpoint,
+    devices: jax.sharding.Mesh,
+    batch_size: int = 64,
+    bucket: int = 32,
+  ):
+    self._checkpoint, self._devices, self._bucket = checkpoint, devices, bucket
+    ways = sharding.num_batch_shards(devices)
+    self._batch_size = -(-batch_size // ways) * ways
+    self._weights = checkpoint.weights
+    if checkpoint.mesh is None:
+      self._weights = _place(checkpoint.model, checkpoint.weights, devices)
+    self._use(checkpoint)
+
+  def _use(self, checkpoint: Checkpoint) -> None:
+    self._model, self._prompt_tokenizer = checkpoint.model, checkpoint.prompt_tokenizer
+    self._compress = sharding.jit(checkpoint.model.compress, self._devices)
+
+  def manifest(
+    self, existing: Manifest | None, encoding: str | None, text: bool | None
+  ) -> Manifest:
+    """What the store that is there, or a new one, says of itself; from here on as many memory
+    tokens are written as it has."""
+    if existing is not None:
+      encoding, text = encoding or existing.encoding, existing.text if text is None else text
+      m, model = existing.num_memory_tokens, self._model
+      if model.memory_tokens is None and m < model.num_memory_tokens:
+        self._use(self._checkpoint.first(m))
+    weights = self._checkpoint.weights
+    manifest = manifest_of(self._model, weights, encoding, text is not False)
+    return _like(existing, manifest, weights) if existing else manifest
+
+  def compress(self, m: int, texts: list[str]) -> tuple[np.ndarray, int]:
+    """Memory tokens [n, m, D] float32 of a block of texts, and how many of these were cut."""
+    if m != self._model.num_memory_tokens:
+      self._use(self._checkpoint.first(m))
+    inputs = self._prompt_tokenizer.documents(texts)
+    return self._collect(*self._dispatch(inputs)), self._count_cut(inputs)
+
+  def pipeline(
+    self, chunks: Iterable[list[Document]], workers: int
+  ) -> Iterator[tuple[list[Document], np.ndarray, int]]:
+    """(documents, their memory tokens, how many were cut) of each chunk; the next one is tokenized
+    and computed while one is written."""
+    pending = None
+    for chunk, inputs in _tokenized(chunks, self._prompt_tokenizer, workers):
+      following = (chunk, self._dispatch(inputs), self._count_cut(inputs))
+      if pending:
+        yield pending[0], self._collect(*pending[1]), pending[2]
+      pending = following
+    if pending:
+      yield pending[0], self._collect(*pending[1]), pending[2]
+
+  def _count_cut(self, inputs: list[np.ndarray]) -> int:
+    return sum(self._prompt_tokenizer.is_cut(x) for x in inputs)
+
+  def _dispatch(self, inputs: list[np.ndarray]) -> tuple[np.ndarray, list[jax.Array]]:
     """Sorted by length, a batch has little padding; the segment keeps the corpus's order."""
     order = np.argsort([len(x) for x in inputs], kind="stable")
-    parts = []
-    for first in range(0, len(order), batch_size):
-      chosen = order[first : first + batch_size]
-      padded = [inputs[i] for i in chosen] + [inputs[chosen[0]]] * (batch_size - len(chosen))
-      tokens = pad_tokens(padded, prompt_tokenizer.pad_id, bucket)
-      parts.append(compress(placed, tokens if together else jax.device_put(tokens, by_row)))
+    by_row, size, parts = sharding.batch_sharding(self._devices), self._batch_size, []
+    for first in range(0, len(order), size):
+      chosen = order[first : first + size]
+      padded = [inputs[i] for i in chosen] + [inputs[chosen[0]]] * (size - len(chosen))
+      tokens = pad_tokens(padded, self._prompt_tokenizer.pad_id, self._bucket)
+      if not self._devices.is_multi_process:
+        tokens = jax.device_put(tokens, by_row)
+      parts.append(self._compress(self._weights, tokens))
     return order, parts
 
-  def write(chunk: list[Document], order: np.ndarray, parts: list[jax.Array]) -> None:
-    nonlocal new_count
-    memories = np.empty((len(chunk), model.num_memory_tokens, config.model.width), np.float32)
-    for first, part in zip(range(0, len(order), batch_size), parts, strict=True):
-      chosen = order[first : first + batch_size]
+  def _collect(self, order: np.ndarray, parts: list[jax.Array]) -> np.ndarray:
+    model, size = self._model, self._batch_size
+    memories = np.empty((len(order), model.num_memory_tokens, model.config.model.width), np.float32)
+    for first, part in zip(range(0, len(order), size), parts, strict=True):
+      chosen = order[first : first + size]
       memories[chosen] = np.asarray(part)[: len(chosen)]
+    return memories
+
+
+def _write(
+  store: MemoryStore,
+  chunks: "_Chunks",
+  results: Iterable[tuple[list[Document], np.ndarray, int]],
+  *,
+  writes: bool,
+  progress: bool,
+) -> CompressReport:
+  """Puts what is compressed into the store, in a thread of its own."""
+  if chunks.replace and not store.manifest.text:
+    store.close()
+    raise ConfigError(
+      f"{store.directory}: the store keeps no text, so that changed documents cannot be told from "
+      f"others"
+    )
+  start = time.monotonic()
+  new_count = cut_count = 0
+
+  def write(chunk: list[Document], memories: np.ndarray) -> None:
+    nonlocal new_count
     new_count += len(chunk)
-    if not together or distributed.is_main():
+    if writes:
       store.upsert(chunk, memories)
     if progress:
       log.info(
@@ -204,35 +321,26 @@ def compress_corpus(
       )
 
   writing: concurrent.futures.Future | None = None
-  with (
-    contextlib.closing(store),
-    concurrent.futures.ThreadPoolExecutor(1) as writer,
-  ):
-    placed = weights if checkpoint.mesh else _place(model, weights, devices)
-    for chunk, inputs in _tokenized(chunks, prompt_tokenizer, workers):
-      cut += sum(prompt_tokenizer.is_cut(x) for x in inputs)
-      work = dispatch(inputs)
+  with contextlib.closing(store), concurrent.futures.ThreadPoolExecutor(1) as writer:
+    for chunk, memories, cut in results:
+      cut_count += cut
       if writing:
         writing.result()
-      writing = writer.submit(write, chunk, *work)
+      writing = writer.submit(write, chunk, memories)
     if writing:
       writing.result()
-  if together:
-    distributed.barrier("compressed")
-  if processes > 1 or together:
-    store = MemoryStore(directory)  # with what the others have written
   seconds = time.monotonic() - start
-  if cut and progress:
+  if cut_count and progress:
     log.warning(
-      f"compress: {cut} of {new_count} documents are longer than "
-      f"doc_max_length={config.doc_max_length} tokens; their ends are "
+      f"compress: {cut_count} of {new_count} documents are longer than "
+      f"doc_max_length={store.manifest.doc_max_length} tokens; their ends are "
       "left out"
     )
   return CompressReport(
     len(store),
     chunks.skipped,
     chunks.replaced,
-    cut,
+    cut_count,
     store.nbytes(),
     seconds,
     new_count / max(seconds, 1e-9),
@@ -269,7 +377,7 @@ class _Chunks:
     process: int,
     processes: int,
   ):
-    self._documents, self._store, self._size, self._replace = iter(documents), store, size, replace
+    self._documents, self._store, self._size, self.replace = iter(documents), store, size, replace
     self._process, self._processes = process, processes
     # Rows as they were at the start: the writer adds to the store meanwhile.
     self._find = store.locate
@@ -294,7 +402,7 @@ class _Chunks:
     rows = self._find([d.id for d in block])
     positions = np.flatnonzero(rows >= 0)
     changed = set()
-    if self._replace and len(positions):
+    if self.replace and len(positions):
       stored = self._store.documents(rows[positions])
       changed = {int(i) for i, old in zip(positions, stored, strict=True) if old != block[i]}
     self.skipped += len(positions) - len(changed)
