@@ -8,6 +8,7 @@ therefore give the same result a second time. Results come in the order of the c
 import collections
 import contextlib
 import logging
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,8 +46,9 @@ class Pool:
     self._ray = ray
     local = {"include_dashboard": False} if address == "local" else {}
     try:
+      _check_address(address)
       ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
       raise ConfigError(f"--ray {address}: {' '.join(str(error).split())[:200]}") from None
     resources, found = _resources(ray.cluster_resources())
     actor = ray.remote(max_restarts=-1, max_task_retries=-1, **resources)(_Worker)
@@ -100,6 +102,13 @@ class Pool:
       free.extend(at_work.pop(r) for r in ready if r in at_work)
       while queue and queue[0] not in at_work:
         yield self.result(queue.popleft())
+
+
+def _check_address(address: str) -> None:
+  """Asks whether somebody is there: Ray tries for minutes."""
+  host, colon, port = address.removeprefix("ray://").rpartition(":")
+  if colon and port.isdigit():
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _resources(cluster: Mapping[str, float]) -> tuple[dict[str, Any], int]:

@@ -95,7 +95,7 @@ def test_what_is_wrong_with_a_worker_is_said_once(folder, tmp_path):
   assert "no such checkpoint" in said
   given = ("--checkpoint", folder / "joint", "--documents", folder / "documents.jsonl")
   assert "leave --processes" in refused(*command, *given, "--processes", 2)
-  assert "needs no workers" not in refused(*command, *given, "--ray", "localhost:1")
+  assert "--ray localhost:1: " in refused(*command, *given, "--ray", "localhost:1")
 
 
 def test_replies_by_workers_are_those_of_one(folder, tmp_path, capsys):
