@@ -228,7 +228,7 @@ PROGRAMS = {"compress": compress_step, "answer": answer_step}
 def _topology(name: str, slices: int):
   kind = name.split(":")[0]
   if kind not in cost.CHIPS:
-    raise ConfigError(f"--topology {name}: unknown chip {kind!r}; known: v4, v5e, v5p, v6e")
+    raise ConfigError(f"--topology {name}: unknown chip {kind!r}; known: v4, v5e, v5p, v6e, tpu7x")
   try:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices)
   except Exception as error:
@@ -240,7 +240,7 @@ def _topology(name: str, slices: int):
     raise ConfigError(
       f"--topology {name}: {str(error).splitlines()[0]}{hint}; shapes are those of Cloud TPU "
       f"slices, such as v5e:2x2, 2x4, "
-      "4x4, 4x8, 8x8, 8x16, 16x16 or v5p:2x2x2, 2x2x4, 4x4x4"
+      "4x4, 4x8, 8x8, 8x16, 16x16 or v5p:2x2x2, 2x2x4, 4x4x4 (tpu7x has two devices a chip)"
     ) from None
   return cost.CHIPS[kind], topology.devices
 

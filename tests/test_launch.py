@@ -3,10 +3,13 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import yaml
 
 from clara_jax.testing import tiny
 from clara_jax.training import trainer
@@ -50,9 +53,9 @@ def script(name, *arguments, **variables):
     ("tpu_vm.sh", ["train", "--config", "c"], ["clara train --distributed --config c"]),
     ("tpu_vm.sh", ["down"], ["queued-resources delete run"]),
     (
-      "gke_xpk.sh",
-      ["clara", "train"],
-      ["xpk workload create", "--num-slices 2", "clara train --distributed"],
+      "gke.sh",
+      ["clara", "train", "--workdir", "a b"],
+      ["kind: JobSet", "clara train --workdir a\\ b --distributed &"],
     ),
   ],
 )
@@ -127,3 +130,106 @@ def test_two_processes_on_this_machine(tmp_path):
   a, b = (json.loads(run.stdout) for run in (together, alone))
   assert a["step"] == b["step"] == 3 and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
   assert "process 0 of 2: 1 of 2 devices" in together.stderr
+
+
+# What kubernetes-sigs/jobset publishes as the fields of a JobSet (v1alpha2); what is in `template`
+# is Kubernetes' own, whose client has the schema.
+JOBSET = {
+  "": {"apiVersion", "kind", "metadata", "spec"},
+  "spec": {
+    *("replicatedJobs", "network", "successPolicy", "failurePolicy", "startupPolicy", "suspend"),
+    *("coordinator", "managedBy", "ttlSecondsAfterFinished"),
+  },
+  "failurePolicy": {"maxRestarts", "restartStrategy", "rules"},
+  "replicatedJob": {"name", "groupName", "replicas", "template", "dependsOn"},
+}
+
+
+def check(value, kind, where):
+  """A value beside the type that Kubernetes' published schema gives it."""
+  models = pytest.importorskip("kubernetes.client").models
+  if kind.lower().startswith("list["):
+    assert isinstance(value, list), where
+    for i, item in enumerate(value):
+      check(item, kind[5:-1], f"{where}[{i}]")
+  elif kind.lower().startswith("dict"):
+    inner = kind[5:-1].split(", ", 1)[1]
+    for name, item in value.items():
+      check(item, inner, f"{where}.{name}")
+  elif hasattr(models, kind):
+    model = getattr(models, kind)
+    types = {model.attribute_map[name]: t for name, t in model.openapi_types.items()}
+    for name, item in value.items():
+      assert name in types, f"{where}.{name}: {kind} has {sorted(types)}"
+      check(item, types[name], f"{where}.{name}")
+  else:
+    assert isinstance(value, {"str": str, "int": int, "bool": bool, "object": object}[kind]), where
+
+
+def manifest(*arguments, **variables):
+  run = script("gke.sh", *arguments, DRY_RUN=1, NAME="run", **variables)
+  assert run.returncode == 0, run.stderr
+  return yaml.safe_load(run.stdout)
+
+
+@pytest.mark.parametrize(
+  "variables, slices, hosts, chips, accelerator",
+  [
+    ({"TPU": "v5e", "TOPOLOGY": "4x8", "BUCKET": "b"}, 1, 8, 4, "tpu-v5-lite-podslice"),
+    ({"TPU": "v5e", "TOPOLOGY": "2x4", "SPOT": ""}, 1, 1, 8, "tpu-v5-lite-podslice"),
+    ({"TPU": "v6e", "TOPOLOGY": "16x16", "SLICES": 2}, 2, 64, 4, "tpu-v6e-slice"),
+    ({"TPU": "v5p", "TOPOLOGY": "2x2x4", "BUCKET": 'b"'}, 1, 4, 4, "tpu-v5p-slice"),
+    ({"TPU": "tpu7x", "TOPOLOGY": "2x2x1"}, 1, 1, 4, "tpu7x"),
+  ],
+)
+def test_a_job_set_is_what_its_schema_wants(variables, slices, hosts, chips, accelerator):
+  made = manifest("clara", "train", **variables)
+  assert set(made) <= JOBSET[""] and made["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+  assert set(made["spec"]) <= JOBSET["spec"]
+  assert set(made["spec"]["failurePolicy"]) <= JOBSET["failurePolicy"]
+  check(made["metadata"], "V1ObjectMeta", "metadata")
+  (job,) = made["spec"]["replicatedJobs"]
+  assert set(job) <= JOBSET["replicatedJob"] and job["replicas"] == slices
+  check(job["template"], "V1JobTemplateSpec", "template")
+  spec = job["template"]["spec"]
+  assert spec["parallelism"] == spec["completions"] == hosts
+  pod = spec["template"]["spec"]
+  assert pod["containers"][0]["resources"]["limits"]["google.com/tpu"] == str(chips)
+  assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == accelerator
+  assert ("cloud.google.com/gke-spot" in pod["nodeSelector"]) == (variables.get("SPOT") != "")
+  assert ("volumes" in pod) == ("BUCKET" in variables)
+
+
+@pytest.mark.parametrize(
+  "variables, message",
+  [({"TPU": "v9"}, "TPU=v9: expected v4"), ({"TOPOLOGY": "32"}, "such as 4x8")],
+)
+def test_a_wrong_variable_is_named(variables, message):
+  run = script("gke.sh", "clara", "train", DRY_RUN=1, **variables)
+  assert run.returncode == 2 and message in run.stderr
+
+
+@pytest.mark.parametrize("ends, status", [("exit 0", 0), ("exit 3", 3), ("sleep 60", 143)])
+def test_a_pod_that_is_stopped_has_not_finished(tmp_path, ends, status):
+  """The container's script with stand-ins for git, pip and clara; the last one is told to stop,
+  saves and ends well, as `clara train` does."""
+  (args,) = manifest("clara", "train")["spec"]["replicatedJobs"][0]["template"]["spec"]["template"][
+    "spec"
+  ]["containers"][0]["args"]
+  for name, text in {
+    "git": "",
+    "pip": "",
+    "clara": f"trap 'touch {tmp_path}/saved; exit 0' TERM; touch {tmp_path}/runs; {ends} & wait $!",
+  }.items():
+    (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+    (tmp_path / name).chmod(0o755)
+  pod = subprocess.Popen(
+    ["bash", "-c", args.replace("&& cd /clara ", "")],
+    env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+  )
+  if status == 143:
+    while not (tmp_path / "runs").exists():
+      time.sleep(0.01)
+    pod.send_signal(signal.SIGTERM)
+  assert pod.wait(timeout=20) == status
+  assert (tmp_path / "saved").exists() == (status == 143)

@@ -68,13 +68,15 @@ class Chip:
   kinds: tuple[str, ...]
 
 
-# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: "key specifications", per chip; nvidia.com: H100 SXM,
-# H200 SXM, A100 80 GB (NVLink, one way).
+# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: "key specifications", per chip; nvidia.com: H100
+# SXM, H200 SXM, A100 80 GB (NVLink, one way).
 CHIPS = {
   "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9, ("TPU v4",)),
   "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, ("TPU v5 lite", "TPU v5e")),
   "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, ("TPU v5", "TPU v5p")),
   "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9, ("TPU v6 lite", "TPU v6e")),
+  # One of the two devices of a chip.
+  "tpu7x": Chip(1153.5e12, 96 * 2**30, 3690e9, 300e9, ("TPU7x",)),
   "a100": Chip(312e12, 80e9, 2039e9, 300e9, ("NVIDIA A100-SXM4-80GB",)),
   "h100": Chip(989e12, 80e9, 3350e9, 450e9, ("NVIDIA H100 80GB HBM3",)),
   "h200": Chip(989e12, 141e9, 4800e9, 450e9, ("NVIDIA H200",)),
