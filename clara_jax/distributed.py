@@ -2,6 +2,7 @@
 
 import logging
 import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +29,11 @@ def initialize(
   Raises:
     ConfigError: only some of the three are given, or the others are not to be found.
   """
-  arguments = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+  arguments: dict[str, Any] = {
+    "--coordinator": coordinator,
+    "--processes": processes,
+    "--process": process,
+  }
   environment = {
     "--coordinator": os.environ.get("JAX_COORDINATOR_ADDRESS"),
     "--processes": os.environ.get("JAX_NUM_PROCESSES"),

@@ -44,15 +44,15 @@ class Pool:
     except ImportError:
       raise ConfigError("--ray: pip install -e '.[ray]'") from None
     self._ray = ray
-    local = {"include_dashboard": False} if address == "local" else {}
+    local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
       _check_address(address)
       ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
       raise ConfigError(f"--ray {address}: {' '.join(str(error).split())[:200]}") from None
     resources, found = _resources(ray.cluster_resources())
-    actor = ray.remote(max_restarts=-1, max_task_retries=-1, **resources)(_Worker)
-    self._actors = [actor.remote(make, dict(arguments)) for _ in range(count or found)]
+    actor: Any = ray.remote(max_restarts=-1, max_task_retries=-1, **resources)(_Worker)
+    self._actors: list[Any] = [actor.remote(make, dict(arguments)) for _ in range(count or found)]
     log.info(f"ray: {len(self._actors)} workers, each with {resources}")
 
   def __len__(self) -> int:
@@ -83,13 +83,14 @@ class Pool:
 
   def map(self, method: str, calls: Iterable[Sequence[Any]]) -> Iterator[Any]:
     """Results of many calls, in their order; whoever is free takes the next one."""
-    calls, queue = iter(calls), collections.deque()  # references in order
+    remaining = iter(calls)
+    queue: collections.deque[Any] = collections.deque()  # references in order
     at_work: dict[Any, int] = {}
     free = collections.deque(range(len(self)))
     exhausted = False
     while True:
       while free and not exhausted and len(queue) < AHEAD * len(self):
-        if (call := next(calls, None)) is None:
+        if (call := next(remaining, None)) is None:
           exhausted = True
           break
         reference = self.submit(worker := free.popleft(), method, *call)

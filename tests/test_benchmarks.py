@@ -1,6 +1,7 @@
 """The speed benchmarks run, and their two sides compute the same; nothing is timed."""
 
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,13 @@ import pytest
 from tests.conftest import shared
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+def test_no_script_hides_a_module():
+  """A script's folder comes first in its path: JAX has imported a benchmark for `compression`,
+  which Python has since 3.14."""
+  names = {path.stem for path in BENCHMARKS.rglob("*.py")}
+  assert not names & (sys.stdlib_module_names | {"compression", "annotationlib"})
 
 
 @pytest.fixture(scope="module")

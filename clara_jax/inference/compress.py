@@ -92,7 +92,7 @@ def fingerprints(config: ClaraConfig, weights: dict[str, Any]) -> dict[str, str]
   base = weights["base"]
   table, first = sharding.to_host(base["embedding"]), config.model.vocab_size
   encode = first + config.num_memory_tokens + 1  # after <MEM…> and <AE>
-  groups = {
+  groups: dict[str, dict[str, Any]] = {
     "embedding": {"embedding": [table[:first], table[encode]]},
     "layers": {"layers": {k: v for k, v in base.items() if k not in ("embedding", "head")}},
     **{name: {name: weights[name]} for name in ("memory_embedding", "compressor")},

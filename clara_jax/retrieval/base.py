@@ -25,13 +25,11 @@ class Searcher(Protocol):
 
 
 class Retriever(Searcher, Protocol):
-  """A search that follows its store and is saved beside it.
+  """A search that follows its store and is saved beside it."""
 
-  Attributes:
-    rows: of the documents in it, ascending.
-  """
-
-  rows: np.ndarray
+  @property
+  def rows(self) -> np.ndarray:
+    """Of the documents in it, ascending."""
 
   def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
     """Adds documents: rows [n] int64 that are not in it, their unit vectors [n, d]."""

@@ -2,7 +2,7 @@
 straight run makes.
 
     clara quickstart --workdir quickstart
-    python benchmarks/compression.py --checkpoint quickstart/stages/joint --documents passages.jsonl.gz --scratch DIR
+    python benchmarks/compress.py --checkpoint quickstart/stages/joint --documents passages.jsonl.gz --scratch DIR
 
 Prints one JSON object.
 """  # noqa: E501
