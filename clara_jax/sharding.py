@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clara_jax import axes
@@ -305,10 +305,3 @@ def context(mesh: Mesh | None) -> Iterator[None]:
     return
   with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(ACTIVATION_RULES.items())):
     yield
-
-
-def to_host(x: Any) -> np.ndarray:
-  """An array as numpy has it, on every process; several processes call this together."""
-  if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-    return np.asarray(x)
-  return np.asarray(multihost_utils.process_allgather(x, tiled=True))

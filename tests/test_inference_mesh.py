@@ -1,19 +1,24 @@
 """A checkpoint that is divided over devices and processes answers as one on a single device
 does."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
+import httpx
 import jax
 import numpy as np
 import pytest
 
 from clara_jax.cli import main as cli
 from clara_jax.data.schemas import write_rows
+from clara_jax.inference import together
 from clara_jax.testing import tiny
 from tests.helpers import free_port, refused
 
@@ -124,3 +129,52 @@ def test_a_mesh_that_does_not_fit_is_named(folder):
     cli.main([str(a) for a in (*ask, "--mesh", "tensor=many")])
   with pytest.raises(SystemExit):
     cli.main([str(a) for a in (*ask, "--mesh", "rows=2")])
+
+
+def test_one_front_with_two_processes_behind_it(folder, runs):
+  """`clara serve`: the first process serves, both compute; a refusal, a pause and the end are
+  shared, too."""
+  port, coordinator = free_port(), f"localhost:{free_port()}"
+  assert runs["one"]  # has made the store
+  assert cli.main(["index", "--store", str(folder / "store-one"), "--kind", "exact"]) == 0
+  command = ["serve", "--checkpoint", folder / "joint", "--store", folder / "store-one"]
+  command += ["--mesh", "fsdp=2,tensor=2", "--max-batch", 2, "--max-new-tokens", 6]
+  command += ["--port", port, "--coordinator", coordinator, "--processes", 2]
+  environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)}
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-m", "clara_jax", *map(str, command), "--process", str(i)],
+      env=environment,
+      cwd=ROOT,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  try:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+      deadline = time.monotonic() + 200
+      while True:
+        assert time.monotonic() < deadline and not any(p.poll() for p in processes)
+        with contextlib.suppress(httpx.TransportError):
+          if client.get("/healthz").status_code == 200:
+            break
+        time.sleep(0.1)
+      want = runs["one"]["answers"][0][0]
+      for pause in (0, together.SIGN_OF_LIFE + 1):
+        time.sleep(pause)
+        answer = client.post("/answer", json={"question": want["question"]}).json()
+        assert answer["answer"] == want["answer"]
+        assert [d["id"] for d in answer["documents"]] == [d["id"] for d in want["documents"]]
+        lines = client.post("/answer", json={"question": want["question"], "stream": True}).text
+        assert json.loads(lines.splitlines()[-1])["answer"] == want["answer"]
+        refusal = client.post("/answer", json={"question": "q", "ids": ["no such"]})
+        assert refusal.status_code == 422 and "none of the 1 ids" in refusal.json()["error"]
+      vector = np.ones((1, 2 * 32)).tolist()
+      found = client.post("/queries", json={"queries": vector, "k": 2}).json()
+      assert np.shape(found["retrieved_embeddings"]) == (1, 2, 64)
+    processes[0].send_signal(signal.SIGTERM)
+    assert [p.wait(timeout=30) for p in processes] == [0, 0]
+  finally:
+    for process in processes:
+      process.kill()

@@ -90,7 +90,7 @@ def fingerprints(config: ClaraConfig, weights: dict[str, Any]) -> dict[str, str]
   embedding and that of `<ENC>`, and the layers; the rows of the other special tokens are never
   read, and differ between formats."""
   base = weights["base"]
-  table, first = sharding.to_host(base["embedding"]), config.model.vocab_size
+  table, first = distributed.to_host(base["embedding"]), config.model.vocab_size
   encode = first + config.num_memory_tokens + 1  # after <MEM…> and <AE>
   groups: dict[str, dict[str, Any]] = {
     "embedding": {"embedding": [table[:first], table[encode]]},

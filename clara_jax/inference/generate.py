@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
-from clara_jax import axes, sharding
+from clara_jax import axes, distributed, sharding
 from clara_jax.batch import Tokens
 from clara_jax.config import ModelConfig, Role
 from clara_jax.model import Clara, Weights
@@ -218,11 +218,11 @@ def make_stream(greedy: Greedy, mesh: Mesh | None = None) -> Callable[..., Any]:
 
   def stream(weights, prompt, memories, every, prefix_cache=None):
     state = prefill(weights, prompt, memories, prefix_cache)
-    yield sharding.to_host(state.answer)
+    yield distributed.to_host(state.answer)
     until = 1
-    while until < greedy.max_new_tokens and not sharding.to_host(state.stopped).all():
+    while until < greedy.max_new_tokens and not distributed.to_host(state.stopped).all():
       until = min(until + every, greedy.max_new_tokens)
       state = decode(weights, state, until)
-      yield sharding.to_host(state.answer)
+      yield distributed.to_host(state.answer)
 
   return stream

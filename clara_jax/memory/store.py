@@ -44,7 +44,7 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from clara_jax import io, sharding
+from clara_jax import distributed, io
 from clara_jax.data.schemas import Document
 from clara_jax.errors import InputError
 from clara_jax.memory import codecs
@@ -139,7 +139,7 @@ def fingerprint(weights: dict[str, Any], groups: Sequence[str]) -> str:
   for group in groups:
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights[group]):
       digest.update(f"{group}{jax.tree_util.keystr(path)}".encode())
-      digest.update(np.ascontiguousarray(sharding.to_host(leaf)).tobytes())
+      digest.update(np.ascontiguousarray(distributed.to_host(leaf)).tobytes())
   return digest.hexdigest()[:16]
 
 
