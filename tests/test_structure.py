@@ -21,7 +21,7 @@ from clara_jax.testing import tiny
 ROOT = pathlib.Path(clara_jax.__file__).parent
 FLOORS = [
   {"errors", "axes", "io", "former"},
-  {"config", "batch"},
+  {"config", "batch", "buckets"},
   {"extensions", "reports"},
   {"data"},
   {"ops"},

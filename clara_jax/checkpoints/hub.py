@@ -1,5 +1,5 @@
-"""Models by their directory, or by their id on the Hugging Face hub where its cache has them.
-Nothing is downloaded."""
+"""Models by their directory, by their id on the Hugging Face hub where its cache has them, or in a
+bucket. Nothing is downloaded from the hub."""
 
 import os
 import re
@@ -7,7 +7,8 @@ import re
 import huggingface_hub
 from huggingface_hub import constants
 
-from clara_jax.checkpoints.workdir import CheckpointError
+from clara_jax import buckets
+from clara_jax.checkpoints.workdir import CheckpointError, is_checkpoint
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -23,7 +24,9 @@ def local_directory(name: str, what: str = "directory") -> str:
     CheckpointError: there is neither.
   """
   name = os.fspath(name)
-  if "://" in name or os.path.exists(name):
+  if buckets.is_remote(name):
+    return name if is_checkpoint(name) else buckets.local_copy(name)
+  if os.path.exists(name):
     return name
   if not _ID.fullmatch(name):
     raise CheckpointError(f"{name}: no such {what}")

@@ -79,7 +79,7 @@ def hf_files(base: str | None) -> str | None:
   if base is None or not is_checkpoint(base):
     return base
   kept = os.path.join(base, HF_FOLDER)
-  return kept if os.path.isdir(kept) else None
+  return kept if epath.Path(kept).is_dir() else None
 
 
 def open_weights(directory: str) -> dict[str, Any]:

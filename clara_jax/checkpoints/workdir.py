@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from clara_jax import distributed, io
+from clara_jax import buckets, distributed, io
 from clara_jax.config import ConfigError, RunConfig, from_config_dict, to_json
 from clara_jax.inference.checkpoint import CheckpointError
 
@@ -158,7 +158,9 @@ def _portable(directory: str, config: RunConfig, relative_to: str | None = None)
   """The run with local paths relative to its directory."""
   run = dataclasses.asdict(config)
   for name in ("base", "init_from", "tokenizer"):
-    if run[name] and "://" not in run[name]:
+    if run[name] and buckets.is_remote(relative_to or directory):
+      run[name] = run[name] if buckets.is_remote(run[name]) else os.path.abspath(run[name])
+    elif run[name] and not buckets.is_remote(run[name]):
       run[name] = os.path.relpath(
         os.path.abspath(run[name]), os.path.abspath(relative_to or directory)
       )
@@ -216,7 +218,8 @@ def read_config(directory: str) -> tuple[RunConfig, str | None]:
     raise CheckpointError(f"{directory}/config.json: {error}") from None
   base = values.get("base")
   if base and "://" not in base and not os.path.isabs(base):
-    base = os.path.normpath(os.path.join(directory, base))
+    scheme, mark, path = directory.rpartition("://")
+    base = scheme + mark + os.path.normpath(os.path.join(path, base))
   return config, base
 
 

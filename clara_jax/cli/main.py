@@ -83,6 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except (InputError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
     print(f"clara {options.command}: {_one_line(error)}", file=sys.stderr)
     return EXIT_BAD_INPUT
+  except ImportError as error:
+    if "gcsfs" not in str(error):
+      raise
+    print(f"clara {options.command}: gs://…: {error}: pip install -e '.[gcs]'", file=sys.stderr)
+    return EXIT_BAD_INPUT
   except OSError as error:
     if error.errno not in _DISK:
       raise

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from clara_jax import buckets
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError, Malformed, Row, read_rows
 
@@ -178,6 +179,7 @@ def open_sources(
   sources = []
   for path in paths:
     if is_dataset(path):
+      path = buckets.local_copy(path)
       files = number_of_files(path)
       if files < shards:
         raise DataError(

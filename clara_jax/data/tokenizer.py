@@ -14,10 +14,12 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
+from etils import epath
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
+from clara_jax import buckets
 from clara_jax.data.schemas import DataError
 
 # Files of which one must be there; a tokenizer.json is read as it is, the others are converted by
@@ -28,7 +30,7 @@ MEMORY_TOKEN = "<MEM0>"
 
 def has_tokenizer(directory: str) -> bool:
   """Whether there are files of a tokenizer in a directory."""
-  return any(os.path.exists(os.path.join(directory, name)) for name in _FILES)
+  return any((epath.Path(directory) / name).exists() for name in _FILES)
 
 
 def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
@@ -38,6 +40,7 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
   Raises:
     DataError: there is none, it is damaged, or it is not one that the library `tokenizers` runs.
   """
+  directory = buckets.local_copy(directory)
   if not has_tokenizer(directory):
     raise DataError(
       f"{directory}: no tokenizer here (expected tokenizer.json, or the files of an older one)"

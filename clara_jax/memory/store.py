@@ -44,7 +44,7 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from clara_jax import distributed, io
+from clara_jax import buckets, distributed, io
 from clara_jax.data.schemas import Document
 from clara_jax.errors import InputError
 from clara_jax.memory import codecs
@@ -178,6 +178,11 @@ class MemoryStore:
     memory_tokens: int | None = None,
     damaged: bool = False,
   ):
+    self._remote = directory if buckets.is_remote(directory) else None
+    if self._remote:
+      if manifest is not None:
+        self.check_writable()
+      directory = buckets.local_copy(directory)
     self.directory = directory
     self._folder, self._writer = epath.Path(directory), writer
     self._locks: list[io.Lock] = []  # a name of one's own, a share in the store
@@ -185,8 +190,6 @@ class MemoryStore:
     self._readers: collections.OrderedDict[str, Any] = collections.OrderedDict()
     file = self._folder / "manifest.json"
     if manifest is not None:
-      if "://" in directory:
-        raise StoreError(f"{directory}: a store is written to a local or mounted directory")
       os.makedirs(directory, exist_ok=True)
       self._locks = self._lock()
     try:
@@ -238,6 +241,18 @@ class MemoryStore:
     return functools.partial(MemoryStore, memory_tokens=None if m == self._whole else m), (
       self.directory,
     )
+
+  def check_writable(self) -> None:
+    """Refuses a store in a bucket, which is read as a copy.
+
+    Raises:
+      StoreError: saying so.
+    """
+    if self._remote:
+      raise StoreError(
+        f"{self._remote}: a store is written to a local directory; copy it to the bucket "
+        f"when it is whole"
+      )
 
   @property
   def whole(self) -> Manifest:
@@ -613,8 +628,7 @@ class MemoryStore:
         f"{self.directory}: opened for the first {self.manifest.num_memory_tokens} of "
         f"{self._whole} memory tokens, to read"
       )
-    if "://" in self.directory:
-      raise StoreError(f"{self.directory}: a store is written to a local or mounted directory")
+    self.check_writable()
     alone = alone or self.manifest.version < VERSION  # ledgers are written while nobody else writes
     if self._alone or self._locks and not alone:
       yield

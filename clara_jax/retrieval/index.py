@@ -301,6 +301,7 @@ def update(
     StoreError: another process is at it, or compacts the store.
     MissingIndexError, ConfigError: see `build`.
   """
+  store.check_writable()
   with store.reading("index", "builds its index"):
     built, changed = refresh(store, kind, dimensions, **settings)
     save(built, kind, store, dimensions, **settings)

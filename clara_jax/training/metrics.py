@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from clara_jax import io
+from clara_jax import buckets, io
 
 log = logging.getLogger(__name__)
 
@@ -71,13 +71,15 @@ class Reporter:
   """
 
   def __init__(self, directory: Any, stage: str, steps: int, progress: bool = True):
-    if (
-      directory is not None
-      and "://" not in str(directory)
-      and (directory / "metrics.jsonl").exists()
-    ):
-      io.cut_back(str(directory / "metrics.jsonl"))  # a line that a kill has cut
-    self._file = (directory / "metrics.jsonl").open("a") if directory is not None else None
+    self._file: Any = None
+    if directory is not None:
+      file = directory / "metrics.jsonl"
+      if buckets.is_remote(file):
+        self._file = buckets.Appended(file)
+      else:
+        if file.exists():
+          io.cut_back(str(file))  # a line that a kill has cut
+        self._file = file.open("a")
     self._board = _tensorboard(directory / "tensorboard") if directory is not None else None
     self._stage, self._steps, self._progress = stage, steps, progress
     self._start = time.monotonic()
