@@ -8,10 +8,13 @@ opened: files that are as they were are not copied again. Credentials are gcsfs'
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from clara_jax import io
@@ -99,6 +102,24 @@ def _bring_up_to_date(folder: pathlib.Path, files: Any, root: str, found: dict[s
     if file.is_file() and str(file.relative_to(folder / "files")) not in now:
       file.unlink()
   io.write(state, json.dumps(now))
+
+
+@contextlib.contextmanager
+def written(path: Any) -> Iterator[str]:
+  """A local folder to write to; what is in it when the block ends is at `path`, also in a
+  bucket."""
+  if not is_remote(path):
+    yield os.fspath(path)
+    return
+  from etils import epath
+
+  with tempfile.TemporaryDirectory() as folder:
+    yield folder
+    for file in pathlib.Path(folder).rglob("*"):
+      if file.is_file():
+        target = epath.Path(path) / str(file.relative_to(folder))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
 
 
 class Appended:

@@ -51,6 +51,11 @@ class Pool:
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
       raise ConfigError(f"--ray {address}: {' '.join(str(error).split())[:200]}") from None
     resources, found = _resources(ray.cluster_resources())
+    if count and count > found:
+      ray.shutdown()
+      raise ConfigError(
+        f"--ray-workers {count}: the cluster has room for {found}, each with {resources}"
+      )
     actor: Any = ray.remote(max_restarts=-1, max_task_retries=-1, **resources)(_Worker)
     self._actors: list[Any] = [actor.remote(make, dict(arguments)) for _ in range(count or found)]
     log.info(f"ray: {len(self._actors)} workers, each with {resources}")
@@ -119,7 +124,7 @@ def _resources(cluster: Mapping[str, float]) -> tuple[dict[str, Any], int]:
   if tpus := int(cluster.get("TPU", 0)):  # one process holds all chips of its machine
     hosts = max(1, sum(1 for name in cluster if name.startswith("node:1")))
     return {"resources": {"TPU": tpus // hosts}}, hosts
-  return {"num_cpus": 1}, max(1, int(cluster.get("CPU", 1)) // 2)
+  return {"num_cpus": 1}, max(1, int(cluster.get("CPU", 1)))
 
 
 class _Worker:

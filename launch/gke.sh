@@ -18,12 +18,14 @@ RESTARTS=${RESTARTS:-100}              # of the whole set, after preemptions and
 BUCKET=${BUCKET:-}
 SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-default}  # of Kubernetes, with access to the bucket
 IMAGE=${IMAGE:-python:3.11}            # needs git and Python
-REPOSITORY=${REPOSITORY:-$(git remote get-url origin 2>/dev/null || echo REPOSITORY)}
+REPOSITORY=${REPOSITORY:-$(git remote get-url origin 2>/dev/null || true)}
 REVISION=${REVISION:-$(git rev-parse HEAD 2>/dev/null || echo main)}  # pushed, so that the pods can fetch it
 DRY_RUN=${DRY_RUN:-}
 
 [ $# -gt 0 ] || { sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//'; exit 2; }
-[[ $TOPOLOGY =~ ^[0-9]+x[0-9]+(x[0-9]+)?$ ]] || { echo "gke: TOPOLOGY=$TOPOLOGY: expected such as 4x8 or 2x2x4" >&2; exit 2; }
+[[ $TOPOLOGY =~ ^[1-9][0-9]*x[1-9][0-9]*(x[1-9][0-9]*)?$ ]] || { echo "gke: TOPOLOGY=$TOPOLOGY: expected such as 4x8 or 2x2x4" >&2; exit 2; }
+[[ $SLICES =~ ^[1-9][0-9]*$ && $RESTARTS =~ ^[0-9]+$ ]] || { echo "gke: SLICES=$SLICES, RESTARTS=$RESTARTS: expected whole numbers" >&2; exit 2; }
+[ -n "$REPOSITORY" ] || { echo "gke: REPOSITORY: name one, there is no remote 'origin'" >&2; exit 2; }
 chips=$((${TOPOLOGY//x/*}))
 case $TPU in
   v4) accelerator=tpu-v4-podslice ;;
@@ -36,6 +38,7 @@ esac
 # Chips of a machine: all of a slice of up to 8 (v5e, v6e) or 4, and 4 of a larger one.
 case $TPU in v5e | v6e) largest=8 ;; *) largest=4 ;; esac
 host=$((chips <= largest ? chips : 4))
+((chips % host == 0)) || { echo "gke: TOPOLOGY=$TOPOLOGY: $chips chips do not fill machines of $host" >&2; exit 2; }
 printf -v command '%q ' "$@"
 quote() { printf '%s' "$1" | sed 's/\\/\\\\/g; s/"/\\"/g'; }  # for a string of YAML
 
@@ -89,7 +92,7 @@ YAML
                   args:
                     - |
                       set -e
-                      git clone --quiet "$REPOSITORY" /clara && cd /clara && git checkout --quiet "$REVISION"
+                      git clone --quiet ${REPOSITORY@Q} /clara && cd /clara && git checkout --quiet ${REVISION@Q}
                       pip install --quiet --constraint constraints.txt --editable '.[tpu,records,tensorboard]'
                       ${command}--distributed &
                       trap 'kill -TERM \$!; wait \$!; exit 143' TERM

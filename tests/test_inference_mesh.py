@@ -18,7 +18,7 @@ import pytest
 
 from clara_jax.cli import main as cli
 from clara_jax.data.schemas import write_rows
-from clara_jax.inference import together
+from clara_jax.serving import together
 from clara_jax.testing import tiny
 from tests.helpers import free_port, refused
 
@@ -113,6 +113,51 @@ def test_what_answers_send(runs):
   assert {name: runs[name]["collectives"] for name in MESHES} == golden["answer"]
 
 
+BATCHES = """
+import json, sys
+import jax, numpy as np
+from clara_jax import sharding
+from clara_jax.batch import Tokens
+from clara_jax.cli.arguments import mesh_sizes
+from clara_jax.experiments.quickstart import recipe
+from clara_jax.model import Clara
+clara = Clara(recipe.clara_config(62))
+weights = jax.jit(clara.init)(jax.random.key(0))
+for i, role in enumerate(("compressor", "query_reasoner")):
+  weights[role] = jax.tree.map(lambda x: 0.3 * jax.random.normal(jax.random.key(i), x.shape), weights[role])
+rng, worst = np.random.default_rng(0), {}
+tokens = Tokens(rng.integers(0, 62, (32, 32)).astype(np.int32), rng.integers(12, 32, 32).astype(np.int32))
+expected = np.asarray(clara.encode_query(weights, tokens))
+for sizes in sys.argv[1:]:
+  mesh = sharding.make_mesh(mesh_sizes(sizes))
+  placed = {}
+  for group, tree in weights.items():
+    boxed = jax.eval_shape(lambda: clara.init_boxed(jax.random.key(0), (group,))[group])
+    placed[group] = jax.tree.map(sharding.place, tree, sharding.tree_shardings(boxed, mesh))
+  encode = sharding.jit(clara.encode_query, mesh)
+  for count in (1, 3, 4, 8, 12, 32):
+    found = np.asarray(encode(placed, Tokens(tokens.ids[:count], tokens.lengths[:count])))
+    worst[f"{sizes}: {count}"] = float(np.abs(found - expected[:count]).max())
+print("REPORT" + json.dumps(worst))
+"""  # noqa: E501
+
+
+def test_every_size_of_a_batch_is_that_of_one_device():
+  """XLA's partitioner has made wrong products of batches of 4 and 8 with another order of the
+  adapters' axes (`sharding.RULES`)."""
+  sizes = ["data=2,fsdp=2,tensor=2", "slice=2,data=1,fsdp=2,tensor=2", "fsdp=4,tensor=2"]
+  run = subprocess.run(
+    [sys.executable, "-c", BATCHES, *sizes],
+    env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=400,
+  )
+  assert run.returncode == 0, run.stderr[-2000:]
+  worst = json.loads(run.stdout[run.stdout.index("REPORT") + 6 :])
+  assert {name: error for name, error in worst.items() if error > 1e-4} == {} and len(worst) == 18
+
+
 def test_two_processes_are_one(folder, runs):
   port = free_port()
   sizes = {"two": MESHES["mixed"]}
@@ -170,6 +215,8 @@ def test_one_front_with_two_processes_behind_it(folder, runs):
         assert json.loads(lines.splitlines()[-1])["answer"] == want["answer"]
         refusal = client.post("/answer", json={"question": "q", "ids": ["no such"]})
         assert refusal.status_code == 422 and "none of the 1 ids" in refusal.json()["error"]
+      lens = client.post("/lens", json={"question": want["question"], "top": 3})
+      assert lens.status_code == 200 and lens.json()["tokens"]
       vector = np.ones((1, 2 * 32)).tolist()
       found = client.post("/queries", json={"queries": vector, "k": 2}).json()
       assert np.shape(found["retrieved_embeddings"]) == (1, 2, 64)

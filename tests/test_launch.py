@@ -61,7 +61,14 @@ def script(name, *arguments, **variables):
 )
 def test_a_dry_run_says_what_would_be_run(name, arguments, expected):
   run = script(
-    name, *arguments, DRY_RUN=1, NAME="run", PROJECT="project", SLICES=2, BUCKET="my-bucket"
+    name,
+    *arguments,
+    DRY_RUN=1,
+    NAME="run",
+    PROJECT="project",
+    SLICES=2,
+    BUCKET="my-bucket",
+    REPOSITORY="https://example.org/r",
   )
   assert run.returncode == 0, run.stderr
   for text in expected:
@@ -167,7 +174,9 @@ def check(value, kind, where):
 
 
 def manifest(*arguments, **variables):
-  run = script("gke.sh", *arguments, DRY_RUN=1, NAME="run", **variables)
+  run = script(
+    "gke.sh", *arguments, DRY_RUN=1, NAME="run", REPOSITORY="https://example.org/r", **variables
+  )
   assert run.returncode == 0, run.stderr
   return yaml.safe_load(run.stdout)
 
@@ -202,10 +211,15 @@ def test_a_job_set_is_what_its_schema_wants(variables, slices, hosts, chips, acc
 
 @pytest.mark.parametrize(
   "variables, message",
-  [({"TPU": "v9"}, "TPU=v9: expected v4"), ({"TOPOLOGY": "32"}, "such as 4x8")],
+  [
+    ({"TPU": "v9"}, "TPU=v9: expected v4"),
+    ({"TOPOLOGY": "32"}, "such as 4x8"),
+    ({"TOPOLOGY": "3x3"}, "do not fill machines of 4"),
+    ({"SLICES": "two"}, "expected whole numbers"),
+  ],
 )
 def test_a_wrong_variable_is_named(variables, message):
-  run = script("gke.sh", "clara", "train", DRY_RUN=1, **variables)
+  run = script("gke.sh", "clara", "train", DRY_RUN=1, REPOSITORY="r", **variables)
   assert run.returncode == 2 and message in run.stderr
 
 

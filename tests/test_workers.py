@@ -94,6 +94,10 @@ def test_what_is_wrong_with_a_worker_is_said_once(folder, tmp_path):
   )
   assert "no such checkpoint" in said
   given = ("--checkpoint", folder / "joint", "--documents", folder / "documents.jsonl")
+  said = refused(
+    "compress", "--ray", "local", *given, "--ray-workers", 99, "--store", tmp_path / "s"
+  )
+  assert "--ray-workers 99: the cluster has room for" in said
   assert "leave --processes" in refused(*command, *given, "--processes", 2)
   assert "--ray localhost:1: " in refused(*command, *given, "--ray", "localhost:1")
 

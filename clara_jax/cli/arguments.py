@@ -71,6 +71,8 @@ def mesh_sizes(text: str) -> MeshConfig:
   fields: dict[str, str | int] = {}
   for part in text.split(","):
     name, equals, size = part.strip().partition("=")
+    if (name if equals else "preset") in fields:
+      raise argparse.ArgumentTypeError(f"{part}: named twice")
     try:
       fields |= {name: int(size)} if equals else {"preset": name}
     except ValueError:

@@ -69,7 +69,11 @@ def run(options: argparse.Namespace) -> Any:
   from clara_jax.inference.compress import compress_corpus
 
   documents = schemas.read_documents(options.documents, schemas.Malformed(options.max_malformed))
-  if options.ray:
+  if options.ray_workers and not options.ray:
+    raise ConfigError("--ray-workers: is for --ray")
+  if options.mesh and options.fsdp > 1:
+    raise ConfigError("--fsdp and --mesh: name one of them")
+  if options.ray is not None:
     return _with_ray(options, documents)
   if (options.process is None) != (options.processes is None) and not options.distributed:
     raise ConfigError("--process and --processes: name both, or neither")
@@ -105,7 +109,12 @@ def _with_ray(options: argparse.Namespace, documents: Iterable[Document]) -> Any
   from clara_jax.inference.compress import compress_corpus_with
   from clara_jax.workers import Pool
 
-  if options.distributed or options.coordinator or options.processes is not None:
+  if (
+    options.distributed
+    or options.coordinator
+    or options.processes is not None
+    or options.process is not None
+  ):
     raise ConfigError("--ray: hands out the work itself; leave --processes and the others away")
   with Pool(options.ray, make_compressor, {"options": options}, options.ray_workers) as pool:
     return compress_corpus_with(

@@ -72,7 +72,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
   ) or None
   store = store.first(options.memory_tokens or saved.get("memory_tokens"))
   settings = {
-    name: getattr(options, name) or (saved.get(name) if kind == saved.get("kind") else None)
+    name: getattr(options, name)
+    if getattr(options, name) is not None
+    else (saved.get(name) if kind == saved.get("kind") else None)
     for name in ("vectors", "recall", "url")
   }
   settings = {name: value for name, value in settings.items() if value is not None}

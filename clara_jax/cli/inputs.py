@@ -57,8 +57,9 @@ def join_processes(options: argparse.Namespace) -> None:
   from clara_jax.config import ConfigError
 
   if not (getattr(options, "distributed", False) or getattr(options, "coordinator", None)):
-    if getattr(options, "process", None) is not None and options.command != "compress":
-      raise ConfigError("--process: several processes need --coordinator and --processes, too")
+    named = [n for n in ("process", "processes") if getattr(options, n, None) is not None]
+    if named and options.command != "compress":
+      raise ConfigError(f"--{named[0]}: several processes need --coordinator, too")
     return
   if options.mesh is None and options.command != "compress":
     raise ConfigError("several processes: name --mesh, over which they divide the checkpoint")

@@ -53,8 +53,7 @@ def run(options: argparse.Namespace) -> None:
   """Returns nothing: it serves until it is stopped. Of several processes the first one serves, and
   all compute."""
   from clara_jax import distributed
-  from clara_jax.inference import together
-  from clara_jax.serving import guard
+  from clara_jax.serving import guard, together
 
   access = guard.Access(
     tuple(options.allowed_host),

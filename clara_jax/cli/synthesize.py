@@ -174,6 +174,8 @@ async def _produce(options: argparse.Namespace) -> Any:
         f"--{name.replace('_', '-')}: budgets are for servers, not for --endpoint "
         f"{options.endpoint}"
       )
+  if options.ray_workers and not options.ray:
+    raise ConfigError("--ray-workers: is for --ray")
   if options.ray and options.endpoint not in _HERE:
     raise ConfigError("--ray: is for --endpoint checkpoint; requests to a server need no workers")
   if not all(0 <= price < float("inf") for price in options.price):

@@ -8,6 +8,8 @@ says which collection belongs to which state of the store.
 import atexit
 import json
 import os
+import re
+import sqlite3
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
@@ -214,6 +216,9 @@ def _collection(store: MemoryStore, digest: str) -> str:
   """The name of the collection for this state of the store, also if it has grown since: then the
   rows of before are the same."""
   record = _record(store)
+  here = os.path.realpath(store.directory)  # a copy of the store gets a collection of its own
+  if record is not None and record["directory"] != here:
+    record = None
   if (
     record is not None
     and record["digest"] == digest
@@ -226,6 +231,7 @@ def _collection(store: MemoryStore, digest: str) -> str:
   name = f"clara-{owner}-{uuid.uuid4().hex[:8]}"
   values = {
     "collection": name,
+    "directory": here,
     "digest": digest,
     "memory_tokens": store.manifest.num_memory_tokens,
     "generation": store.manifest.generation,
@@ -242,9 +248,20 @@ def _file(store: MemoryStore) -> epath.Path:
 
 def _record(store: MemoryStore) -> dict[str, Any] | None:
   try:
-    return io.parse_json(_file(store).read_bytes())
+    record = io.parse_json(_file(store).read_bytes())
   except (OSError, ValueError):  # a collection can be made again
     return None
+  names = {
+    "collection",
+    "directory",
+    "digest",
+    "memory_tokens",
+    "generation",
+    "segments",
+    "identity",
+  }
+  whole = isinstance(record, dict) and names <= set(record)
+  return record if whole and re.fullmatch(r"clara-\w+-\w+", str(record["collection"])) else None
 
 
 # The embedded mode has one client a folder; it lives as long as an index needs it.
@@ -273,6 +290,10 @@ def _connect(url: str | None, where: str) -> Any:
   if url is None:
     try:
       return qdrant_client.QdrantClient(path=where)
+    except (ValueError, KeyError, sqlite3.Error) as error:
+      raise ConfigError(
+        f"{where}: damaged ({error}); remove it and run clara index again"
+      ) from None
     except RuntimeError as error:
       raise ConfigError(
         f"{where}: {error}; the embedded mode is for one process, a server (--url) for several"

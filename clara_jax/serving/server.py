@@ -33,7 +33,7 @@ from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError
 from clara_jax.evaluation import logit_lens
 from clara_jax.inference.answer import Answer, Answerer, Found, Question
-from clara_jax.serving import schema
+from clara_jax.serving import schema, together
 from clara_jax.serving.batcher import Batcher, OverloadedError
 from clara_jax.serving.guard import ANYBODY, Access, Guard, Protocol, page_policy
 
@@ -240,11 +240,15 @@ class Service:
   async def lens(self, request: Request) -> Response:
     """POST /lens."""
     body = await self._read(request, schema.LensRequest)
-    a = self.answerer.checkpoint
     tokens = await self._within_time(
-      self.others.submit(lambda: logit_lens.queries(a, [body.question], body.top)[0]["tokens"])
+      self.others.submit(lambda: self._lens(body.question, body.top))
     )
     return JSONResponse({"tokens": tokens})
+
+  def _lens(self, question: str, top: int) -> list[tuple[str, float]]:
+    if isinstance(self.answerer, together.Leader):
+      return self.answerer.lens(question, top)
+    return logit_lens.queries(self.answerer.checkpoint, [question], top)[0]["tokens"]
 
   async def health(self, request: Request) -> Response:
     """GET /healthz."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from transformers import PreTrainedTokenizerFast
 
-from clara_jax import distributed
+from clara_jax import buckets, distributed
 from clara_jax.checkpoints import families, formats, huggingface, native
 from clara_jax.checkpoints.workdir import is_checkpoint, read_config
 from clara_jax.config import ConfigError, RunConfig
@@ -114,7 +114,8 @@ def train(
   ).run()
   if distributed.is_main() and workdir is not None and "base" in stage.trained(config.train):
     if source := native.hf_files(start.config.base):  # what the base came with goes with it
-      huggingface.keep_files(source, os.path.join(workdir, native.HF_FOLDER))
+      with buckets.written(os.path.join(workdir, native.HF_FOLDER)) as folder:
+        huggingface.keep_files(source, folder)
   return result
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from clara_jax import distributed
+from clara_jax import buckets, distributed
 from clara_jax.analysis import cost
 from clara_jax.batch import Batch
 from clara_jax.checkpoints.workdir import Checkpointer, note_start
@@ -244,7 +244,8 @@ class Trainer:
     ) is not None:
       held.callback(lock.release)
     if main:
-      self._prompt_tokenizer.tokenizer.save_pretrained(str(self._folder / "tokenizer"))
+      with buckets.written(str(self._folder / "tokenizer")) as folder:
+        self._prompt_tokenizer.tokenizer.save_pretrained(folder)
     distributed.barrier("the record is written")
     self._checkpointer = Checkpointer(self._workdir, settings.keep_checkpoints, settings.keep_best)
     productive = 0.0

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from clara_jax.errors import InputError
+from clara_jax.evaluation import logit_lens
 from clara_jax.inference.answer import Answer, Answerer, Found, Question
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,12 @@ class Leader:
       _send("nearest_memories", vectors.tolist(), k)
       return self._answerer.nearest_memories(vectors, k)
 
+  def lens(self, question: str, top: int) -> list[tuple[str, float]]:
+    """See `logit_lens.queries`."""
+    with self._lock:
+      _send("lens", question, top)
+      return logit_lens.queries(self._answerer.checkpoint, [question], top)[0]["tokens"]
+
   def close(self) -> None:
     """Sends the others home."""
     with self._lock:
@@ -88,6 +95,8 @@ def follow(answerer: Answerer) -> None:
       elif name == "answer":
         questions, streams = arguments
         answerer.answer([_question(q) for q in questions], (lambda *_: None) if streams else None)
+      elif name == "lens":
+        logit_lens.queries(answerer.checkpoint, [arguments[0]], arguments[1])
       elif name == "nearest_memories":
         answerer.nearest_memories(np.asarray(arguments[0], np.float32), arguments[1])
     except InputError as error:  # as on the first process, which says so
