@@ -99,7 +99,7 @@ def test_every_parameter_has_a_place():
     None, "fsdp", "tensor"
   )
   assert shardings["generator"]["layers"]["mlp"]["up"]["a"].spec == PartitionSpec(
-    None, ("tensor", "fsdp"), None
+    None, ("fsdp", "tensor"), None
   )
 
 
