@@ -38,6 +38,7 @@ def local_copy(path: str) -> str:
 
   Raises:
     BucketError: there is nothing, or it cannot be read.
+    ImportError: gcsfs is not installed.
   """
   if not is_remote(path):
     return path
@@ -47,8 +48,6 @@ def local_copy(path: str) -> str:
     files, root = fsspec.core.url_to_fs(path)
     files.invalidate_cache()
     found = files.find(root, detail=True)
-  except ImportError as error:
-    raise missing(path, error) from None
   except OSError as error:
     raise BucketError(f"{path}: {error}") from None
   if not found:
@@ -141,8 +140,3 @@ class Appended:
 
   def close(self) -> None:
     self.flush()
-
-
-def missing(path: str, error: ImportError) -> BucketError:
-  """What to say where the library for a bucket is missing."""
-  return BucketError(f"{path}: {error}: pip install -e '.[gcs]'")

@@ -75,14 +75,14 @@ def several() -> bool:
 
 def maximum(values: np.ndarray) -> np.ndarray:
   """The elementwise maximum over all processes."""
-  if jax.process_count() == 1:
+  if not several():
     return values
   return np.asarray(multihost_utils.process_allgather(values)).max(0)
 
 
 def barrier(name: str) -> None:
   """Waits until every process is here."""
-  if jax.process_count() > 1:
+  if several():
     multihost_utils.sync_global_devices(name)
 
 

@@ -14,7 +14,6 @@ ray = pytest.importorskip("ray")
 
 from clara_jax.cli import compress as compress_command  # noqa: E402
 from clara_jax.cli import main as cli  # noqa: E402
-from clara_jax.cli import synthesize as synthesize_command  # noqa: E402
 from clara_jax.data.schemas import Document, read_documents, write_rows  # noqa: E402
 from clara_jax.inference.compress import compress_corpus_with  # noqa: E402
 from clara_jax.memory.store import MemoryStore  # noqa: E402
@@ -121,7 +120,6 @@ def test_replies_by_workers_are_those_of_one(folder, tmp_path, capsys):
     for name in ("one", "ray")
   ]
   assert rows[0] == rows[1]
-  assert synthesize_command._HERE == ("offline", "checkpoint")
   said = refused(*command[:-1], "--out", tmp_path / "server", "--endpoint", "http://x/v1")
   assert "--model" in said
   said = refused(

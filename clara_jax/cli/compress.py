@@ -63,8 +63,7 @@ def run(options: argparse.Namespace) -> Any:
   """Returns `inference.compress.CompressReport`."""
   import jax
 
-  from clara_jax import sharding
-  from clara_jax.config import ConfigError, MeshConfig
+  from clara_jax.config import ConfigError
   from clara_jax.data import schemas
   from clara_jax.inference.compress import compress_corpus
 
@@ -80,14 +79,14 @@ def run(options: argparse.Namespace) -> Any:
   process, processes = options.process or 0, options.processes or 1
   if not 0 <= process < processes:
     raise ConfigError(f"--process {process}: expected 0 to {processes - 1}")
-  one_mesh = options.mesh is not None and (options.distributed or options.coordinator)
-  inputs.join_processes(options)
-  if options.distributed or options.coordinator:  # otherwise they need not know of each other
+  joined = options.distributed or options.coordinator  # otherwise they know not of each other
+  one_mesh = options.mesh is not None and joined
+  if joined:
+    inputs.join_processes(options)
     process, processes = jax.process_index(), jax.process_count()
   if not one_mesh:
-    sizes = options.mesh or MeshConfig(data=-1, fsdp=options.fsdp)
-    options.mesh = sharding.make_mesh(sizes, jax.local_devices())
-  checkpoint = inputs.checkpoint(options, "compressor")
+    options.mesh = _local_mesh(options)
+  checkpoint = inputs.opened_here(options, "compressor")
   report = compress_corpus(
     checkpoint,
     documents,
@@ -130,13 +129,19 @@ def _with_ray(options: argparse.Namespace, documents: Iterable[Document]) -> Any
 
 def make_compressor(options: argparse.Namespace) -> Any:
   """What a worker makes, once, of the command's options."""
+  from clara_jax.inference.compress import Compressor
+
+  options.mesh = _local_mesh(options)
+  checkpoint = inputs.opened_here(options, "compressor")
+  return Compressor(checkpoint, checkpoint.mesh, options.batch_size)
+
+
+def _local_mesh(options: argparse.Namespace) -> Any:
+  """Of this process's devices."""
   import jax
 
   from clara_jax import sharding
   from clara_jax.config import MeshConfig
-  from clara_jax.inference.compress import Compressor
 
   sizes = options.mesh or MeshConfig(data=-1, fsdp=options.fsdp)
-  options.mesh = sharding.make_mesh(sizes, jax.local_devices())
-  checkpoint = inputs.checkpoint(options, "compressor")
-  return Compressor(checkpoint, checkpoint.mesh, options.batch_size)
+  return sharding.make_mesh(sizes, jax.local_devices())

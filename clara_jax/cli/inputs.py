@@ -20,12 +20,27 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint(options: argparse.Namespace, *roles: str) -> Checkpoint:
+  """`opened_here`, by several processes together where the options say so.
+
+  Raises:
+    ConfigError: not all of the options that this takes are named.
+  """
+  from clara_jax.config import ConfigError
+
+  if getattr(options, "distributed", False) or getattr(options, "coordinator", None):
+    if options.mesh is None:
+      raise ConfigError("several processes: name --mesh, over which they divide the checkpoint")
+    join_processes(options)
+  elif named := [n for n in ("process", "processes") if getattr(options, n, None) is not None]:
+    raise ConfigError(f"--{named[0]}: several processes need --coordinator, too")
+  return opened_here(options, *roles)
+
+
+def opened_here(options: argparse.Namespace, *roles: str) -> Checkpoint:
   """--checkpoint with the roles that it must have, for --memory-tokens where the command has
   that."""
   from clara_jax.compilation import enable_compilation_cache
 
-  if options.command != "compress":  # which has joined them
-    join_processes(options)
   enable_compilation_cache()
   loaded = load(options.checkpoint, options.base, options)
   loaded.require(*roles)
@@ -47,24 +62,12 @@ def load(directory: str, base: str | None, options: argparse.Namespace) -> Check
 
 
 def join_processes(options: argparse.Namespace) -> None:
-  """--distributed, --coordinator, --processes, --process, where the command has them: processes
-  that hold one checkpoint together.
-
-  Raises:
-    ConfigError: no --mesh says how.
-  """
+  """--distributed, --coordinator, --processes, --process; one process reports for all that hold a
+  checkpoint together."""
   from clara_jax import distributed
-  from clara_jax.config import ConfigError
 
-  if not (getattr(options, "distributed", False) or getattr(options, "coordinator", None)):
-    named = [n for n in ("process", "processes") if getattr(options, n, None) is not None]
-    if named and options.command != "compress":
-      raise ConfigError(f"--{named[0]}: several processes need --coordinator, too")
-    return
-  if options.mesh is None and options.command != "compress":
-    raise ConfigError("several processes: name --mesh, over which they divide the checkpoint")
   distributed.initialize(options.coordinator, options.processes, options.process)
-  if options.mesh is not None and not distributed.is_main():  # one reports for all
+  if options.mesh is not None and not distributed.is_main():
     logging.getLogger("clara_jax").setLevel(logging.WARNING)
 
 

@@ -45,23 +45,7 @@ class HandedOut:
       self._free.put_nowait(worker)
     self.usage = Usage(in_flight=len(pool))
 
-  async def chat(
-    self,
-    messages: Sequence[Mapping[str, str]],
-    *,
-    schema: Mapping[str, Any] | None = None,
-    name: str = "reply",
-    temperature: float = 0.0,
-    max_tokens: int = 1024,
-    seed: int | None = None,
-  ) -> str:
-    options = {
-      "schema": schema,
-      "name": name,
-      "temperature": temperature,
-      "max_tokens": max_tokens,
-      "seed": seed,
-    }
+  async def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
     worker = await self._free.get()
     try:
       with self._pool.errors():

@@ -121,7 +121,11 @@ def weights(seed: int = 0) -> dict:
 
 @functools.cache
 def _weights(seed: int) -> dict:
-  tree = jax.jit(Clara(config()).init)(jax.random.key(seed))
+  return _fresh(config(), seed)
+
+
+def _fresh(config: ClaraConfig, seed: int) -> dict:
+  tree = jax.jit(Clara(config).init)(jax.random.key(seed))
   for i, role in enumerate(("compressor", "query_reasoner", "generator")):
     tree[role] = jax.tree.map(
       lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), tree[role]
@@ -148,12 +152,7 @@ def pod_config() -> ClaraConfig:
 
 def pod_weights(config: ClaraConfig | None = None) -> dict:
   """Fresh weights of `pod_config`, or of another, in which the adapters matter."""
-  tree = jax.jit(Clara(config or pod_config()).init)(jax.random.key(0))
-  for i, role in enumerate(("compressor", "query_reasoner", "generator")):
-    tree[role] = jax.tree.map(
-      lambda x, i=i: 0.1 * jax.random.normal(jax.random.key(i), x.shape), tree[role]
-    )
-  return jax.tree.map(np.asarray, tree)
+  return jax.tree.map(np.asarray, _fresh(config or pod_config(), 0))
 
 
 def write_checkpoint(directory: str, config: ClaraConfig, weights: dict) -> None:
