@@ -220,6 +220,13 @@ def cut_back(path: str) -> None:
 _SOMEBODY = "another process"
 
 
+def this_process() -> str:
+  """This process, for those who wait for it."""
+  since = datetime.datetime.now().isoformat(" ", "seconds")
+  command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])[:120]
+  return f"process {os.getpid()} on {socket.gethostname()}, since {since}: {command}\n"
+
+
 class Lock:
   """A lock on a file, held until it is released or its process ends, however it ends. It works
   among the processes of one machine, and among machines where their common file system has flock.
@@ -257,11 +264,8 @@ class Lock:
         time.sleep(pause)  # who holds it does not say so: it may be `holder`, for a moment
 
   def _tell(self) -> None:
-    since = datetime.datetime.now().isoformat(" ", "seconds")
-    command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])[:120]
-    owner = f"process {os.getpid()} on {socket.gethostname()}, since {since}: {command}\n"
     os.ftruncate(self._descriptor, 0)
-    os.pwrite(self._descriptor, owner.encode("utf-8", "replace"), 0)
+    os.pwrite(self._descriptor, this_process().encode("utf-8", "replace"), 0)
 
   def release(self) -> None:
     """Lets others have it."""

@@ -2,11 +2,11 @@
 # A run on GKE as a JobSet, on one TPU slice or several; what is preempted starts again and resumes from its last step.
 # The cluster has JobSet (kubernetes-sigs/jobset) and a node pool of these slices.
 #
-#   NAME=scp TPU=v5e TOPOLOGY=4x8 BUCKET=my-bucket launch/gke.sh clara train --config configs/mistral_7b.py:scp --workdir /bucket/runs/scp ...
+#   NAME=scp TPU=v5e TOPOLOGY=4x8 launch/gke.sh clara train --config configs/mistral_7b.py:scp --workdir gs://my-bucket/runs/scp ...
 #   NAME=scp TPU=v5e TOPOLOGY=16x16 SLICES=2 launch/gke.sh clara train --config configs/mistral_7b.py:scp --config.mesh.preset=slices ...
 #   NAME=ask TPU=v5e TOPOLOGY=2x4 launch/gke.sh clara evaluate --mesh tensor=8 ...
 #
-# The bucket is /bucket in every pod (Cloud Storage FUSE CSI driver). DRY_RUN=1 prints the manifest.
+# Rows, bases and working directories are read from and written to gs://. DRY_RUN=1 prints the manifest.
 set -euo pipefail
 
 NAME=${NAME:-clara}
@@ -15,8 +15,7 @@ TOPOLOGY=${TOPOLOGY:-4x8}
 SLICES=${SLICES:-1}
 SPOT=${SPOT-true}                      # empty for on demand
 RESTARTS=${RESTARTS:-100}              # of the whole set, after preemptions and failures
-BUCKET=${BUCKET:-}
-SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-default}  # of Kubernetes, with access to the bucket
+SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-default}  # of Kubernetes, with access to the buckets
 IMAGE=${IMAGE:-python:3.11}            # needs git and Python
 REPOSITORY=${REPOSITORY:-$(git remote get-url origin 2>/dev/null || true)}
 REVISION=${REVISION:-$(git rev-parse HEAD 2>/dev/null || echo main)}  # pushed, so that the pods can fetch it
@@ -62,9 +61,6 @@ spec:
           completions: $((chips / host))
           backoffLimit: 0
           template:
-            metadata:
-              annotations:
-                gke-gcsfuse/volumes: "$([ -n "$BUCKET" ] && echo true || echo false)"
             spec:
               restartPolicy: Never
               serviceAccountName: "$(quote "$SERVICE_ACCOUNT")"
@@ -93,7 +89,7 @@ YAML
                     - |
                       set -e
                       git clone --quiet ${REPOSITORY@Q} /clara && cd /clara && git checkout --quiet ${REVISION@Q}
-                      pip install --quiet --constraint constraints.txt --editable '.[tpu,records,tensorboard]'
+                      pip install --quiet --constraint constraints.txt --editable '.[tpu,records,tensorboard,gcs]'
                       ${command}--distributed &
                       trap 'kill -TERM \$!; wait \$!; exit 143' TERM
                       wait \$!
@@ -104,20 +100,6 @@ YAML
                     limits:
                       google.com/tpu: "$host"
 YAML
-  if [ -n "$BUCKET" ]; then
-    cat <<YAML
-                  volumeMounts:
-                    - name: bucket
-                      mountPath: /bucket
-              volumes:
-                - name: bucket
-                  csi:
-                    driver: gcsfuse.csi.storage.gke.io
-                    volumeAttributes:
-                      bucketName: "$(quote "$BUCKET")"
-                      mountOptions: implicit-dirs
-YAML
-  fi
 }
 
 if [ -n "$DRY_RUN" ]; then manifest; else manifest | kubectl apply -f -; fi

@@ -1,8 +1,11 @@
 """The launch scripts: what they would run, and the local one for real."""
 
+import itertools
 import json
 import os
 import pathlib
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import time
 import pytest
 import yaml
 
+from clara_jax.cli import main as cli
 from clara_jax.testing import tiny
 from clara_jax.training import trainer
 from tests.helpers import free_port
@@ -49,7 +53,6 @@ def script(name, *arguments, **variables):
       ["queued-resources create run --node-id run", "--accelerator-type v5litepod-32"],
     ),
     ("tpu_vm.sh", ["install"], ["--worker=all", "pip install -q -c constraints.txt"]),
-    ("tpu_vm.sh", ["mount"], ["gcsfuse --implicit-dirs my-bucket /bucket"]),
     ("tpu_vm.sh", ["train", "--config", "c"], ["clara train --distributed --config c"]),
     ("tpu_vm.sh", ["down"], ["queued-resources delete run"]),
     (
@@ -67,13 +70,51 @@ def test_a_dry_run_says_what_would_be_run(name, arguments, expected):
     NAME="run",
     PROJECT="project",
     SLICES=2,
-    BUCKET="my-bucket",
     REPOSITORY="https://example.org/r",
   )
   assert run.returncode == 0, run.stderr
   for text in expected:
     assert text in run.stdout + run.stderr
   assert script(name).returncode == 2  # no arguments: the usage
+
+
+def commands(page):
+  """The commands of a page's code blocks, one a string."""
+  text = (ROOT / "docs" / page).read_text()
+  for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S):
+    yield from filter(None, block.replace("\\\n", " ").split("\n"))
+
+
+def test_every_command_of_pods_md_is_one(tmp_path):
+  """Scripts in a dry run, `clara` by its parser and `clara config`, the rest by its first word."""
+  tried = []
+  for line in commands("pods.md"):
+    words = shlex.split(line.replace(" …", ""), comments=True)
+    variables = dict(w.split("=", 1) for w in itertools.takewhile(lambda w: "=" in w, words))
+    words = words[len(variables) :]
+    if words[:1] == ["sbatch"]:
+      words = [w for w in words[1:] if not w.startswith("--nodes")]
+    if words[:1] == ["export"]:
+      continue
+    tried.append(words[0])
+    if words[0].startswith("launch/") and not words[0].endswith(".py"):
+      extra = {"DRY_RUN": 1, "REPOSITORY": "https://example.org/r", "SPOT": "--spot"}
+      run = script(words[0].split("/")[1], *words[1:], **variables, **extra)
+      assert run.returncode == 0, (line, run.stderr)
+      words = words[words.index("clara") :] if "clara" in words else words[1:]
+      if words[0] == "train":
+        words = ["clara", *words]
+    if words[:2] == ["clara", "train"]:
+      where = words.index("--config")
+      overrides = [w for w in words if w.startswith("--config.")]
+      assert cli.main(["config", words[where + 1], *overrides]) == 0, line
+    if words[0] == "clara":
+      cli.make_parser(words[1:]).parse_known_args(words[1:])
+    elif words[0] == "python":
+      assert (ROOT / words[1]).exists(), line
+    else:
+      assert words[0] in ("kubectl", "up", "install", "down", "python3", "gcloud"), line
+  assert len(tried) > 20
 
 
 def test_two_processes_on_this_machine(tmp_path):
@@ -184,10 +225,10 @@ def manifest(*arguments, **variables):
 @pytest.mark.parametrize(
   "variables, slices, hosts, chips, accelerator",
   [
-    ({"TPU": "v5e", "TOPOLOGY": "4x8", "BUCKET": "b"}, 1, 8, 4, "tpu-v5-lite-podslice"),
+    ({"TPU": "v5e", "TOPOLOGY": "4x8"}, 1, 8, 4, "tpu-v5-lite-podslice"),
     ({"TPU": "v5e", "TOPOLOGY": "2x4", "SPOT": ""}, 1, 1, 8, "tpu-v5-lite-podslice"),
     ({"TPU": "v6e", "TOPOLOGY": "16x16", "SLICES": 2}, 2, 64, 4, "tpu-v6e-slice"),
-    ({"TPU": "v5p", "TOPOLOGY": "2x2x4", "BUCKET": 'b"'}, 1, 4, 4, "tpu-v5p-slice"),
+    ({"TPU": "v5p", "TOPOLOGY": "2x2x4"}, 1, 4, 4, "tpu-v5p-slice"),
     ({"TPU": "tpu7x", "TOPOLOGY": "2x2x1"}, 1, 1, 4, "tpu7x"),
   ],
 )
@@ -206,7 +247,6 @@ def test_a_job_set_is_what_its_schema_wants(variables, slices, hosts, chips, acc
   assert pod["containers"][0]["resources"]["limits"]["google.com/tpu"] == str(chips)
   assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == accelerator
   assert ("cloud.google.com/gke-spot" in pod["nodeSelector"]) == (variables.get("SPOT") != "")
-  assert ("volumes" in pod) == ("BUCKET" in variables)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from clara_jax import buckets
 from clara_jax.checkpoints import formats, gguf, huggingface, lazy, native, peft, upstream
 from clara_jax.checkpoints import verify as verify_lib
 from clara_jax.checkpoints.formats import SPECIAL, LazyCheckpoint, merged_base
@@ -96,10 +97,15 @@ def convert(
   start = time.monotonic()
   if to not in FORMATS:
     raise CheckpointError(f"--to {to!r}: expected one of {list(FORMATS)}")
-  target = epath.Path(destination)
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
-    raise CheckpointError(f"{destination}: already exists; choose another destination")
+  final = buckets.absolute(destination)
+  if buckets.is_remote(destination):
+    if buckets.Objects(destination).listed():
+      raise CheckpointError(f"{destination}: already exists; choose another destination")
   with contextlib.ExitStack() as stack:
+    destination = stack.enter_context(buckets.written(destination))
+    target = epath.Path(destination)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+      raise CheckpointError(f"{destination}: already exists; choose another destination")
     opened = (
       stack.enter_context(gguf.opened(source))
       if gguf.is_gguf(source)
@@ -130,7 +136,7 @@ def convert(
       shutil.rmtree(unfinished)
     unfinished.mkdir(parents=True)
     try:
-      parameters = _WRITERS[to](opened, str(unfinished), os.path.abspath(destination), role)
+      parameters = _WRITERS[to](opened, str(unfinished), final, role)
       report = None
       if verify:
         report = verify_lib.verify(opened, str(unfinished), to, role)
@@ -209,7 +215,7 @@ def _to_clara(opened: LazyCheckpoint, directory: str, final: str, role: str | No
   config = RunConfig(
     clara,
     train=TrainConfig(stage="pretrain" if opened.stage == "base" else opened.stage),
-    base=os.path.abspath(opened.base) if opened.base else None,
+    base=buckets.absolute(opened.base) if opened.base else None,
   )
   source = {
     "format": opened.kind,
@@ -223,7 +229,7 @@ def _to_clara(opened: LazyCheckpoint, directory: str, final: str, role: str | No
 def _to_upstream(opened: LazyCheckpoint, directory: str, final: str, role: str | None) -> int:
   del role
   base = opened.weights["base"]
-  named = os.path.relpath(os.path.abspath(opened.base or opened.directory), os.path.dirname(final))
+  named = buckets.relative(opened.base or opened.directory, os.path.dirname(final))
   upstream.write(
     directory, opened.config, opened.groups, base, named, opened.stage, _tokenizer(opened)
   )
@@ -242,8 +248,8 @@ def _to_peft(opened: LazyCheckpoint, directory: str, final: str, role: str | Non
   for name in roles:
     where = directory if role else os.path.join(directory, name)
     os.makedirs(where, exist_ok=True)
-    base = os.path.relpath(
-      os.path.abspath(opened.base or opened.directory), final if role else os.path.join(final, name)
+    base = buckets.relative(
+      opened.base or opened.directory, final if role else os.path.join(final, name)
     )
     peft.write(where, name, opened.config, opened.groups[name], special, base, whole, tokenizer)
   return _count({name: opened.groups[name] for name in roles})

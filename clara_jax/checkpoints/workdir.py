@@ -50,15 +50,18 @@ def is_checkpoint(directory: str) -> bool:
     return False
 
 
-def claim(directory: str) -> io.Lock | None:
-  """Keeps a directory for this run, as long as the process lives; a remote one is not locked
-  (None).
+def claim(directory: str) -> io.Lock | buckets.Claim:
+  """Keeps a directory for this run, as long as the process lives. In a bucket, where nobody can
+  tell whether a process still lives, a later run takes it over from an earlier one.
 
   Raises:
     CheckpointError: another run is at work there; says which.
   """
-  if "://" in str(directory):
-    return None
+  if buckets.is_remote(directory):
+    try:
+      return buckets.Claim(f"{directory.rstrip('/')}/run.lock", "this working directory")
+    except buckets.ConflictError as error:
+      raise CheckpointError(str(error)) from None
   os.makedirs(directory, exist_ok=True)
   try:
     return io.Lock(os.path.join(directory, "run.lock"))
@@ -158,12 +161,8 @@ def _portable(directory: str, config: RunConfig, relative_to: str | None = None)
   """The run with local paths relative to its directory."""
   run = dataclasses.asdict(config)
   for name in ("base", "init_from", "tokenizer"):
-    if run[name] and buckets.is_remote(relative_to or directory):
-      run[name] = run[name] if buckets.is_remote(run[name]) else os.path.abspath(run[name])
-    elif run[name] and not buckets.is_remote(run[name]):
-      run[name] = os.path.relpath(
-        os.path.abspath(run[name]), os.path.abspath(relative_to or directory)
-      )
+    if run[name]:
+      run[name] = buckets.relative(run[name], relative_to or directory)
   return run
 
 

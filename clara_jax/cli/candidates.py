@@ -7,6 +7,7 @@ from typing import Any
 from clara_jax.cli import arguments, inputs
 
 HELP = "A first-stage retriever finds documents for questions."
+OUTPUTS = {"out": "file"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from clara_jax.cli import inputs
 
 HELP = "Two runs of evaluate on the same rows: differences with intervals."
+OUTPUTS = {"report": "file"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from clara_jax.cli import arguments, inputs, output
 from clara_jax.evaluation.settings import SETTINGS
 
 HELP = "Answers every row of a file in one or more settings and scores the answers."
+OUTPUTS = {"report": "folder", "predictions": "file"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

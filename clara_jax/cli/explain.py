@@ -7,6 +7,7 @@ from typing import Any
 from clara_jax.cli import arguments, inputs
 
 HELP = "Why answers came out: lens words, attention, what each document did for the answer."
+OUTPUTS = {"report": "file"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

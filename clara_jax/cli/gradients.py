@@ -9,6 +9,7 @@ from clara_jax.cli import arguments, inputs
 HELP = (
   "Gradient estimators: against the exact gradient, or in training, side by side; one page of all."
 )
+OUTPUTS = {"out": "folder", "workdir": "local"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

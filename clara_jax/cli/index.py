@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     "changed": changed,
     "dimension": dimensions or full,
     "memory_tokens": store.manifest.num_memory_tokens,
-    "bytes": index.saved_bytes(options.store),
+    "bytes": index.saved_bytes(store),
     "seconds": time.monotonic() - start,
     "kind": kind,
     **({"vectors": "float32", "recall": 1.0} if kind == "exact" else {}),

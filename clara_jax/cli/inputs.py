@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -95,6 +97,35 @@ def copy_outputs(options: argparse.Namespace, *names: str) -> None:
           shutil.copyfile(path, own)
         setattr(options, name, own)
   distributed.barrier("outputs")
+
+
+@contextlib.contextmanager
+def outputs(options: argparse.Namespace, kinds: Mapping[str, str]) -> Iterator[None]:
+  """Options that name what is written, where that is gs://…: a copy on this machine's disk while
+  the command runs.
+
+  Args:
+    options: get the copies' paths.
+    kinds: by option: 'file' or 'folder', which go on with what is there, or 'local', which a
+      bucket cannot be.
+
+  Raises:
+    ConfigError: such an option.
+  """
+  from clara_jax import buckets
+
+  with contextlib.ExitStack() as copies:
+    for name, kind in kinds.items():
+      path = getattr(options, name)
+      if path is None or not buckets.is_remote(path):
+        continue
+      if kind == "local":
+        from clara_jax.config import ConfigError
+
+        raise ConfigError(f"{path}: has to be on a disk; copy it to the bucket when it is whole")
+      copy = copies.enter_context(buckets.mirrored(path, is_file=kind == "file"))
+      setattr(options, name, copy)
+    yield
 
 
 def first(loaded: Checkpoint, options: argparse.Namespace) -> Checkpoint:

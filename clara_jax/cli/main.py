@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import clara_jax
-from clara_jax.cli import output
+from clara_jax.cli import inputs, output
 from clara_jax.errors import InputError
 
 COMMANDS = (
@@ -71,7 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
       stream.reconfigure(errors="backslashreplace")
   command = command_module(options.command)
   try:
-    with output.reserved_standard_output(options.json):
+    with (
+      output.reserved_standard_output(options.json),
+      inputs.outputs(options, getattr(command, "OUTPUTS", {})),
+    ):
       report = (
         command.run(options, overrides)
         if options.command in _WITH_OVERRIDES
@@ -84,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"clara {options.command}: {_one_line(error)}", file=sys.stderr)
     return EXIT_BAD_INPUT
   except ImportError as error:
-    if "gcsfs" not in str(error):
+    if "gcsfs" not in str(error) and "google" not in str(error):
       raise
     print(f"clara {options.command}: gs://…: {error}: pip install -e '.[gcs]'", file=sys.stderr)
     return EXIT_BAD_INPUT

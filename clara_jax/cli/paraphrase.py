@@ -9,6 +9,7 @@ from clara_jax.cli import arguments, inputs
 HELP = (
   "Documents written again from their memory tokens: what these keep (ROUGE, entities, BERTScore)."
 )
+OUTPUTS = {"predictions": "file"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 HELP = "The whole system on a generated corpus: train, compress, index, answer."
+OUTPUTS = {"workdir": "local"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from clara_jax.cli import arguments
 
 HELP = "JSONL rows as ArrayRecord files, which runs on many hosts read at random."
+OUTPUTS = {"out": "folder"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from clara_jax.cli import arguments
 
 HELP = "The paper's claims as experiments on a generated world; resumes where it was stopped."
+OUTPUTS = {"workdir": "local"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

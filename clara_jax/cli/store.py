@@ -12,6 +12,7 @@ if TYPE_CHECKING:
   from clara_jax.memory.store import MemoryStore
 
 HELP = "Looks at a store or changes it."
+OUTPUTS = {"to": "local"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

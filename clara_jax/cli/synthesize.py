@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 HELP = (
   "SCP or instruct data, written and checked by a language model; resumes where it was stopped."
 )
+OUTPUTS = {"out": "local"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

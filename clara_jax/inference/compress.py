@@ -74,7 +74,7 @@ def check_compressor(store: MemoryStore, model: Clara, weights: dict[str, Any]) 
     StoreError: saying what differs.
   """
   store.manifest.same_compressor(
-    _like(store.manifest, manifest_of(model, weights), weights), store.directory
+    _like(store.manifest, manifest_of(model, weights), weights), store.location
   )
 
 
@@ -162,7 +162,7 @@ def compress_corpus(
   )
   if together:
     distributed.barrier("compressed")
-  if processes > 1 or together:  # with what the others have written
+  if together and not distributed.is_main():  # with what the first one has written
     report = dataclasses.replace(report, documents=len(MemoryStore(directory)))
   return report
 
@@ -303,7 +303,7 @@ def _write(
   if chunks.replace and not store.manifest.text:
     store.close()
     raise ConfigError(
-      f"{store.directory}: the store keeps no text, so that changed documents cannot be told from "
+      f"{store.location}: the store keeps no text, so that changed documents cannot be told from "
       f"others"
     )
   start = time.monotonic()
@@ -329,6 +329,8 @@ def _write(
       writing = writer.submit(write, chunk, memories)
     if writing:
       writing.result()
+    store.refresh()  # what others have written counts, too
+    documents, nbytes = len(store), store.nbytes()
   seconds = time.monotonic() - start
   if cut_count and progress:
     log.warning(
@@ -337,11 +339,11 @@ def _write(
       "left out"
     )
   return CompressReport(
-    len(store),
+    documents,
     chunks.skipped,
     chunks.replaced,
     cut_count,
-    store.nbytes(),
+    nbytes,
     seconds,
     new_count / max(seconds, 1e-9),
   )

@@ -24,6 +24,13 @@ A document's *row* is its place in that order; once nobody else writes, it stays
 All who add segments, or read a store at length (`index`, `quantize`, `truncate`), share store.lock;
 `delete` and `compact` hold it alone. Whoever does not get it is refused, and told who has it. What
 another has written in the meantime is read before anything is added.
+
+In a bucket (gs://…) a store is read as a copy on this machine's disk, and each writer has a copy of
+its own without the memory tokens of others. A segment's folder has a name that no other can have
+(000017-003-9f2c41), its files go there first, segment.json follows, and last the ledger, which has
+to be the one that this writer has written before. A writer that comes with the same number rewrites
+the ledger when it begins, and so takes over: the earlier one is refused at its next segment.
+`compact` and `repair` are for a store on a disk.
 """  # noqa: E501
 
 import collections
@@ -34,8 +41,10 @@ import hashlib
 import json
 import logging
 import os
+import pathlib
 import shutil
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -57,6 +66,7 @@ BLOCK = 4096  # documents that are read at once when a whole store is walked thr
 _GROUP = 8192
 _OPEN_FILES = 128
 _MAX_RUNS = 32
+_DELETER = 999  # a writer's number that no compress has: in a bucket they work at the same time
 _FILES = ("documents.array_record", "memories.array_record", "keys.npy")
 
 
@@ -178,39 +188,35 @@ class MemoryStore:
     memory_tokens: int | None = None,
     damaged: bool = False,
   ):
-    self._remote = directory if buckets.is_remote(directory) else None
-    if self._remote:
+    self.location, self._writer = directory, writer
+    self._is_remote, self._upload = buckets.is_remote(directory), None
+    if self._is_remote:
+      owner = "" if manifest is None else f"writer-{writer:03}"
+      self.directory = str(buckets.copy_folder(directory, owner))
       if manifest is not None:
-        self.check_writable()
-      directory = buckets.local_copy(directory)
-    self.directory = directory
-    self._folder, self._writer = epath.Path(directory), writer
+        self._upload = _Upload(buckets.Objects(directory))
+    else:
+      self.directory = directory
+    self._folder = epath.Path(self.directory)
     self._locks: list[io.Lock] = []  # a name of one's own, a share in the store
     self._alone = False
     self._readers: collections.OrderedDict[str, Any] = collections.OrderedDict()
     file = self._folder / "manifest.json"
     if manifest is not None:
-      os.makedirs(directory, exist_ok=True)
+      os.makedirs(self.directory, exist_ok=True)
       self._locks = self._lock()
     try:
-      if file.exists():
-        stored_manifest = _read_manifest(file)
-        if manifest is not None:
-          _same(stored_manifest, manifest, directory)
-        manifest = stored_manifest
-      elif manifest is None:
+      self._copy()
+      if manifest is not None and not file.exists():
+        self._create(file, manifest, codebook)
+      if not file.exists():
         raise StoreError(
           f"{directory}: not a memory store (no manifest.json); make one with clara compress"
         )
-      else:
-        (self._folder / f"segments-{manifest.generation}").mkdir(exist_ok=True)
-        centers = codebook.to_bytes() if codebook is not None else b""
-        if codebook is not None:
-          io.write(self._folder / "codebook.npy", centers)
-        manifest = dataclasses.replace(
-          manifest, codebook=hashlib.sha256(centers).hexdigest() if codebook is not None else ""
-        )
-        _write_manifest(file, manifest)
+      stored_manifest = _read_manifest(file)
+      if manifest is not None:
+        _same(stored_manifest, manifest, directory)
+      manifest = stored_manifest
       centers = self._codebook(manifest)
       self.codec = codecs.make(
         manifest.encoding, manifest.num_memory_tokens, manifest.width, centers
@@ -242,18 +248,6 @@ class MemoryStore:
       self.directory,
     )
 
-  def check_writable(self) -> None:
-    """Refuses a store in a bucket, which is read as a copy.
-
-    Raises:
-      StoreError: saying so.
-    """
-    if self._remote:
-      raise StoreError(
-        f"{self._remote}: a store is written to a local directory; copy it to the bucket "
-        f"when it is whole"
-      )
-
   @property
   def whole(self) -> Manifest:
     """What the store holds, however many memory tokens it was opened for."""
@@ -267,7 +261,7 @@ class MemoryStore:
     """
     if self.manifest.num_memory_tokens == (self._whole if m is None else m):
       return self
-    return MemoryStore(self.directory, memory_tokens=m)
+    return MemoryStore(self.location, memory_tokens=m)
 
   # ---- what is there -----------------------------------------------------------------------------
 
@@ -352,6 +346,9 @@ class MemoryStore:
 
   def nbytes(self) -> int:
     """Bytes of the memory tokens' files."""
+    if self._upload:  # which are not here
+      listed = self._upload.objects.listed(f"segments-{self.manifest.generation}/")
+      return sum(blob.size for name, blob in listed.items() if name.endswith(_FILES[1]))
     return sum((s.folder / _FILES[1]).stat().length for s in self._segments if s.documents)
 
   def lookup(self) -> "MemoryLookup":
@@ -378,7 +375,7 @@ class MemoryStore:
       ids = [d.id for d in self.documents(rows)]
       if not np.array_equal(self.locate(ids), rows):
         raise StoreError(
-          f"{self.directory}: the ids of rows {rows[0]} to {rows[-1]} are not those of their keys"
+          f"{self.location}: the ids of rows {rows[0]} to {rows[-1]} are not those of their keys"
         )
       self.codes(rows)
     return {
@@ -407,7 +404,7 @@ class MemoryStore:
       places = np.flatnonzero(self.locate([d.id for d in documents]) >= 0)
       if len(places):
         raise StoreError(
-          f"{self.directory}: the id {documents[places[0]].id!r} already exists; upsert replaces a "
+          f"{self.location}: the id {documents[places[0]].id!r} already exists; upsert replaces a "
           f"document"
         )
       return self.upsert(documents, memories)
@@ -417,7 +414,7 @@ class MemoryStore:
     expected = (len(documents), self.manifest.num_memory_tokens, self.manifest.width)
     if memories.shape != expected:
       raise StoreError(
-        f"{self.directory}: expected memory tokens of shape {expected}, got {memories.shape}"
+        f"{self.location}: expected memory tokens of shape {expected}, got {memories.shape}"
       )
     return self.upsert_codes(documents, self.codec.encode(memories))
 
@@ -426,11 +423,11 @@ class MemoryStore:
     uint8."""
     if codes.shape != (len(documents), self.codec.nbytes):
       raise StoreError(
-        f"{self.directory}: expected codes of shape {(len(documents), self.codec.nbytes)}, got "
+        f"{self.location}: expected codes of shape {(len(documents), self.codec.nbytes)}, got "
         f"{codes.shape}"
       )
     if len({d.id for d in documents}) < len(documents):
-      raise StoreError(f"{self.directory}: a duplicate id in one call")
+      raise StoreError(f"{self.location}: a duplicate id in one call")
     if not self.manifest.text:
       documents = [dataclasses.replace(d, text="") for d in documents]
     records = [json.dumps(dataclasses.asdict(d), ensure_ascii=False).encode() for d in documents]
@@ -440,6 +437,11 @@ class MemoryStore:
   def delete(self, ids: Iterable[str]) -> int:
     """Deletes documents; returns how many there were. The files shrink with `compact`."""
     ids = list(dict.fromkeys(ids))
+    if self._is_remote and self._upload is None:
+      with contextlib.closing(MemoryStore(self.location, self.whole, writer=_DELETER)) as writer:
+        deleted = writer.delete(ids)
+      self.refresh()
+      return deleted
     with self._writing(alone=True):
       existing_ids = [i for i, row in zip(ids, self.locate(ids), strict=True) if row >= 0]
       if existing_ids:
@@ -455,8 +457,9 @@ class MemoryStore:
     A process that reads the store has to open it again.
 
     Raises:
-      StoreError: another process writes, or reads at length; says which.
+      StoreError: another process writes, or reads at length; says which. The store is in a bucket.
     """
+    self._refuse_in_bucket("compact")
     with self._writing(alone=True):
       rows = self.rows
       new = dataclasses.replace(
@@ -487,6 +490,7 @@ class MemoryStore:
     Returns:
       `lost`: documents of these segments; `segments`: how many they were.
     """
+    self._refuse_in_bucket("repair")
     with self._writing(alone=True, damaged=True):
       folder = self._segment_folder()
       lost = segments = 0
@@ -519,13 +523,12 @@ class MemoryStore:
     Raises:
       StoreError: another process compacts, or reads under this name.
     """
-    # Nobody writes there from here.
-    if "://" in self.directory or not os.access(self.directory, os.W_OK):
+    if not os.access(self.directory, os.W_OK):  # nobody writes there from here
       yield
       return
-    locks = self._lock(f"{name}.lock", f"{self.directory}: another process {what}")
+    locks = self._lock(f"{name}.lock", f"{self.location}: another process {what}")
     try:
-      self._refresh()
+      self.refresh()
       yield
     finally:
       for lock in locks:
@@ -539,7 +542,37 @@ class MemoryStore:
       self.manifest.generation if generation is None else generation,
       self._writer,
       self.manifest.version,
+      self._upload,
     )
+
+  def _copy(self) -> None:
+    """The copy of what lies in a bucket, as that is now."""
+    if self._upload:
+      owner = f"writer-{self._writer:03}"
+      buckets.local_copy(self.location, owner, without=(_FILES[1],), may_be_new=True)
+    elif self._is_remote:
+      buckets.local_copy(self.location)
+
+  def _create(self, file: Any, manifest: Manifest, codebook: Any) -> None:
+    """An empty store; in a bucket another may be there first."""
+    (self._folder / f"segments-{manifest.generation}").mkdir(exist_ok=True)
+    if codebook is not None:
+      centers = codebook.to_bytes()
+      manifest = dataclasses.replace(manifest, codebook=hashlib.sha256(centers).hexdigest())
+      io.write(self._folder / "codebook.npy", centers)
+    _write_manifest(file, manifest)
+    if self._upload:
+      try:
+        self._upload.create(self._folder)
+      except buckets.ConflictError:
+        self._copy()
+
+  def _refuse_in_bucket(self, what: str) -> None:
+    if self._is_remote:
+      raise StoreError(
+        f"{self.location}: {what}: only on a disk, where others can be kept away; copy the store "
+        f"there, and the result to another place in the bucket"
+      )
 
   def _remove_other_generations(self) -> None:
     """What a compaction left that was stopped, or has left behind."""
@@ -573,8 +606,9 @@ class MemoryStore:
           self.manifest, generation=manifest.generation, version=manifest.version
         )
 
-  def _refresh(self) -> None:
+  def refresh(self) -> None:
     """Takes in what others have written since this store was opened."""
+    self._copy()
     manifest = _read_manifest(self._folder / "manifest.json")
     if manifest.generation != self.manifest.generation or self._segment_folder().names() != [
       s.folder.name for s in self._segments
@@ -604,7 +638,7 @@ class MemoryStore:
     name = name or f"writer-{self._writer:03}.lock"
     what = (
       what
-      or f"{self.directory}: another process writes to this store with this number; give each a "
+      or f"{self.location}: another process writes to this store with this number; give each a "
       f"--process of its own"
     )
     try:
@@ -616,7 +650,7 @@ class MemoryStore:
     except io.LockedError as error:
       own.release()
       raise StoreError(
-        f"{self.directory}: the store is being changed ({error}); try again when that has ended"
+        f"{self.location}: the store is being changed ({error}); try again when that has ended"
       ) from None
 
   @contextlib.contextmanager
@@ -625,10 +659,13 @@ class MemoryStore:
     not be whole."""
     if self.manifest.num_memory_tokens < self._whole:
       raise StoreError(
-        f"{self.directory}: opened for the first {self.manifest.num_memory_tokens} of "
+        f"{self.location}: opened for the first {self.manifest.num_memory_tokens} of "
         f"{self._whole} memory tokens, to read"
       )
-    self.check_writable()
+    if self._is_remote:
+      if self._upload is None or self.manifest.version < VERSION:
+        raise StoreError(f"{self.location}: opened to read; compress extends a store in a bucket")
+      alone = False  # whoever writes later counts
     alone = alone or self.manifest.version < VERSION  # ledgers are written while nobody else writes
     if self._alone or self._locks and not alone:
       yield
@@ -636,7 +673,7 @@ class MemoryStore:
     if kept := bool(self._locks):
       own, shared = self._locks
     else:
-      busy = f"{self.directory}: another process is at work on this store" if alone else ""
+      busy = f"{self.location}: another process is at work on this store" if alone else ""
       own, shared = self._locks = self._lock(what=busy)
     exclusive = None
     try:
@@ -651,13 +688,13 @@ class MemoryStore:
             if f.name != os.path.basename(own.path) and (who := io.holder(f))
           ]
           raise StoreError(
-            f"{self.directory}: another process is at work on this store "
+            f"{self.location}: another process is at work on this store "
             f"({'; '.join(others) or error}); try again when "
             "that has ended"
           ) from None
         self._alone = True
       if (alone or not kept) and not damaged:
-        self._refresh()
+        self.refresh()
       if self.manifest.version < VERSION and not damaged:
         self._segment_folder().rewrite_ledgers()
         self.manifest = dataclasses.replace(self.manifest, version=VERSION)
@@ -675,7 +712,7 @@ class MemoryStore:
         shared.release()
       elif alone:
         self._locks = [own, io.Lock(self._folder / "store.lock", shared=True, wait=True)]
-        self._refresh()
+        self.refresh()
         self._segment_folder().begin()  # a compaction has removed the one before
 
   def _add(self, segment: "_Segment") -> tuple[np.ndarray, np.ndarray]:
@@ -702,8 +739,7 @@ class MemoryStore:
     rows = np.asarray(rows, np.int64)
     if len(rows) and not 0 <= rows.min() <= rows.max() < self._end:
       raise IndexError(
-        f"{self.directory}: expected rows from 0 to {self._end - 1}, got {rows.min()} … "
-        f"{rows.max()}"
+        f"{self.location}: expected rows from 0 to {self._end - 1}, got {rows.min()} … {rows.max()}"
       )
     segments = np.searchsorted(self._starts, rows, side="right") - 1
     order = np.argsort(segments, kind="stable")
@@ -786,6 +822,7 @@ class _Folder:
   generation: int
   writer: int
   version: int = VERSION
+  upload: "_Upload | None" = None
 
   @property
   def path(self) -> Any:
@@ -895,10 +932,12 @@ class _Folder:
     if not ledger.exists():
       io.write(ledger, b"")
     io.cut_back(os.fspath(ledger))
-    entries, own = self._entries(), f"-{self.writer:03}"
+    entries, own = self._entries(), f"{self.writer:03}"
     # A kill came between it and its entry.
-    for name in [n for n in self.names() if n.endswith(own) and n not in entries]:
+    for name in [n for n in self.names() if n.split("-")[1] == own and n not in entries]:
       self._append(self._read(name, None), io.checksum(self.path / name / "segment.json"))
+    if self.upload:
+      self.upload.begin(ledger)
 
   def _append(self, segment: _Segment, sha256: str) -> None:
     descriptor = os.open(os.fspath(self.ledger(self.writer)), os.O_WRONLY | os.O_APPEND)
@@ -913,6 +952,8 @@ class _Folder:
     """One more segment; the folder has begun (`begin`)."""
     numbers = [int(name.split("-")[0]) for name in self.names()]
     folder = self.path / f"{max(numbers, default=-1) + 1:06}-{self.writer:03}"
+    if self.upload:
+      folder = self.path / f"{folder.name}-{uuid.uuid4().hex[:6]}"
     if folder.exists():
       shutil.rmtree(os.fspath(folder))  # its segment.json was never written
     folder.mkdir(parents=True)
@@ -930,12 +971,59 @@ class _Folder:
       )
       segment = _Segment(folder, len(codes), tuple(deleted), checksums)
       io.write(folder / "segment.json", content)
+      if self.upload:
+        self.upload.segment(folder, [*checksums, "segment.json"])
       self._append(segment, hashlib.sha256(content).hexdigest())
+      if self.upload:
+        self.upload.ledger(self.ledger(self.writer))
     except BaseException:
       (folder / "segment.json").unlink(missing_ok=True)
       shutil.rmtree(os.fspath(folder), ignore_errors=True)
       raise
     return segment
+
+
+class _Upload:
+  """One writer's segments into a bucket."""
+
+  def __init__(self, objects: buckets.Objects):
+    self.objects = objects
+    self._ledger = 0  # its generation, by which another that takes over is noticed
+
+  def create(self, store: Any) -> None:
+    """The manifest of a new store; what it needs goes first."""
+    if (centers := store / "codebook.npy").exists():
+      self.objects.write(centers.name, centers.read_bytes(), self.objects.generation(centers.name))
+    self.objects.write("manifest.json", (store / "manifest.json").read_bytes(), 0)
+
+  def begin(self, ledger: Any) -> None:
+    """Takes the ledger over."""
+    self._ledger = self.objects.generation(ledger.name)
+    self.ledger(ledger)
+
+  def segment(self, folder: Any, files: Sequence[str]) -> None:
+    """A segment's files, in the order in which they have to be there; memory tokens stay there
+    alone."""
+    for name in files:
+      if name == "segment.json" and self.objects.generation(self._name) != self._ledger:
+        raise self._taken_over()
+      path = pathlib.Path(os.fspath(folder / name))
+      self.objects.write(f"{folder.parent.name}/{folder.name}/{name}", path, 0)
+    (folder / _FILES[1]).unlink(missing_ok=True)
+
+  def ledger(self, ledger: Any) -> None:
+    """The ledger, in the place of the one that this writer has written before."""
+    self._name = ledger.name
+    try:
+      self._ledger = self.objects.write(ledger.name, ledger.read_bytes(), self._ledger)
+    except buckets.ConflictError:
+      raise self._taken_over() from None
+
+  def _taken_over(self) -> StoreError:
+    return StoreError(
+      f"{self.objects.path}: another process writes to this store with this number and has taken "
+      f"it over; give each a --process of its own"
+    )
 
 
 class _Keys:
@@ -1011,7 +1099,7 @@ class MemoryLookup:
     if (missing := np.flatnonzero(rows < 0)).size:
       first = missing[0]
       what = f"the id {ids[first]!r}" if ids else f"the document {texts[first][:60]!r}"
-      raise StoreError(f"{self.store.directory}: the store lacks {what}; compress it first")
+      raise StoreError(f"{self.store.location}: the store lacks {what}; compress it first")
     return self.store.memories(rows)
 
   def slots(self, texts: Sequence[str], ids: Sequence[str] = ()) -> np.ndarray:
@@ -1025,7 +1113,7 @@ class MemoryLookup:
       return self.store.locate(ids)
     if self._row_of_text is None:
       if not self.store.manifest.text:
-        raise StoreError(f"{self.store.directory}: the store keeps no text; rows need doc_ids")
+        raise StoreError(f"{self.store.location}: the store keeps no text; rows need doc_ids")
       self._row_of_text = {
         d.text: int(row) for row, d in zip(self.store.rows, self.store.documents(), strict=True)
       }

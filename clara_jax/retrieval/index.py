@@ -11,13 +11,16 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import pathlib
 import shutil
+import tempfile
+import uuid
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from clara_jax import io
+from clara_jax import buckets, io
 from clara_jax.config import ConfigError
 from clara_jax.errors import InputError
 from clara_jax.memory.store import MemoryStore
@@ -101,7 +104,7 @@ def _made(store: MemoryStore, how: IndexSettings, projection: Projection | None 
   """An index; a projection is learned unless one is given."""
   dimensions = how.dimensions
   if not len(store):
-    raise MissingIndexError(f"{store.directory}: the store has no documents to index")
+    raise MissingIndexError(f"{store.location}: the store has no documents to index")
   if how.kind == "qdrant":
     qdrant.check_dimension(dimensions or store.manifest.num_memory_tokens * store.manifest.width)
   if dimensions is not None and projection is None:
@@ -154,29 +157,27 @@ def save(
   """Saves an index beside its store, in the place of the one that is there; `store` is opened for
   the memory tokens that it searches (`MemoryStore.first`)."""
   how = IndexSettings(kind, dimensions, **settings)
+  record = {
+    **dataclasses.asdict(how),
+    "memory_tokens": store.manifest.num_memory_tokens,
+    "documents": len(index),
+    "generation": store.manifest.generation,
+    "rows": _digest(index.rows),
+    "segments": store.segments,
+    "identity": store.identity(),
+  }
+  if buckets.is_remote(store.location):
+    with tempfile.TemporaryDirectory() as folder:
+      _upload(index, record, store, epath.Path(folder))
+    store.refresh()
+    return
   top = epath.Path(store.directory) / FOLDER
   top.mkdir(exist_ok=True)
   number = max((int(f.name) for f in top.iterdir() if f.name.isdigit()), default=-1) + 1
   folder = top / f"{number:06}"
   folder.mkdir()
   try:
-    index.save(str(folder))
-    io.write(
-      top / "index.json",
-      io.sealed(
-        {
-          **dataclasses.asdict(how),
-          "memory_tokens": store.manifest.num_memory_tokens,
-          "documents": len(index),
-          "generation": store.manifest.generation,
-          "rows": _digest(index.rows),
-          "folder": folder.name,
-          "segments": store.segments,
-          "identity": store.identity(),
-          "checksums": {f.name: io.checksum(f) for f in io.files(folder)},
-        }
-      ),
-    )
+    io.write(top / "index.json", _written(index, record, folder))
   except BaseException:
     shutil.rmtree(str(folder), ignore_errors=True)
     raise
@@ -185,9 +186,40 @@ def save(
       shutil.rmtree(str(old), ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
 
 
-def saved_bytes(store: str) -> int:
+def _written(index: Retriever, record: dict[str, Any], folder: epath.Path) -> bytes:
+  """Writes an index's files; returns what index.json says of them."""
+  index.save(str(folder))
+  checksums = {f.name: io.checksum(f) for f in io.files(folder)}
+  return io.sealed({**record, "folder": folder.name, "checksums": checksums})
+
+
+def _upload(
+  index: Retriever, record: dict[str, Any], store: MemoryStore, temporary: epath.Path
+) -> None:
+  """Writes an index to a bucket: its files to a folder that is nobody else's, then index.json where
+  nobody else has written it meanwhile."""
+  objects = buckets.Objects(f"{store.location.rstrip('/')}/{FOLDER}")
+  before = objects.listed()
+  folder = temporary / uuid.uuid4().hex[:12]
+  folder.mkdir()
+  saying = _written(index, record, folder)
+  for file in io.files(folder):
+    objects.write(f"{folder.name}/{file.name}", pathlib.Path(str(file)), 0)
+  generation = int(before["index.json"].generation) if "index.json" in before else 0
+  try:
+    objects.write("index.json", saying, generation)
+  except buckets.ConflictError:
+    raise MissingIndexError(
+      f"{store.location}: another process has made an index meanwhile; that one counts"
+    ) from None
+  for name, blob in before.items():
+    if name != "index.json":
+      objects.delete(name, int(blob.generation))
+
+
+def saved_bytes(store: MemoryStore) -> int:
   """Size of the saved index on disk."""
-  return sum(file.stat().length for file in io.files(epath.Path(store) / FOLDER))
+  return sum(file.stat().length for file in io.files(epath.Path(store.directory) / FOLDER))
 
 
 def _files(store: MemoryStore, saved: dict) -> str:
@@ -215,15 +247,15 @@ def load(store: MemoryStore) -> Retriever:
   saved = _saved(store)
   if saved is None:
     raise MissingIndexError(
-      f"{store.directory}: has no index; make one with clara index --store {store.directory}"
+      f"{store.location}: has no index; make one with clara index --store {store.location}"
     )
   if saved["generation"] != store.manifest.generation:
     raise MissingIndexError(
-      f"{store.directory}: the store was compacted since its index was made; run clara index again"
+      f"{store.location}: the store was compacted since its index was made; run clara index again"
     )
   if not _is_current(store, saved):
     raise MissingIndexError(
-      f"{store.directory}: the store has changed since its index was made ({saved['documents']} "
+      f"{store.location}: the store has changed since its index was made ({saved['documents']} "
       f"documents then, "
       f"{len(store)} now); run clara index again"
     )
@@ -279,7 +311,7 @@ def _load(store: MemoryStore, saved: dict) -> Retriever:
     index = qdrant.load(saved.get("url"), store)
     if index is None:
       raise MissingIndexError(
-        f"{store.directory}: the database has no whole collection of it; run clara index again"
+        f"{store.location}: the database has no whole collection of it; run clara index again"
       )
   else:
     from clara_jax.retrieval import scann
@@ -301,7 +333,6 @@ def update(
     StoreError: another process is at it, or compacts the store.
     MissingIndexError, ConfigError: see `build`.
   """
-  store.check_writable()
   with store.reading("index", "builds its index"):
     built, changed = refresh(store, kind, dimensions, **settings)
     save(built, kind, store, dimensions, **settings)

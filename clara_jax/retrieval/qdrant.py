@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from clara_jax import io
+from clara_jax import buckets, io
 from clara_jax.config import ConfigError
 from clara_jax.memory.store import MemoryStore
 
@@ -43,6 +43,8 @@ class QdrantIndex:
   """
 
   def __init__(self, url: str | None, store: MemoryStore, collection: str):
+    if url is None and buckets.is_remote(store.location):
+      raise ConfigError(f"{store.location}: the embedded database is on a disk; name --url")
     self._url, self._store, self._collection = url, store, collection
     self._where = url or os.path.join(store.directory, "qdrant")
     self._client = _client(url, self._where)
@@ -216,7 +218,7 @@ def _collection(store: MemoryStore, digest: str) -> str:
   """The name of the collection for this state of the store, also if it has grown since: then the
   rows of before are the same."""
   record = _record(store)
-  here = os.path.realpath(store.directory)  # a copy of the store gets a collection of its own
+  here = _place(store)  # a copy of the store gets a collection of its own
   if record is not None and record["directory"] != here:
     record = None
   if (
@@ -242,8 +244,12 @@ def _collection(store: MemoryStore, digest: str) -> str:
   return name
 
 
+def _place(store: MemoryStore) -> str:
+  return store.location if buckets.is_remote(store.location) else os.path.realpath(store.directory)
+
+
 def _file(store: MemoryStore) -> epath.Path:
-  return epath.Path(store.directory) / "qdrant.json"
+  return epath.Path(store.location) / "qdrant.json"
 
 
 def _record(store: MemoryStore) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ def check_store(config: ClaraConfig, store: MemoryStore) -> None:
   manifest = store.manifest
   if (manifest.num_memory_tokens, manifest.width) != (config.num_memory_tokens, config.model.width):
     raise ConfigError(
-      f"data.store={store.directory!r}: {manifest.num_memory_tokens} memory tokens of width "
+      f"data.store={store.location!r}: {manifest.num_memory_tokens} memory tokens of width "
       f"{manifest.width}, expected "
       f"{config.num_memory_tokens} of {config.model.width}"
     )
@@ -37,7 +37,7 @@ def shapes(config: ClaraConfig, data: DataConfig, mesh: Mesh, store: MemoryStore
   check_store(config, store)
   if len(store) < data.candidates:
     raise ConfigError(
-      f"data.store={store.directory!r}: {len(store)} documents, but "
+      f"data.store={store.location!r}: {len(store)} documents, but "
       f"data.candidates={data.candidates}"
     )
   if config.center_scores:

@@ -2,8 +2,10 @@
 and the screen; the run's clock."""
 
 import contextlib
+import importlib.util
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -80,7 +82,13 @@ class Reporter:
         if file.exists():
           io.cut_back(str(file))  # a line that a kill has cut
         self._file = file.open("a")
-    self._board = _tensorboard(directory / "tensorboard") if directory is not None else None
+    self._mirrored = contextlib.ExitStack()
+    self._board = None
+    if directory is not None and importlib.util.find_spec("tensorboardX"):
+      import tensorboardX
+
+      board = buckets.mirrored(os.fspath(directory / "tensorboard"))
+      self._board = tensorboardX.SummaryWriter(self._mirrored.enter_context(board))
     self._stage, self._steps, self._progress = stage, steps, progress
     self._start = time.monotonic()
     self._first_step: int | None = None
@@ -113,14 +121,7 @@ class Reporter:
       self._file.close()
     if self._board:
       self._board.close()
-
-
-def _tensorboard(directory: Any) -> Any:
-  try:
-    import tensorboardX
-  except ImportError:
-    return None
-  return tensorboardX.SummaryWriter(str(directory))
+    self._mirrored.close()
 
 
 class Stopwatch:

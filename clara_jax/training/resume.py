@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from clara_jax import distributed, io
+from clara_jax import buckets, distributed, io
 from clara_jax.checkpoints.workdir import CheckpointError, claim, write_config
 from clara_jax.config import RunConfig
 from clara_jax.data import records
@@ -17,7 +17,7 @@ from clara_jax.model import Weights
 
 def admit(
   workdir: str, config: RunConfig, init_weights: Weights, base_sha256: str | None
-) -> io.Lock | None:
+) -> io.Lock | buckets.Claim | None:
   """Locks the directory, compares the run with the one that was there, and records it; one process
   does it for all.
 
@@ -36,6 +36,22 @@ def admit(
       lock.release()
     raise problem or CheckpointError(f"{workdir}: process 0 refuses to go on there")
   return lock
+
+
+def check_claim(lock: io.Lock | buckets.Claim | None) -> None:
+  """Is a directory in a bucket still this run's? All processes ask at once; the main one holds it.
+
+  Raises:
+    CheckpointError: another run has taken it over.
+  """
+  problem = None
+  if isinstance(lock, buckets.Claim):
+    try:
+      lock.check()
+    except buckets.BucketError as error:
+      problem = CheckpointError(str(error))
+  if distributed.maximum(np.array(problem is not None)):
+    raise problem or CheckpointError("the main process no longer has the working directory")
 
 
 def _inputs(config: RunConfig, init_weights: Weights, base_sha256: str | None) -> dict[str, str]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from clara_jax import buckets, distributed
+from clara_jax import buckets, distributed, io
 from clara_jax.analysis import cost
 from clara_jax.batch import Batch
 from clara_jax.checkpoints.workdir import Checkpointer, note_start
@@ -166,6 +166,7 @@ class Trainer:
     self._frozen: dict[str, Any] = {}
     self._carried: dict[str, Any] = {}
     self._checkpointer: Checkpointer | None = None
+    self._lock: io.Lock | buckets.Claim | None = None  # the main process's
     self._watch = metrics_lib.Stopwatch(time.time())
     self._stopped: int | None = None
 
@@ -239,10 +240,9 @@ class Trainer:
   def _open_workdir(self, held: contextlib.ExitStack) -> None:
     """Locks the directory, records the run, and restores the last step if there is one."""
     settings, main = self.config.train, distributed.is_main()
-    if (
-      lock := resume.admit(self._workdir, self.config, self._init_weights, self._base_sha256)
-    ) is not None:
-      held.callback(lock.release)
+    self._lock = resume.admit(self._workdir, self.config, self._init_weights, self._base_sha256)
+    if self._lock is not None:
+      held.callback(self._lock.release)
     if main:
       with buckets.written(str(self._folder / "tokenizer")) as folder:
         self._prompt_tokenizer.tokenizer.save_pretrained(folder)
@@ -377,6 +377,8 @@ class Trainer:
     if self._checkpointer is None:
       raise ConfigError("workdir: a Trainer without one has nowhere to save")
     with self._untimed():
+      if buckets.is_remote(self._workdir):
+        resume.check_claim(self._lock)
       evaluated = (
         self.evaluations[-1][1]
         if self.evaluations and self.evaluations[-1][0] == self.step
