@@ -25,12 +25,13 @@ from clara_jax.checkpoints import convert, families, formats, gguf
 from clara_jax.checkpoints.workdir import read_config
 from clara_jax.cli.output import configure_logging
 from clara_jax.data import schemas
+from clara_jax.documents import reading
 from clara_jax.errors import InputError
 from clara_jax.evaluation import datasets
 from clara_jax.memory.store import MemoryStore
 from clara_jax.retrieval import index
 from clara_jax.serving import schema
-from clara_jax.synthesis import documents, journal, replies
+from clara_jax.synthesis import journal, replies
 from clara_jax.synthesis.rounds import SCHEMAS
 
 TOKENS = [
@@ -228,7 +229,7 @@ def readers(work: pathlib.Path, quickstart: pathlib.Path) -> dict:
   lines = work / "documents.jsonl"
   cases = {
     "documents": (lines, mutated, lambda p: list(schemas.read_documents(p))),
-    "documents of synthesize": (lines, mutated, lambda p: list(documents.read(p))),
+    "documents of synthesize": (lines, mutated, lambda p: list(reading.read(p))),
     "ids": (lines, mutated, schemas.read_ids),
     "rows": (work / "rows.jsonl", mutated, lambda p: list(schemas.parse_rows(p))),
     "rows of evaluate": (work / "rows.jsonl", mutated, datasets.read),

@@ -257,13 +257,14 @@ def memory(scratch: pathlib.Path, count: int) -> dict:
   write_rows(({"id": str(i), "text": texts[i % len(texts)]} for i in range(count)), str(documents))
   code = (
     "import asyncio, itertools, json, resource, sys\n"
-    "from clara_jax.experiments.world import World\nfrom clara_jax.synthesis import documents, "
-    "factory, rounds, templates\n"
+    "from clara_jax.experiments.world import World\n"
+    "from clara_jax.data.schemas import read_documents\n"
+    "from clara_jax.synthesis import factory, rounds, templates\n"
     "from clara_jax.experiments.offline_backend import Offline\nsys.path.insert(0, "
     "sys.argv[3])\nfrom synthesis import WORLD\n"
     "seen = []\n"
     "def items():\n"
-    "  for n, d in enumerate(documents.read(sys.argv[1])):\n"
+    "  for n, d in enumerate(read_documents(sys.argv[1])):\n"
     "    if n % int(sys.argv[4]) == 0: "
     "seen.append(int(open('/proc/self/statm').read().split()[1]) * 4096 / 1e6)\n"
     "    yield d.id, d\n"

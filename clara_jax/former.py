@@ -22,6 +22,7 @@ _MODULES = {
   "memory.forms": "memory.codecs",
   "memory.quantise": "memory.quantize",
   "synthesis.offline": "experiments.offline_backend",
+  "synthesis.documents": "documents.pieces",
   "evaluation.benchmarks": "evaluation.evaluator",
   "evaluation.report": "evaluation.plots",
   "training.checkpoint": "checkpoints.workdir",

@@ -194,7 +194,7 @@ def test_a_store_is_looked_at_changed_and_made_smaller(folder, capsys, tmp_path)
     ),
     (
       ("compress", "--checkpoint", folder / "joint", "--documents", tmp_path, "--store", store),
-      "a directory",
+      "ledger-0-000.jsonl:1: the document has no 'text'",
     ),
     (
       (

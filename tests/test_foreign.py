@@ -18,9 +18,9 @@ from rouge_score import rouge_scorer
 from clara_jax.cli.main import main
 from clara_jax.data import schemas
 from clara_jax.data.schemas import DataError, Malformed
+from clara_jax.documents import reading
 from clara_jax.evaluation import datasets, explain, metrics, plots
 from clara_jax.reports import html
-from clara_jax.synthesis import documents as documents_lib
 from clara_jax.synthesis import pages as pages_lib
 from clara_jax.synthesis.journal import Journal
 
@@ -200,11 +200,9 @@ def test_a_limit_limits(tmp_path):
       )
     )
   )
-  malformed = Malformed(4)
-  assert [d.id for d in schemas.read_documents(str(folder / "documents.jsonl"), malformed)] == [
-    "1",
-    "3",
-  ] and malformed.count == 4
+  malformed = Malformed(3)
+  first, unnamed, last = schemas.read_documents(str(folder / "documents.jsonl"), malformed)
+  assert (first.id, unnamed.text, last.id, malformed.count) == ("1", "no id", "3", 3)
   with pytest.raises(DataError, match="documents.jsonl:2: the document has no 'text'"):
     list(schemas.read_documents(str(folder / "documents.jsonl")))
 
@@ -254,7 +252,7 @@ def test_damaged_files_are_one_line(tmp_path, case):
     assert str(file) in str(error.value)
   if content is not None:
     with pytest.raises(DataError, match="f.jsonl"):
-      list(documents_lib.read(str(file)))
+      list(reading.read(str(file)))
 
 
 _NAMES = (
@@ -301,7 +299,7 @@ def test_no_file_is_a_traceback(tmp_path_factory, values, suffix, random, flips)
     datasets.read,
     schemas.read_documents,
     schemas.parse_rows,
-    documents_lib.read,
+    reading.read,
     schemas.read_ids,
   ):
     try:

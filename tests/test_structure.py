@@ -24,7 +24,7 @@ FLOORS = [
   {"config", "batch", "buckets"},
   {"extensions", "reports"},
   {"data"},
-  {"ops"},
+  {"ops", "documents"},
   {"nn"},
   {"model", "sharding", "distributed", "compilation", "workers"},
   {"memory", "analysis"},

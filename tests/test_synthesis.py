@@ -20,12 +20,13 @@ from clara_jax.cli.main import main
 from clara_jax.config import ConfigError
 from clara_jax.data import schemas
 from clara_jax.data.schemas import DataError, Document, write_rows
+from clara_jax.documents import pieces, reading
 from clara_jax.evaluation import metrics
 from clara_jax.experiments import offline_backend
 from clara_jax.experiments.quickstart.recipe import Sizes
 from clara_jax.experiments.world import World
 from clara_jax.model import Clara
-from clara_jax.synthesis import checks, documents, factory, judge, own, rounds, templates
+from clara_jax.synthesis import checks, factory, judge, own, rounds, templates
 from clara_jax.synthesis import journal as journal_lib
 from clara_jax.synthesis import pages as synthesis_pages
 from clara_jax.synthesis.client import (
@@ -477,21 +478,6 @@ def test_odd_bodies_are_tried_again(body):
     parse('{"answers": ["\\ud83d"]}', SCHEMA)
 
 
-def test_half_a_character_and_a_piece_that_is_a_document(tmp_path):
-  (tmp_path / "a.jsonl").write_text('{"id": "u", "text": "Half \\ud83d of one."}\n')
-  assert [d.text for d in documents.read(str(tmp_path / "a.jsonl"))] == ["Half ? of one."]
-  (tmp_path / "b.jsonl").write_text(
-    json.dumps({"id": "a", "text": "One sentence. " * 9}) + '\n{"id": "a#1", "text": "Short."}\n'
-  )
-  with pytest.raises(
-    DataError, match="a piece of document 'a' is 'a#1', which is another document's id"
-  ):
-    list(documents.Reading(str(tmp_path / "b.jsonl"), 6, documents.words))
-  (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b"{}" * 500)[:20] + b"garbage" * 9)
-  with pytest.raises(DataError, match="c.jsonl.gz: a damaged .gz"):
-    list(documents.read(str(tmp_path / "c.jsonl.gz")))
-
-
 def test_a_journal_forgets_replies_of_what_is_finished(tmp_path):
   path = str(tmp_path / "journal.jsonl")
   journal = Journal(path)
@@ -661,77 +647,6 @@ def test_cheap_checks_of_answers_and_paraphrases():
   )
   lost = checks.paraphrase("Ada Lovelace, who paints, met someone in London.", document)
   assert lost == ["names or numbers are lost: 1912, charles babbage"]
-
-
-def test_documents_of_every_form(tmp_path):
-  (tmp_path / "a.jsonl").write_text(
-    '{"id": 1, "title": "T", "text": "One."}\n{"id": 2, "text": ""}\n'
-  )
-  (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"Plain text.\n"))
-  (tmp_path / "wiki_00").write_text(
-    '<doc id="7" url="u" title="A &amp; B">\nA &amp; B\n\nIt is so.\n</doc>\n'
-  )
-  assert list(documents.read(str(tmp_path))) == [
-    Document("1", "One.", "T"),
-    Document("b", "Plain text."),
-    Document("7", "It is so.", "A & B"),
-  ]
-  (tmp_path / "c.jsonl").write_text('{"id": 1, "text": "again"}\n')
-  with pytest.raises(DataError, match="id '1' is a duplicate"):
-    list(documents.read(str(tmp_path)))
-  (tmp_path / "c.jsonl").unlink()
-  reading = documents.Reading(str(tmp_path), 20, documents.words)
-  assert reading.share == 0 and len(list(reading)) == 3 and reading.share == 1
-
-
-def test_extracts_without_text_and_with_quotes(tmp_path):
-  (tmp_path / "wiki_00").write_text(
-    '<doc id="8" url="u" title="x">\n</doc>\n'
-    '<doc id="9" url="u" title="The "B" side">\nThe "B" side\nText.\n</doc>\n'
-    '<doc id="10" title="C" rev="1">\nNo title here.\n</doc>\n'
-  )
-  assert list(documents.read(str(tmp_path))) == [
-    Document("9", "Text.", 'The "B" side'),
-    Document("10", "No title here.", "C"),
-  ]
-
-
-@pytest.mark.parametrize(
-  "text",
-  ["M\u00a0. Dupont came.", "in the U.S\u00a0. now", "M\u3000. Yes. No.", "a\u2009. b\x85 c. D"],
-)
-def test_odd_spaces(text):
-  pieces = list(documents.chunks(Document("x", text), 50))
-  assert "".join("".join(p.text for p in pieces).split()) == "".join(text.split())
-
-
-def test_documents_are_cut_on_sentence_bounds():
-  text = (
-    'Dr. J. Smith came in 1912. "Who is it?" she asked. It was late (very late). 它很小。它很大。'
-  )
-  assert documents.sentences(text) == [
-    "Dr. J. Smith came in 1912.",
-    '"Who is it?" she asked.',
-    "It was late (very late).",
-    "它很小。",
-    "它很大。",
-  ]
-  long = Document(
-    "x", " ".join(f"Sentence {i} has five words." for i in range(9)) + " " + "word " * 30, "A title"
-  )
-  pieces = list(documents.chunks(long, 20))
-  assert [p.id for p in pieces] == [f"x#{i}" for i in range(len(pieces))] and {
-    p.title for p in pieces
-  } == {"A title"}
-  assert (
-    all(documents.words(p.text) <= 17 for p in pieces)
-    and " ".join(p.text for p in pieces).split() == long.text.split()
-  )
-  assert list(documents.chunks(Document("y", "Short. Text."), 20)) == [
-    Document("y", "Short. Text.")
-  ]
-  (piece,) = documents.chunks(Document("z", "Short. Text.", "a title that is much too long"), 8)
-  assert piece == Document("z", "Short. Text.", "a title that is")
 
 
 def test_the_command(tmp_path, capsys):
@@ -1278,11 +1193,12 @@ def test_checks_in_other_languages(language):
   assert checks.paraphrase(paraphrase, document) == []
   assert checks.paraphrase(document, document) == ["it says the same in the same words"]
   assert metrics.paraphrase_scores(document, document)["rouge_l"] == 1
-  pieces = list(documents.chunks(Document("d", document * 40), 50, lambda t: len(metrics.words(t))))
-  assert len(pieces) > 3 and "".join(p.text for p in pieces).replace(" ", "") == (
-    document * 40
-  ).replace(" ", "")
-  assert next(documents.chunks(Document("d", document), 500)).text == document
+  whole = reading.Text("d", document * 40)
+  cut = list(pieces.cut(whole, 50, lambda text: len(metrics.words(text))))
+  assert len(cut) > 3 and "".join(p.text for p in cut).replace(" ", "") == (document * 40).replace(
+    " ", ""
+  )
+  assert next(pieces.cut(reading.Text("d", document), 500)).text == document
 
 
 @pytest.mark.parametrize("usage", ['["1", 2, 3]', "[1, 2]", "7", "null", "[1, 2, true]"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from clara_jax.cli import arguments, inputs
 
 if TYPE_CHECKING:
-  from clara_jax.data.schemas import Document
+  from clara_jax.data.prompt_tokenizer import PromptTokenizer
+  from clara_jax.data.schemas import Document, Malformed
 
 HELP = "Documents through the compressor, once, into a store; resumes where it was stopped."
 
@@ -18,7 +19,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's options."""
   arguments.checkpoint(parser)
   parser.add_argument(
-    "--documents", required=True, metavar="F", help="JSONL (.gz): id, text, title"
+    "--documents",
+    required=True,
+    nargs="+",
+    metavar="PATH",
+    help="JSONL (.gz; text, title, id), text, a Wikipedia extract, Markdown, HTML, PDF, Office "
+    "files (extra documents), or folders of these",
+  )
+  parser.add_argument(
+    "--split",
+    choices=("auto", "always", "never"),
+    default="auto",
+    help="what is longer than doc_max_length tokens becomes pieces, on sentence bounds; auto: but "
+    "not rows of JSONL, whose end is left out",
+  )
+  parser.add_argument(
+    "--overlap",
+    type=int,
+    default=0,
+    metavar="TOKENS",
+    help="of the sentences before it that a piece repeats, at most; default 0",
   )
   parser.add_argument("--store", required=True, metavar="DIR")
   arguments.max_malformed(parser, "documents")
@@ -36,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--replace",
     action="store_true",
     help="compresses documents anew whose title or text has changed",
+  )
+  parser.add_argument(
+    "--delete-missing",
+    action="store_true",
+    help="deletes documents of the store that are not among these any more; those of a file that "
+    "could not be read stay",
   )
   parser.add_argument(
     "--batch-size", type=arguments.positive, default=64, help="documents in a batch; default 64"
@@ -67,13 +93,13 @@ def run(options: argparse.Namespace) -> Any:
   from clara_jax.data import schemas
   from clara_jax.inference.compress import compress_corpus
 
-  documents = schemas.read_documents(options.documents, schemas.Malformed(options.max_malformed))
+  malformed = schemas.Malformed(options.max_malformed)
   if options.ray_workers and not options.ray:
     raise ConfigError("--ray-workers: is for --ray")
   if options.mesh and options.fsdp > 1:
     raise ConfigError("--fsdp and --mesh: name one of them")
   if options.ray is not None:
-    return _with_ray(options, documents)
+    return _with_ray(options, malformed)
   if (options.process is None) != (options.processes is None) and not options.distributed:
     raise ConfigError("--process and --processes: name both, or neither")
   process, processes = options.process or 0, options.processes or 1
@@ -89,11 +115,12 @@ def run(options: argparse.Namespace) -> Any:
   checkpoint = inputs.opened_here(options, "compressor")
   report = compress_corpus(
     checkpoint,
-    documents,
+    _documents(options, checkpoint.prompt_tokenizer, malformed),
     options.store,
     encoding=options.encoding,
     text=False if options.no_text else None,
     replace=options.replace,
+    delete_missing=_is_missing(malformed) if options.delete_missing else None,
     batch_size=options.batch_size,
     shard_size=options.shard_size,
     workers=options.workers,
@@ -103,7 +130,40 @@ def run(options: argparse.Namespace) -> Any:
   return inputs.main_only(report) if one_mesh else report
 
 
-def _with_ray(options: argparse.Namespace, documents: Iterable[Document]) -> Any:
+def _documents(
+  options: argparse.Namespace, prompt_tokenizer: PromptTokenizer, malformed: Malformed
+) -> Iterator[Document]:
+  """--documents, in pieces where they are too long."""
+  from clara_jax.config import ConfigError
+  from clara_jax.documents import pieces, reading
+
+  limit = prompt_tokenizer.config.doc_max_length
+  if not 0 <= options.overlap <= limit // 4:
+    raise ConfigError(
+      f"--overlap {options.overlap}: expected 0 to {limit // 4}, a quarter of doc_max_length"
+    )
+  return pieces.documents(
+    reading.read(options.documents, malformed),
+    limit,
+    lambda text: len(prompt_tokenizer.ids(text)),
+    options.split,
+    options.overlap,
+  )
+
+
+def _is_missing(malformed: Malformed) -> Callable[[str], bool]:
+  """May a document that was not seen be deleted? Not if its file could not be read."""
+
+  def is_missing(identifier: str) -> bool:
+    rows = malformed.count - len(malformed.names)  # of these nobody knows which documents they are
+    names = malformed.names
+    return not (rows or identifier in names or identifier.rpartition("#")[0] in names)
+
+  return is_missing
+
+
+def _with_ray(options: argparse.Namespace, malformed: Malformed) -> Any:
+  from clara_jax.checkpoints import formats
   from clara_jax.config import ConfigError
   from clara_jax.inference.compress import compress_corpus_with
   from clara_jax.workers import Pool
@@ -115,6 +175,14 @@ def _with_ray(options: argparse.Namespace, documents: Iterable[Document]) -> Any
     or options.process is not None
   ):
     raise ConfigError("--ray: hands out the work itself; leave --processes and the others away")
+  prompt_tokenizer = formats.open_checkpoint(
+    options.checkpoint,
+    options.base,
+    options.dtype,
+    chat_template=inputs.chat_template(options),
+    allow=options.allow_config,
+  ).prompt_tokenizer()
+  documents = _documents(options, prompt_tokenizer, malformed)
   with Pool(options.ray, make_compressor, {"options": options}, options.ray_workers) as pool:
     return compress_corpus_with(
       pool,
@@ -123,6 +191,7 @@ def _with_ray(options: argparse.Namespace, documents: Iterable[Document]) -> Any
       encoding=options.encoding,
       text=False if options.no_text else None,
       replace=options.replace,
+      delete_missing=_is_missing(malformed) if options.delete_missing else None,
       shard_size=options.shard_size,
     )
 

@@ -32,8 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--out", required=True, metavar="DIR")
   parser.add_argument(
     "--documents",
-    metavar="F",
-    help="JSONL (.gz), plain text, a Wikipedia extract, or a directory of these",
+    nargs="+",
+    metavar="PATH",
+    help="JSONL (.gz), text, a Wikipedia extract, Markdown, HTML, PDF, Office files (extra "
+    "documents), or folders of these",
   )
   parser.add_argument(
     "--questions",
@@ -112,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--limit", type=arguments.positive, help="only the first documents or questions"
   )
+  arguments.max_malformed(parser, "documents")
   parser.add_argument(
     "--report", action="store_true", help="writes DIR/report.html; alone, of what is there"
   )
@@ -165,7 +168,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 async def _produce(options: argparse.Namespace) -> Any:
   from clara_jax.config import ConfigError
-  from clara_jax.synthesis import client, documents, factory, rounds, templates
+  from clara_jax.documents import pieces as documents
+  from clara_jax.synthesis import client, factory, rounds, templates
 
   if not options.endpoint or options.endpoint != "offline" and not options.model:
     raise ConfigError("--endpoint and --model: name both")
@@ -191,7 +195,9 @@ async def _produce(options: argparse.Namespace) -> Any:
     items, work = ((r.identifier, r) for r in rows), rounds.teacher
   else:
     count = documents.token_counter(options.tokenizer) if options.tokenizer else documents.words
-    pieces = documents.Reading(options.documents, options.tokens, count, options.limit)
+    pieces = documents.Reading(
+      options.documents, options.tokens, count, options.limit, options.max_malformed
+    )
     items, work = ((p.id, p) for p in pieces), functools.partial(rounds.scp, rounds=options.rounds)
   settings = {
     "directory": options.out,
@@ -208,6 +214,7 @@ async def _produce(options: argparse.Namespace) -> Any:
       "tokens": options.tokens,
       "tokens_by": documents.tokenizer_hash(options.tokenizer) if options.tokenizer else "words",
       "rounds": options.rounds,
+      **({} if options.questions else {"pieces": documents.VERSION}),
     },
   }
   if options.ray:

@@ -189,6 +189,11 @@ class PromptTokenizer:
   def _name(self) -> str:
     return self.tokenizer.name_or_path or "the tokenizer"
 
+  @property
+  def unknown_id(self) -> int | None:
+    """What stands for text that the tokenizer has no entry for; None where it has one for all."""
+    return self.tokenizer.unk_token_id
+
   def ids(self, text: str) -> list[int]:
     """Token ids of a text; special tokens in it are text."""
     return self._sealed.ids(text)

@@ -58,11 +58,17 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One document of a corpus."""
+  """One document of a corpus.
+
+  Attributes:
+    id, text, title: what they are.
+    place: where in its file a piece stands: pages, characters; empty for a document of its own.
+  """
 
   id: str
   text: str
   title: str = ""
+  place: str = ""
 
 
 class Malformed:
@@ -71,23 +77,28 @@ class Malformed:
   Args:
     limit: how many are skipped; the next one stops the run. 0 stops at the first.
     quiet: whether they are not reported.
+
+  Attributes:
+    names: of whole documents that could not be read.
   """
 
   def __init__(self, limit: int = 0, quiet: bool = False):
     self.limit, self._quiet = limit, quiet
     self._places: set[Any] = set()
+    self.names: set[str] = set()
 
   @property
   def count(self) -> int:
     """Bad rows so far."""
     return len(self._places)
 
-  def add(self, problem: str, place: Any) -> None:
+  def add(self, problem: str, place: Any, name: str = "") -> None:
     """Reports a bad row.
 
     Args:
       problem: what is wrong, and where.
       place: what tells the row apart from others; it counts once.
+      name: of the document, where the bad row is all of it.
 
     Raises:
       DataError: there are more than the limit.
@@ -95,6 +106,8 @@ class Malformed:
     if place in self._places:
       return
     self._places.add(place)
+    if name:
+      self.names.add(name)
     if self.count > self.limit:
       more = f" ({self.count} malformed rows, max_malformed={self.limit})" if self.limit else ""
       raise DataError(f"{problem}{more}")
@@ -314,31 +327,48 @@ def write_rows(rows: Iterable[dict[str, Any]], path: str) -> int:
 
 
 def read_documents(path: str, malformed: Malformed | None = None) -> Iterator[Document]:
-  """Documents of a corpus: `id`, `text` and optionally `title`.
+  """Documents of a corpus: `text` and optionally `title` and `id`; without, it is a hash of both.
 
   Raises:
-    DataError: more documents than `malformed` allows lack an id or a text, or have an id that came
-      before.
+    DataError: more documents than `malformed` allows lack a text, or have an id that came before.
   """
   malformed = Malformed() if malformed is None else malformed
   seen: set[bytes] = set()  # hashes: a corpus has millions
-  for where, value in read_jsonl(path, malformed):
+  for where, document in _parsed(read_jsonl(path, malformed), malformed):
+    digest = hashlib.blake2b(document.id.encode(), digest_size=16).digest()
+    if digest in seen:
+      malformed.add(
+        f"{where}: id {document.id!r} was already used{_first_use(path, document.id)}", where
+      )
+      continue
+    seen.add(digest)
+    yield document
+
+
+def parse_documents(stream: Iterable[str], name: str, malformed: Malformed) -> Iterator[Document]:
+  """Documents of lines of JSON; bad ones are counted. Empty ones, Wikipedia's redirects, are left
+  out."""
+  rows = json_lines(stream, name, malformed)
+  full = ((where, row) for where, row in rows if row.get("text") != "")
+  for _, document in _parsed(full, malformed):
+    yield document
+
+
+def _parsed(
+  rows: Iterable[tuple[str, dict[str, Any]]], malformed: Malformed
+) -> Iterator[tuple[str, Document]]:
+  for where, value in rows:
     text = value.get("text", value.get("contents"))
     if not isinstance(text, str) or not text.strip():
       malformed.add(f"{where}: the document has no 'text'", where)
       continue
-    if isinstance(value.get("id"), (dict, list, bool)) or value.get("id") in (None, ""):
-      malformed.add(f"{where}: the document has no 'id'", where)
+    title, identifier = str(value.get("title") or ""), value.get("id")
+    if isinstance(identifier, (dict, list, bool)):
+      malformed.add(f"{where}: id={identifier!r:.60}: expected text or a number", where)
       continue
-    identifier = str(value["id"])
-    digest = hashlib.blake2b(identifier.encode(), digest_size=16).digest()
-    if digest in seen:
-      malformed.add(
-        f"{where}: id {identifier!r} was already used{_first_use(path, identifier)}", where
-      )
-      continue
-    seen.add(digest)
-    yield Document(identifier, text, str(value.get("title") or ""))
+    if identifier in (None, ""):
+      identifier = hashlib.blake2b(f"{title}\n{text}".encode(), digest_size=8).hexdigest()
+    yield where, Document(str(identifier), text, title)
 
 
 def _first_use(path: str, identifier: str) -> str:

@@ -13,8 +13,8 @@ import itertools
 import logging
 import multiprocessing
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,20 +25,29 @@ from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.prompt_tokenizer import PromptTokenizer
 from clara_jax.data.schemas import Document
 from clara_jax.inference.checkpoint import Checkpoint
-from clara_jax.memory.store import Manifest, MemoryStore, fingerprint, read_manifest
+from clara_jax.memory.store import (
+  BLOCK,
+  Manifest,
+  MemoryStore,
+  fingerprint,
+  keys_of,
+  read_manifest,
+)
 from clara_jax.model import Clara
 from clara_jax.workers import Pool
 
 log = logging.getLogger(__name__)
 
+MANY_UNKNOWN = 0.05  # a share of unknown tokens that is worth a warning
 GROUPS = ("base", "memory_embedding", "compressor")
 
 
 @dataclasses.dataclass(frozen=True)
 class CompressReport:
   """documents: in the store now; skipped: already there; replaced: there with another text; cut: of
-  the new ones, longer than doc_max_length, whose end was left out; bytes: of memory tokens on disk;
-  documents_per_second: of the new ones."""
+  the new ones, longer than doc_max_length, whose end was left out; deleted: in the store, but not
+  among the documents any more; bytes: of memory tokens on disk; documents_per_second: of the new
+  ones; unknown_tokens: share of the new ones' tokens that the tokenizer has no entry for."""
 
   documents: int
   skipped: int
@@ -47,6 +56,8 @@ class CompressReport:
   bytes: int
   seconds: float
   documents_per_second: float
+  deleted: int = 0
+  unknown_tokens: float = 0.0
 
 
 def manifest_of(
@@ -108,6 +119,7 @@ def compress_corpus(
   encoding: str | None = None,
   text: bool | None = None,
   replace: bool = False,
+  delete_missing: Callable[[str], bool] | None = None,
   batch_size: int = 64,
   shard_size: int = 4096,
   bucket: int = 32,
@@ -134,6 +146,8 @@ def compress_corpus(
     text: whether a new store keeps the documents' text; by default yes, and what it is for one that
       is there.
     replace: whether a document that is there with another title or text is compressed anew.
+    delete_missing: whether a document that is there, but not among `documents`, is deleted; asked
+      with its id when all else is done. One process only.
     batch_size: documents in a batch; rounded up to a multiple of the parts that the mesh divides a
       batch into.
     shard_size: documents a segment; sorted by length within.
@@ -151,8 +165,10 @@ def compress_corpus(
   compressor = Compressor(checkpoint, devices, batch_size, bucket)
   existing = read_manifest(directory)
   together = devices.is_multi_process
+  if delete_missing and (processes > 1 or together):
+    raise ConfigError("delete_missing: one process has to see all documents")
   store = _open_store(directory, compressor.manifest(existing, encoding, text), process, together)
-  chunks = _Chunks(documents, store, shard_size, replace, process, processes)
+  chunks = _Chunks(documents, store, shard_size, replace, process, processes, delete_missing)
   report = _write(
     store,
     chunks,
@@ -175,6 +191,7 @@ def compress_corpus_with(
   encoding: str | None = None,
   text: bool | None = None,
   replace: bool = False,
+  delete_missing: Callable[[str], bool] | None = None,
   shard_size: int = 4096,
   progress: bool = True,
 ) -> CompressReport:
@@ -184,12 +201,13 @@ def compress_corpus_with(
 
   Args:
     pool: of `Compressor`s (`make_compressor`).
-    documents, directory, encoding, text, replace, shard_size, progress: see `compress_corpus`.
+    documents, directory, encoding, text, replace, delete_missing, shard_size, progress: see
+      `compress_corpus`.
   """
   existing = read_manifest(directory)
   manifest = pool.result(pool.submit(0, "manifest", existing, encoding, text))
   store = MemoryStore(directory, manifest)
-  chunks = _Chunks(documents, store, shard_size, replace, 0, 1)
+  chunks = _Chunks(documents, store, shard_size, replace, 0, 1, delete_missing)
   waiting: collections.deque[list[Document]] = collections.deque()
 
   def calls():
@@ -199,6 +217,14 @@ def compress_corpus_with(
 
   results = ((waiting.popleft(), *result) for result in pool.map("compress", calls()))
   return _write(store, chunks, results, writes=True, progress=progress)
+
+
+class Counts(NamedTuple):
+  """Of documents: how many were cut, tokens that were read, how many of these are unknown."""
+
+  cut: int = 0
+  tokens: int = 0
+  unknown: int = 0
 
 
 class Compressor:
@@ -245,29 +271,34 @@ class Compressor:
     manifest = manifest_of(self._model, weights, encoding, text is not False)
     return _like(existing, manifest, weights) if existing else manifest
 
-  def compress(self, m: int, texts: list[str]) -> tuple[np.ndarray, int]:
-    """Memory tokens [n, m, D] float32 of a block of texts, and how many of these were cut."""
+  def compress(self, m: int, texts: list[str]) -> tuple[np.ndarray, "Counts"]:
+    """Memory tokens [n, m, D] float32 of a block of texts, and what was read of these."""
     if m != self._model.num_memory_tokens:
       self._use(self._checkpoint.first(m))
     inputs = self._prompt_tokenizer.documents(texts)
-    return self._collect(*self._dispatch(inputs)), self._count_cut(inputs)
+    return self._collect(*self._dispatch(inputs)), self._count(inputs)
 
   def pipeline(
     self, chunks: Iterable[list[Document]], workers: int
-  ) -> Iterator[tuple[list[Document], np.ndarray, int]]:
-    """(documents, their memory tokens, how many were cut) of each chunk; the next one is tokenized
-    and computed while one is written."""
+  ) -> Iterator[tuple[list[Document], np.ndarray, "Counts"]]:
+    """(documents, their memory tokens, what was read of them) of each chunk; the next one is
+    tokenized and computed while one is written."""
     pending = None
     for chunk, inputs in _tokenized(chunks, self._prompt_tokenizer, workers):
-      following = (chunk, self._dispatch(inputs), self._count_cut(inputs))
+      following = (chunk, self._dispatch(inputs), self._count(inputs))
       if pending:
         yield pending[0], self._collect(*pending[1]), pending[2]
       pending = following
     if pending:
       yield pending[0], self._collect(*pending[1]), pending[2]
 
-  def _count_cut(self, inputs: list[np.ndarray]) -> int:
-    return sum(self._prompt_tokenizer.is_cut(x) for x in inputs)
+  def _count(self, inputs: list[np.ndarray]) -> "Counts":
+    unknown = self._prompt_tokenizer.unknown_id
+    return Counts(
+      sum(self._prompt_tokenizer.is_cut(x) for x in inputs),
+      sum(len(x) for x in inputs),
+      sum(int((x == unknown).sum()) for x in inputs) if unknown is not None else 0,
+    )
 
   def _dispatch(self, inputs: list[np.ndarray]) -> tuple[np.ndarray, list[jax.Array]]:
     """Sorted by length, a batch has little padding; the segment keeps the corpus's order."""
@@ -294,7 +325,7 @@ class Compressor:
 def _write(
   store: MemoryStore,
   chunks: "_Chunks",
-  results: Iterable[tuple[list[Document], np.ndarray, int]],
+  results: Iterable[tuple[list[Document], np.ndarray, Counts]],
   *,
   writes: bool,
   progress: bool,
@@ -307,7 +338,7 @@ def _write(
       f"others"
     )
   start = time.monotonic()
-  new_count = cut_count = 0
+  new_count, counts = 0, Counts()
 
   def write(chunk: list[Document], memories: np.ndarray) -> None:
     nonlocal new_count
@@ -322,30 +353,40 @@ def _write(
 
   writing: concurrent.futures.Future | None = None
   with contextlib.closing(store), concurrent.futures.ThreadPoolExecutor(1) as writer:
-    for chunk, memories, cut in results:
-      cut_count += cut
+    for chunk, memories, more in results:
+      counts = Counts(*np.add(counts, more).tolist())
       if writing:
         writing.result()
       writing = writer.submit(write, chunk, memories)
     if writing:
       writing.result()
+    chunks.move()
+    deleted = chunks.delete_missing()
     store.refresh()  # what others have written counts, too
     documents, nbytes = len(store), store.nbytes()
   seconds = time.monotonic() - start
-  if cut_count and progress:
+  if counts.cut and progress:
     log.warning(
-      f"compress: {cut_count} of {new_count} documents are longer than "
+      f"compress: {counts.cut} of {new_count} documents are longer than "
       f"doc_max_length={store.manifest.doc_max_length} tokens; their ends are "
-      "left out"
+      "left out (--split always makes pieces of them)"
+    )
+  unknown = counts.unknown / max(1, counts.tokens)
+  if unknown > MANY_UNKNOWN and progress:
+    log.warning(
+      f"compress: {unknown:.0%} of the tokens are unknown to the tokenizer: the documents are in a "
+      "language or script that this checkpoint does not read"
     )
   return CompressReport(
     documents,
     chunks.skipped,
     chunks.replaced,
-    cut_count,
+    counts.cut,
     nbytes,
     seconds,
     new_count / max(seconds, 1e-9),
+    deleted,
+    unknown,
   )
 
 
@@ -378,9 +419,12 @@ class _Chunks:
     replace: bool,
     process: int,
     processes: int,
+    is_missing: Callable[[str], bool] | None,
   ):
     self._documents, self._store, self._size, self.replace = iter(documents), store, size, replace
-    self._process, self._processes = process, processes
+    self._process, self._processes, self._is_missing = process, processes, is_missing
+    self._moved: list[tuple[Document, int]] = []  # with their rows
+    self._seen: set[bytes] = set()  # ids' hashes, where those that are not seen are deleted
     # Rows as they were at the start: the writer adds to the store meanwhile.
     self._find = store.locate
     self.skipped = self.replaced = 0
@@ -400,13 +444,45 @@ class _Chunks:
     if waiting:
       yield waiting
 
+  def move(self) -> None:
+    """Writes documents that have only another place in their file, with the memory tokens that they
+    have."""
+    for start in range(0, len(self._moved), self._size):
+      block = self._moved[start : start + self._size]
+      codes = self._store.codes(np.array([row for _, row in block]))
+      self._store.upsert_codes([document for document, _ in block], codes)
+
+  def delete_missing(self) -> int:
+    """Deletes what is in the store and was not seen; returns how many."""
+    if self._is_missing is None:
+      return 0
+    self._store.refresh()
+    missing: list[str] = []
+    for start in range(0, len(self._store), BLOCK):
+      ids = [d.id for d in self._store.documents(self._store.rows[start : start + BLOCK])]
+      missing += [
+        identifier
+        for identifier, key in zip(ids, keys_of(ids), strict=True)
+        if key.tobytes() not in self._seen and self._is_missing(identifier)
+      ]
+    return self._store.delete(missing) if missing else 0
+
   def _lacking(self, block: list[Document]) -> list[Document]:
+    if self._is_missing is not None:
+      self._seen.update(key.tobytes() for key in keys_of(d.id for d in block))
     rows = self._find([d.id for d in block])
     positions = np.flatnonzero(rows >= 0)
     changed = set()
     if self.replace and len(positions):
       stored = self._store.documents(rows[positions])
-      changed = {int(i) for i, old in zip(positions, stored, strict=True) if old != block[i]}
+      for i, row, old in zip(positions.tolist(), rows[positions].tolist(), stored, strict=True):
+        if old == block[i]:
+          continue
+        same_text = (old.text, old.title) == (block[i].text, block[i].title)
+        if same_text and self._store.has_memories:
+          self._moved.append((block[i], row))
+        else:
+          changed.add(i)
     self.skipped += len(positions) - len(changed)
     self.replaced += len(changed)
     return [d for i, d in enumerate(block) if rows[i] < 0 or i in changed]

@@ -331,6 +331,11 @@ class MemoryStore:
       yield rows, self.memories(rows)
 
   @property
+  def has_memories(self) -> bool:
+    """Whether memory tokens can be read; a writer to a bucket has those of others not."""
+    return self._upload is None
+
+  @property
   def segments(self) -> int:
     """How many there are."""
     return len(self._segments)
@@ -430,7 +435,7 @@ class MemoryStore:
       raise StoreError(f"{self.location}: a duplicate id in one call")
     if not self.manifest.text:
       documents = [dataclasses.replace(d, text="") for d in documents]
-    records = [json.dumps(dataclasses.asdict(d), ensure_ascii=False).encode() for d in documents]
+    records = [_record(d) for d in documents]
     with self._writing():
       return self._write_segment(records, codes, keys_of(d.id for d in documents))
 
@@ -471,10 +476,7 @@ class MemoryStore:
       target.begin()
       for start in range(0, len(rows), segment_size):
         chosen = rows[start : start + segment_size]
-        records = [
-          json.dumps(dataclasses.asdict(d), ensure_ascii=False).encode()
-          for d in self.documents(chosen)
-        ]
+        records = [_record(d) for d in self.documents(chosen)]
         target.write(records, self.codes(chosen), keys_of(json.loads(r)["id"] for r in records))
       _write_manifest(self._folder / "manifest.json", new)
       self.manifest = new
@@ -1163,6 +1165,14 @@ def _same(stored_manifest: Manifest, requested_manifest: Manifest, directory: st
         f"write {getattr(requested_manifest, name)!r}; "
         "choose another --store"
       )
+
+
+def _record(document: Document) -> bytes:
+  """As it is stored; earlier versions know of no places."""
+  values = dataclasses.asdict(document)
+  if not values["place"]:
+    del values["place"]
+  return json.dumps(values, ensure_ascii=False).encode()
 
 
 def _write_records(path: Any, records: Iterable[bytes], group: int) -> None:
