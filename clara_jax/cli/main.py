@@ -44,6 +44,7 @@ COMMANDS = (
 )
 EXIT_BAD_INPUT = 2
 _WITH_OVERRIDES = ("train", "config")
+_CLOUD = ("aiohttp", "gcsfs", "google")  # whose errors are of a network or of credentials
 # What is wrong with a disk, not with the program; what was done is kept.
 _DISK = {
   errno.ENOSPC,
@@ -91,8 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
       raise
     print(f"clara {options.command}: gs://…: {error}: pip install -e '.[gcs]'", file=sys.stderr)
     return EXIT_BAD_INPUT
-  except OSError as error:
-    if error.errno not in _DISK:
+  except Exception as error:
+    of_disk = isinstance(error, OSError) and error.errno in _DISK
+    if not of_disk and type(error).__module__.partition(".")[0] not in _CLOUD:
       raise
     print(f"clara {options.command}: {_one_line(error)}", file=sys.stderr)
     return 1
