@@ -33,10 +33,10 @@ def question(person: int = 0) -> str:
 
 
 @contextlib.contextmanager
-def running(answerer, limits, access=guard.ANYBODY):
+def running(answerer, limits, access=guard.ANYBODY, follow=0.0):
   """A real server on loopback."""
   port = free_port()
-  app = server.make_app(answerer, limits, access)
+  app = server.make_app(answerer, limits, access, follow)
   running_server = server.configured(app, limits, port=port)
   thread = threading.Thread(target=running_server.run)
   thread.start()

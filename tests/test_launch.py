@@ -115,7 +115,7 @@ def test_every_command_of_pods_md_is_one(tmp_path):
       assert (ROOT / words[1]).exists(), line
     else:
       assert words[0] in ("kubectl", "up", "install", "down", "python3", "gcloud"), line
-  assert len(tried) > 20
+  assert len(tried) >= 20
 
 
 def test_two_processes_on_this_machine(tmp_path):

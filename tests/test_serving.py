@@ -142,7 +142,7 @@ def test_everybody_gets_his_own_answer(answerer):
       time.sleep(0.1)
     assert (
       'clara_requests_total{path="/answer",status="200"} 48.0' in metrics
-      and "clara_documents 20.0" in metrics
+      and 'clara_documents{model="clara"} 20.0' in metrics
     )
     passes = float(
       next(
@@ -157,7 +157,7 @@ def test_everybody_gets_his_own_answer(answerer):
 def test_back_pressure_and_time_outs(answerer):
   with running(answerer, server.Limits(batch=1, waiting=2, seconds=5)) as (client, service):
     release = threading.Event()
-    service._thread.submit(release.wait)  # a pass that takes long
+    service.devices.submit(release.wait)  # a pass that takes long
     statuses = []
 
     def ask():
@@ -175,11 +175,11 @@ def test_back_pressure_and_time_outs(answerer):
     assert client.get("/healthz").status_code == 200
   with running(answerer, server.Limits(seconds=0.2)) as (client, service):
     release = threading.Event()
-    service._thread.submit(release.wait)
+    service.devices.submit(release.wait)
     late = client.post("/search", json={"question": question()})
     assert late.status_code == 503 and "within 0.2 s" in late.json()["error"]
     release.set()
-    service._thread.submit(lambda: None).result()  # the accelerator's thread is free again
+    service.devices.submit(lambda: None).result()  # the accelerator's thread is free again
   with running(answerer, server.Limits(seconds=60)) as (client, service):
     assert client.post("/search", json={"question": question()}).status_code == 200
 
@@ -513,4 +513,5 @@ def test_sigterm_under_load_loses_nothing(answerer):
   assert counts["/answer 200"] == len(complete) > 8 and set(counts) <= {
     "/answer 200",
     "/healthz 200",
+    "/healthz 503",  # while it started
   }

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from clara_jax.cli import arguments, inputs
@@ -45,6 +46,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="requests that may wait, more are refused (429); default 512",
   )
   parser.add_argument(
+    "--name", default="clara", help="of the model, for /v1 and `model`; default clara"
+  )
+  parser.add_argument(
+    "--model",
+    nargs=3,
+    action="append",
+    default=[],
+    metavar=("NAME", "CKPT", "STORE"),
+    help="one more model, which requests choose by its name; CKPT may be the same; any number of "
+    "times",
+  )
+  parser.add_argument(
+    "--follow",
+    type=float,
+    default=2.0,
+    metavar="SECONDS",
+    help="between two looks whether a store has changed; 0: never; default 2",
+  )
+  parser.add_argument(
     "--timeout", type=float, default=60.0, help="seconds that a request may take; default 60"
   )
 
@@ -53,28 +73,62 @@ def run(options: argparse.Namespace) -> None:
   """Returns nothing: it serves until it is stopped. Of several processes the first one serves, and
   all compute."""
   from clara_jax import distributed
+  from clara_jax.config import ConfigError
   from clara_jax.serving import guard, together
 
   access = guard.Access(
     tuple(options.allowed_host),
     guard.read_token(options.token_file) if options.token_file else None,
   )
+  names = [options.name, *(name for name, _, _ in options.model)]
+  if len(set(names)) < len(names) or not all(names):
+    raise ConfigError(f"--name, --model: {names}: expected a name of its own for each")
+  if not (options.distributed or options.coordinator):
+    _serve(lambda tell: _answerers(options, tell), options, access)
+    return
+  if options.model:
+    raise ConfigError("--model: several processes serve one model")
   answerer = inputs.answerer(options)
   if not distributed.is_main():
     together.follow(answerer)
     return
-  with contextlib.ExitStack() as stack:
-    if distributed.several():
-      answerer = together.Leader(answerer)
-      stack.callback(answerer.close)
-    _serve(answerer, options, access)
+  leader = together.Leader(answerer)
+  with contextlib.closing(leader):
+    _serve(lambda tell: {options.name: leader}, options, access)
 
 
-def _serve(answerer: Any, options: argparse.Namespace, access: Any) -> None:
+def _answerers(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
+  """The models by name; those of one checkpoint share its weights."""
+  from clara_jax.inference.answer import Answerer
+  from clara_jax.memory.store import MemoryStore
+
+  checkpoints: dict[str, Any] = {}
+  answerers = {}
+  main = (options.name, options.checkpoint, options.store)
+  for name, directory, folder in (main, *options.model):
+    tell(f"opening {folder}")
+    store = MemoryStore(folder, memory_tokens=options.memory_tokens)
+    if directory not in checkpoints:
+      tell(f"reading {directory}")
+      options.checkpoint = directory
+      loaded = inputs.checkpoint(options, "compressor", "query_reasoner", "generator")
+      checkpoints[directory] = loaded.first(None)
+    tell(f"opening the index of {folder}")
+    answerers[name] = Answerer(
+      checkpoints[directory],
+      store,
+      top_k=options.top_k,
+      max_new_tokens=options.max_new_tokens,
+      merge=options.merge,
+    )
+  return answerers
+
+
+def _serve(make: Any, options: argparse.Namespace, access: Any) -> None:
   from clara_jax.serving import server
 
   server.run(
-    answerer,
+    make,
     options.host,
     options.port,
     server.Limits(
@@ -84,4 +138,5 @@ def _serve(answerer: Any, options: argparse.Namespace, access: Any) -> None:
       seconds=options.timeout,
     ),
     access,
+    options.follow,
   )

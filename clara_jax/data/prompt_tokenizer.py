@@ -217,6 +217,26 @@ class PromptTokenizer:
     full = count == self.config.doc_max_length + self._extra
     return full and (not self._eos or bool(document[count - 1] != self.tokenizer.eos_token_id))
 
+  def read_part(self, text: str, limit: int) -> tuple[int, int, int]:
+    """How much of a document a compressor has read.
+
+    Args:
+      text: of the document.
+      limit: `doc_max_length` of the compressor.
+
+    Returns:
+      (tokens that were read, tokens of all of it, characters that were read).
+    """
+    ids = self.ids(text)
+    read = min(len(ids), limit + self._extra - (2 if self._bos else 1))
+    if read == len(ids):
+      return read, read, len(text)
+    if self.tokenizer.is_fast:
+      offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+      if len(offsets["input_ids"]) == len(ids):
+        return read, len(ids), offsets["offset_mapping"][read - 1][1]
+    return read, len(ids), min(len(text), len(self.tokenizer.decode(ids[:read])))
+
   def document(self, text: str) -> np.ndarray:
     """A document's encoder input."""
     return self.encoder_input(text, self.config.doc_max_length)

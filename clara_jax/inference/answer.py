@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from clara_jax.config import ConfigError
 from clara_jax.data.pipeline import pad_tokens
+from clara_jax.data.schemas import Document
 from clara_jax.inference.checkpoint import Checkpoint
 from clara_jax.inference.compress import check_compressor
 from clara_jax.inference.generate import Greedy, make_stream
@@ -38,24 +40,51 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """A retrieved document with its cosine; `tokens` is the length of its text, 0 where the store
-  keeps none."""
+  """A retrieved document.
+
+  Attributes:
+    id, title, text: the document's; no text where the store keeps none.
+    score: its cosine.
+    tokens: of its text that the compressor has read.
+    whole_tokens: of all of its text; the rest was cut.
+    characters: of its text that were read.
+    place: where it stands in its file, if it is a piece of one.
+  """
 
   id: str
   score: float
   title: str
   text: str
   tokens: int
+  whole_tokens: int
+  characters: int
+  place: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """An answer, the documents it was read from, and milliseconds: encode, search, generate."""
+  """An answer, the documents it was read from, and milliseconds: encode, search, generate.
+
+  Attributes:
+    prompt_tokens: that the generator has read, memory tokens among them.
+    completion_tokens: that it has written.
+    is_whole: whether it came to an end by itself.
+  """
 
   question: str
   answer: str
   documents: list[Found]
   timings_ms: dict[str, float]
+  prompt_tokens: int = 0
+  completion_tokens: int = 0
+  is_whole: bool = True
+
+
+class _Generated(NamedTuple):
+  text: str
+  prompt_tokens: int
+  tokens: int
+  is_whole: bool
 
 
 class Answerer:
@@ -135,6 +164,11 @@ class Answerer:
     self._instruction: KeyValues | None = None
     self._stream_every = stream_every
 
+  def follow(self, store: MemoryStore, index: Searcher) -> None:
+    """Goes on with a later state of the store, opened for as many memory tokens, and an index over
+    it. Not while it answers."""
+    self.store, self._index = store, index
+
   def search(self, questions: Sequence[Question]) -> list[list[Found]]:
     """The documents nearest to each question, best first."""
     rows, scores = self._search(questions, self._queries(questions))
@@ -152,14 +186,14 @@ class Answerer:
 
   def answer(
     self,
-    questions: Sequence[Question | str],
+    questions: Sequence[Question | str] | str,
     on_text: Callable[[int, str], None] | None = None,
     on_found: Callable[[int, list[Found]], None] | None = None,
   ) -> list[Answer]:
     """Answers several questions as one batch.
 
     Args:
-      questions: what is asked.
+      questions: what is asked; one text is one question.
       on_text: called with the place of a question and its answer so far, every few tokens.
       on_found: called with the place of a question and its documents, before the answer is made.
 
@@ -168,6 +202,8 @@ class Answerer:
         are.
       DataError: a question does not fit the prompt.
     """
+    if isinstance(questions, str):
+      questions = [questions]
     requests = [Question(q) if isinstance(q, str) else q for q in questions]
     clock = [time.perf_counter()]
     query = self._queries(requests)
@@ -188,14 +224,14 @@ class Answerer:
     )
     memories[: len(requests), : rows.shape[1]][rows >= 0] = self.store.memories(rows[rows >= 0])
     clock.append(time.perf_counter())
-    texts = self._texts(requests, (rows >= 0).sum(1), memories, on_text)
+    generated = self._generate(requests, (rows >= 0).sum(1), memories, on_text)
     clock.append(time.perf_counter())
     timings = dict(
       zip(("encode", "search", "generate"), np.round(np.diff(clock) * 1e3, 2).tolist(), strict=True)
     )
     return [
-      Answer(q.text, text, documents, timings)
-      for q, text, documents in zip(requests, texts, retrieved_documents, strict=True)
+      Answer(q.text, one.text, documents, timings, one.prompt_tokens, one.tokens, one.is_whole)
+      for q, one, documents in zip(requests, generated, retrieved_documents, strict=True)
     ]
 
   def _queries(self, questions: Sequence[Question]) -> np.ndarray:
@@ -234,26 +270,34 @@ class Answerer:
     documents = iter(self.store.documents(rows[rows >= 0]))
     return [
       [
-        Found(
-          (d := next(documents)).id,
-          round(float(score), 4),
-          d.title,
-          d.text,
-          len(self.prompt_tokenizer.ids(d.text)),
-        )
+        self._found(next(documents), float(score))
         for row, score in zip(*pair, strict=True)
         if row >= 0
       ]
       for pair in zip(rows, scores, strict=True)
     ]
 
-  def _texts(
+  def _found(self, document: Document, score: float) -> Found:
+    limit = self.store.manifest.doc_max_length
+    tokens, whole, characters = self.prompt_tokenizer.read_part(document.text, limit)
+    return Found(
+      document.id,
+      round(score, 4),
+      document.title,
+      document.text,
+      tokens,
+      whole,
+      characters,
+      document.place,
+    )
+
+  def _generate(
     self,
     questions: Sequence[Question],
     counts: np.ndarray,
     memories: np.ndarray,
     on_text: Callable[[int, str], None] | None,
-  ) -> list[str]:
+  ) -> list["_Generated"]:
     prompt_tokenizer = self.prompt_tokenizer
     prompts = [
       prompt_tokenizer.answer_prompt(q.text, int(k), where=f"question {q.text!r:.60}").ids
@@ -265,9 +309,10 @@ class Answerer:
     prefix_cache = self._prefix_cache(
       prompts[0], memories[0], int(counts[0]) if same_documents else 0
     )
+    lengths = [len(prompt) for prompt in prompts]
     prompts += prompts[:1] * (len(memories) - len(prompts))
     limits = [min(q.max_new_tokens or self.max_new_tokens, self.max_new_tokens) for q in questions]
-    texts = [""] * len(questions)
+    generated = [_Generated("", n, 0, True) for n in lengths]
     every = self._stream_every if on_text else self.max_new_tokens
     for ids in self._stream(
       self._generator,
@@ -277,10 +322,13 @@ class Answerer:
       prefix_cache,
     ):
       for place, (row, limit) in enumerate(zip(ids, limits, strict=False)):
-        texts[place] = prompt_tokenizer.text(row[:limit])
+        ended = prompt_tokenizer.truncate_at_eos(row[:limit])
+        generated[place] = _Generated(
+          prompt_tokenizer.text(row[:limit]), lengths[place], len(ended), len(ended) < limit
+        )
         if on_text:
-          on_text(place, texts[place])
-    return texts
+          on_text(place, generated[place].text)
+    return generated
 
   def _prefix_cache(self, prompt: np.ndarray, memories: np.ndarray, documents: int) -> KeyValues:
     """What all prompts begin with, read once: the instruction, for good, and then so many documents

@@ -201,6 +201,7 @@ class MemoryStore:
     self._locks: list[io.Lock] = []  # a name of one's own, a share in the store
     self._alone = False
     self._readers: collections.OrderedDict[str, Any] = collections.OrderedDict()
+    self._open_files = _OPEN_FILES
     file = self._folder / "manifest.json"
     if manifest is not None:
       os.makedirs(self.directory, exist_ok=True)
@@ -608,6 +609,21 @@ class MemoryStore:
           self.manifest, generation=manifest.generation, version=manifest.version
         )
 
+  def is_current(self) -> bool:
+    """Whether the store is what it was when this was opened, or refreshed."""
+    self._copy()
+    manifest = _read_manifest(self._folder / "manifest.json")
+    return manifest.generation == self.manifest.generation and self._segment_folder().names() == [
+      s.folder.name for s in self._segments
+    ]
+
+  def pin(self) -> None:
+    """Opens all files, so that they can be read also when a compaction has removed them."""
+    self._open_files = max(self._open_files, 2 * len(self._segments))
+    for segment in self._segments:
+      for name in _FILES[:2] if segment.documents else ():
+        self._reader(segment, name)
+
   def refresh(self) -> None:
     """Takes in what others have written since this store was opened."""
     self._copy()
@@ -754,17 +770,21 @@ class MemoryStore:
   def _records(self, segment: "_Segment", name: str, local: np.ndarray) -> list[bytes]:
     path = os.fspath(segment.folder / name)
     try:
-      if path not in self._readers:
-        if len(self._readers) >= _OPEN_FILES:
-          self._readers.popitem(last=False)[1].close()
-        self._readers[path] = array_record_module.ArrayRecordReader(path)
-      self._readers.move_to_end(path)
-      return self._readers[path].read(local.tolist())
+      return self._reader(segment, name).read(local.tolist())
     except (RuntimeError, ValueError, IndexError) as error:
       raise StoreError(
         f"{path}: not readable: {error}; a store that was compacted meanwhile has to be opened "
         f"again"
       ) from None
+
+  def _reader(self, segment: "_Segment", name: str) -> Any:
+    path = os.fspath(segment.folder / name)
+    if path not in self._readers:
+      if len(self._readers) >= self._open_files:
+        self._readers.popitem(last=False)[1].close()
+      self._readers[path] = array_record_module.ArrayRecordReader(path)
+    self._readers.move_to_end(path)
+    return self._readers[path]
 
   def _close_readers(self) -> None:
     for reader in self._readers.values():

@@ -14,6 +14,8 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from clara_jax.config import ConfigError
+from clara_jax.serving import openai
+from clara_jax.serving.errors import RefusedError
 
 OPEN = ("/", "/healthz")  # need no token: the page has nothing in it, and asks for one
 
@@ -106,12 +108,14 @@ class Guard:
     if not self._access.has_host(headers.get(b"host", "")):
       host = headers.get(b"host", "none")[:100]
       return await _refuse(
+        scope,
         guarded,
         421,
         f"the host {host!r} is not a name of this server; clara serve --allowed-host adds one",
       )
     if scope["path"] not in OPEN and not self._access.has_token(headers.get(b"authorization", "")):
       return await _refuse(
+        scope,
         guarded,
         401,
         "expected Authorization: Bearer with this server's token",
@@ -128,8 +132,11 @@ _HEADERS = (
 )
 
 
-async def _refuse(send: Any, status: int, text: str, headers: Any = ()) -> None:
-  body = json.dumps({"error": text}).encode()
+async def _refuse(scope: Any, send: Any, status: int, text: str, headers: Any = ()) -> None:
+  error: Any = text
+  if scope["path"].startswith("/v1/"):
+    error = openai.error_body(RefusedError(status, text))["error"]
+  body = json.dumps({"error": error}).encode()
   await send(
     {
       "type": "http.response.start",

@@ -1,6 +1,7 @@
 """What clients may send and what they get, as pydantic models; the OpenAPI description is made from
 them."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import pydantic
@@ -13,6 +14,7 @@ MOST_DOCUMENTS = 100
 
 Text = Annotated[str, Field(min_length=1, max_length=TEXT, description="a question")]
 Id = Annotated[str, Field(min_length=1, max_length=1_000)]
+ModelName = Annotated[str, Field(min_length=1, max_length=1_000, description="default: the first")]
 Count = Annotated[int, Field(ge=1, le=MOST_DOCUMENTS, description="number of documents")]
 
 
@@ -31,6 +33,7 @@ class SearchRequest(_Strict):
     ]
     | None
   ) = None
+  model: ModelName | None = None
 
 
 class AnswerRequest(SearchRequest):
@@ -46,6 +49,7 @@ class LensRequest(_Strict):
 
   question: Text
   top: Annotated[int, Field(ge=1, le=100)] = 20
+  model: ModelName | None = None
 
 
 class QueriesRequest(_Strict):
@@ -64,13 +68,17 @@ class QueriesRequest(_Strict):
 
 
 class ServedDocument(pydantic.BaseModel):
-  """A document, its cosine, and its length in tokens."""
+  """A document and its cosine; `tokens` of `whole_tokens` and `characters` of its text were read
+  into memory tokens. `place`: where it stands in its file."""
 
   id: str
   score: float
   title: str
   text: str
   tokens: int
+  whole_tokens: int
+  characters: int
+  place: str
 
 
 class SearchResponse(pydantic.BaseModel):
@@ -86,6 +94,9 @@ class AnswerResponse(SearchResponse):
   answer: str
   memory_tokens: int
   timings_ms: dict[str, float]
+  prompt_tokens: int
+  completion_tokens: int
+  is_whole: bool
 
 
 class LensResponse(pydantic.BaseModel):
@@ -114,19 +125,23 @@ ENDPOINTS = {
 }
 ERRORS = {
   400: "no JSON",
+  404: "no such model",
   401: "the server's token is missing or another",
   413: "too large",
   415: "another type than application/json",
   421: "another host's name",
   422: "a field is missing, unknown or out of bounds",
   429: "too many requests are waiting",
-  503: "took longer than the server allows, or it is stopping",
+  503: "took longer than the server allows, or it is starting or stopping",
 }
 
 
-def openapi(version: str) -> dict[str, Any]:
-  """The OpenAPI 3.1 description."""
-  models = [m for pair in ENDPOINTS.values() for m in pair] + [Error]
+def openapi(
+  version: str, more: Mapping[str, tuple[type[pydantic.BaseModel], type[pydantic.BaseModel]]]
+) -> dict[str, Any]:
+  """The OpenAPI 3.1 description; `more`: endpoints beside ours, with request and response."""
+  endpoints = {**ENDPOINTS, **more}
+  models = [m for pair in endpoints.values() for m in pair] + [Error]
   _, definitions = pydantic.json_schema.models_json_schema(
     [(m, "validation") for m in models], ref_template="#/components/schemas/{model}"
   )
@@ -139,7 +154,7 @@ def openapi(version: str) -> dict[str, Any]:
     }
 
   paths: dict[str, Any] = {}
-  for path, (request, response) in ENDPOINTS.items():
+  for path, (request, response) in endpoints.items():
     responses = {
       str(status): {"description": text, **content(Error)} for status, text in ERRORS.items()
     }
@@ -153,7 +168,10 @@ def openapi(version: str) -> dict[str, Any]:
   paths["/healthz"] = {
     "get": {
       "summary": "Whether the server takes requests.",
-      "responses": {"200": {"description": "it does"}, "503": {"description": "it is stopping"}},
+      "responses": {
+        "200": {"description": "it does"},
+        "503": {"description": "it is starting (with `progress`) or stopping"},
+      },
     }
   }
   paths["/metrics"] = {

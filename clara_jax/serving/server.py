@@ -8,14 +8,17 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import importlib.resources
 import json
 import logging
+import os
 import resource
 import signal
 import socket
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,13 +35,16 @@ import clara_jax
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError
 from clara_jax.evaluation import logit_lens
-from clara_jax.inference.answer import Answer, Answerer, Found, Question
-from clara_jax.serving import schema, together
+from clara_jax.inference.answer import Answer, Answerer, Question
+from clara_jax.serving import openai, schema, together
 from clara_jax.serving.batcher import Batcher, OverloadedError
+from clara_jax.serving.errors import RefusedError
 from clara_jax.serving.guard import ANYBODY, Access, Guard, Protocol, page_policy
+from clara_jax.serving.models import Model
 
 log = logging.getLogger(__name__)
 
+NAME = "clara"  # of the only model
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -67,12 +73,6 @@ class Limits:
   connections: int = 1000
 
 
-class _RefusedError(Exception):
-  def __init__(self, status: int, text: str):
-    super().__init__(text)
-    self.status = status
-
-
 class _Metrics:
   """For Prometheus, in a registry of their own."""
 
@@ -95,122 +95,133 @@ class _Metrics:
     self.delays = prometheus_client.Histogram(
       "queue_seconds", "Time that a question waits for its pass.", buckets=_SECONDS, **common
     )
-    self.documents = prometheus_client.Gauge("documents", "Documents in the store.", **common)
+    self.documents = prometheus_client.Gauge(
+      "documents", "Documents in the store.", ["model"], **common
+    )
 
 
 class Service:
-  """The application's state: an answerer, one thread for its devices, and the queues before it."""
+  """The application's state: its models, one thread for their devices, and queues before them.
 
-  def __init__(self, answerer: Answerer, limits: Limits):
-    self.answerer, self.limits, self.metrics = answerer, limits, _Metrics()
-    self.metrics.documents.set(len(answerer.store))
+  Args:
+    limits: what is taken.
+    follow: seconds between two looks at the stores; 0 looks never.
+  """
+
+  def __init__(self, limits: Limits, follow: float = 0.0):
+    self.limits, self.metrics, self._follow = limits, _Metrics(), follow
+    self.models: dict[str, Model] = {}
+    self.progress = "starting"  # until there are models
     self.stopping = False
-    whole = answerer.store.whole
-    self._dimension = whole.num_memory_tokens * whole.width
-    # A number takes up to 25 characters, escaped text 6 bytes each.
-    self._most_bytes = {
-      schema.QueriesRequest: 4096 + schema.QUERIES * (self._dimension * 25 + 2),
-      schema.LensRequest: 4096 + 6 * schema.TEXT,
-    }
     self._reading = 0
-    self._thread = concurrent.futures.ThreadPoolExecutor(1, "devices")
+    self.devices = concurrent.futures.ThreadPoolExecutor(1, "devices")
     self._parser = concurrent.futures.ThreadPoolExecutor(1, "parser")
-    options = {
+    self.batching = {
       "size": limits.batch,
       "wait_ms": limits.wait_ms,
       "waiting": limits.waiting,
       "sizes": self.metrics.sizes,
       "delays": self.metrics.delays,
     }
-    self.answers = Batcher(self._answer, self._thread, **options)
-    self.searches = Batcher(self._search, self._thread, **options)
     # Whole batches come in one request; they are not joined.
     self.others = Batcher(
       lambda calls, _: [_attempt(call) for call in calls],
-      self._thread,
-      **{**options, "size": 1, "wait_ms": 0},
+      self.devices,
+      **{**self.batching, "size": 1, "wait_ms": 0},
     )
-    self._batchers = (self.answers, self.searches, self.others)
+    self._loop: asyncio.AbstractEventLoop | None = None
+    self._tasks: list[asyncio.Task] = []
 
   @contextlib.asynccontextmanager
   async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
     """Starts the queues; at the end, what waits is still answered."""
     del app
-    for batcher in self._batchers:
-      batcher.start()
+    self._loop = asyncio.get_running_loop()
+    self.others.start()
+    self._start()
     yield
     self.stopping = True
-    for batcher in self._batchers:
+    for task in self._tasks:
+      task.cancel()
+    for batcher in (self.others, *self.models.values()):
       await batcher.stop()
-    self._thread.shutdown()
+    self.devices.shutdown()
     self._parser.shutdown()
 
+  def open(self, answerers: Mapping[str, Answerer]) -> None:
+    """Answers with these from now on; once."""
+    self.models = {
+      name: Model(name, answerer, self.devices, self.batching)
+      for name, answerer in answerers.items()
+    }
+    if self._loop is not None:
+      self._start()
+
+  def open_from_thread(self, answerers: Mapping[str, Answerer]) -> None:
+    """`open`, from another thread than the loop's."""
+    while self._loop is None:
+      time.sleep(0.01)
+    self._loop.call_soon_threadsafe(self.open, answerers)
+
   def warm_up(self) -> None:
-    """Compiles every size of batch for questions and prompts of the usual length."""
-    question, size = Question("Who is it?"), 1
-    while True:
-      self.answerer.answer([question] * size, on_text=lambda *_: None)
-      if size >= self.limits.batch:
-        break
-      size = min(2 * size, self.limits.batch)
+    """Compiles what the usual questions need."""
+    for model in self.models.values():
+      model.warm_up(self.limits.batch)
 
-  def _answer(
-    self, questions: Sequence[Question], emits: Sequence[Any]
-  ) -> list[Answer | Exception]:
-    streamed = any(emits)
+  def _start(self) -> None:
+    for model in self.models.values():
+      model.start()
+      if self._follow:
+        self._tasks.append(asyncio.create_task(model.follow(self._follow, self._count_documents)))
+    self._count_documents()
 
-    def emit(place, **line):
-      if emits[place]:
-        emits[place](line)
+  def _count_documents(self) -> None:
+    for model in self.models.values():
+      self.metrics.documents.labels(model.name).set(len(model.answerer.store))
 
-    on_text = (lambda place, text: emit(place, answer=text)) if streamed else None
-    on_found = (
-      (lambda place, documents: emit(place, documents=[dataclasses.asdict(f) for f in documents]))
-      if streamed
-      else None
-    )
-    try:
-      return list(self.answerer.answer(questions, on_text, on_found))
-    except (ConfigError, DataError) as error:
-      if len(questions) == 1:
-        return [error]
-      # One that does not fit must not harm the others.
-      return [self._answer([q], [e])[0] for q, e in zip(questions, emits, strict=True)]
-
-  def _search(
-    self, questions: Sequence[Question], emits: Sequence[Any]
-  ) -> list[list[Found] | Exception]:
-    try:
-      return self.answerer.search(questions)
-    except (ConfigError, DataError) as error:
-      return [error] if len(questions) == 1 else [self._search([q], [None])[0] for q in questions]
+  def model(self, name: str | None) -> Model:
+    """The model of a name; None: the first one."""
+    if not self.models:
+      raise RefusedError(503, f"the server is not ready: {self.progress}")
+    if name is None:
+      return next(iter(self.models.values()))
+    if name not in self.models:
+      raise RefusedError(404, f"model: {name!r:.60} is not one of {list(self.models)}")
+    return self.models[name]
 
   # ---- routes ------------------------------------------------------------------------------------
 
   async def answer(self, request: Request) -> Response:
     """POST /answer."""
-    body = await self._read(request, schema.AnswerRequest)
-    question = self._question(body, body.max_new_tokens)
+    body = await self.read(request, schema.AnswerRequest)
+    model = self.model(body.model)
+    question = self._question(model, body, body.max_new_tokens)
     if body.stream:
-      return await self._stream_answer(question)
-    return JSONResponse(self._whole(await self._within_time(self.answers.submit(question))))
+      return await self._stream_answer(model, question)
+    answer = await self.within_time(model.answers.submit(question))
+    return JSONResponse(self._whole(model, answer))
 
   async def search(self, request: Request) -> Response:
     """POST /search."""
-    body = await self._read(request, schema.SearchRequest)
-    documents = await self._within_time(self.searches.submit(self._question(body)))
+    body = await self.read(request, schema.SearchRequest)
+    model = self.model(body.model)
+    documents = await self.within_time(model.searches.submit(self._question(model, body)))
     return JSONResponse(
       {"question": body.question, "documents": [dataclasses.asdict(f) for f in documents]}
     )
 
   async def queries(self, request: Request) -> Response:
     """POST /queries: the released code's protocol."""
-    body, vectors = await self._read(request, schema.QueriesRequest, self._vectors)
-    self._check_count(body.k)
-    content = await self._within_time(
+    answerer = self.model(None).answerer
+    width = answerer.store.whole.num_memory_tokens * answerer.store.whole.width
+    # A number takes up to 25 characters.
+    most = 4096 + schema.QUERIES * (width * 25 + 2)
+    body, vectors = await self.read(request, schema.QueriesRequest, self._vectors, most)
+    self.check_count(self.model(None), body.k)
+    content = await self.within_time(
       self.others.submit(
         lambda: orjson.dumps(
-          {"retrieved_embeddings": self.answerer.nearest_memories(vectors, body.k)},
+          {"retrieved_embeddings": answerer.nearest_memories(vectors, body.k)},
           option=orjson.OPT_SERIALIZE_NUMPY,
         )
       )
@@ -219,44 +230,52 @@ class Service:
 
   def _vectors(self, body: schema.QueriesRequest) -> tuple[schema.QueriesRequest, np.ndarray]:
     """With its vectors as an array."""
-    whole, searched = self.answerer.store.whole, self.answerer.search_tokens
+    answerer = self.model(None).answerer
+    whole, searched = answerer.store.whole, answerer.search_tokens
+    dimension = whole.num_memory_tokens * whole.width
     lengths = {len(q) for q in body.queries}
-    if len(lengths) > 1 or not lengths <= {self._dimension, searched * whole.width}:
+    if len(lengths) > 1 or not lengths <= {dimension, searched * whole.width}:
       fewer = f", or of the first {searched}" if searched < whole.num_memory_tokens else ""
-      raise _RefusedError(
+      raise RefusedError(
         422,
         f"queries: expected vectors of M·D = {whole.num_memory_tokens}·{whole.width} = "
-        f"{self._dimension} numbers"
+        f"{dimension} numbers"
         f"{fewer}, got {sorted(lengths)}",
       )
     if not all(type(x) in (float, int) for q in body.queries for x in q):
-      raise _RefusedError(422, "queries: expected numbers")
+      raise RefusedError(422, "queries: expected numbers")
     with np.errstate(over="ignore"):
       vectors = np.array(body.queries, np.float64).astype(np.float32)
     if not np.isfinite(vectors).all():
-      raise _RefusedError(422, "queries: a number is too large for float32")
+      raise RefusedError(422, "queries: a number is too large for float32")
     return body, vectors
 
   async def lens(self, request: Request) -> Response:
     """POST /lens."""
-    body = await self._read(request, schema.LensRequest)
-    tokens = await self._within_time(
-      self.others.submit(lambda: self._lens(body.question, body.top))
-    )
-    return JSONResponse({"tokens": tokens})
+    # Escaped text takes 6 bytes a character.
+    body = await self.read(request, schema.LensRequest, most=4096 + 6 * schema.TEXT)
+    answerer = self.model(body.model).answerer
 
-  def _lens(self, question: str, top: int) -> list[tuple[str, float]]:
-    if isinstance(self.answerer, together.Leader):
-      return self.answerer.lens(question, top)
-    return logit_lens.queries(self.answerer.checkpoint, [question], top)[0]["tokens"]
+    def lens():
+      if isinstance(answerer, together.Leader):
+        return answerer.lens(body.question, body.top)
+      return logit_lens.queries(answerer.checkpoint, [body.question], body.top)[0]["tokens"]
+
+    return JSONResponse({"tokens": await self.within_time(self.others.submit(lens))})
 
   async def health(self, request: Request) -> Response:
     """GET /healthz."""
-    status = "stopping" if self.stopping else "ok"
-    return JSONResponse(
-      {"status": status, "documents": len(self.answerer.store), "version": clara_jax.__version__},
-      503 if self.stopping else 200,
-    )
+    ready = bool(self.models) and not self.stopping
+    status = {
+      "status": "ok" if ready else "stopping" if self.stopping else "starting",
+      "version": clara_jax.__version__,
+    }
+    if self.models:
+      sizes = {name: len(model.answerer.store) for name, model in self.models.items()}
+      status |= {"documents": next(iter(sizes.values())), "models": sizes}
+    else:
+      status["progress"] = self.progress
+    return JSONResponse(status, 200 if ready else 503)
 
   async def metrics_page(self, request: Request) -> Response:
     """GET /metrics."""
@@ -267,7 +286,7 @@ class Service:
 
   async def description(self, request: Request) -> Response:
     """GET /openapi.json."""
-    return JSONResponse(schema.openapi(clara_jax.__version__))
+    return JSONResponse(schema.openapi(clara_jax.__version__, _OPENAI))
 
   async def page(self, request: Request) -> Response:
     """GET /."""
@@ -275,31 +294,30 @@ class Service:
 
   # ---- parts of them -----------------------------------------------------------------------------
 
-  async def _read(
+  async def read(
     self,
     request: Request,
     model: type[pydantic.BaseModel],
     then: Callable[[Any], Any] = lambda value: value,
+    most: int = 4 << 20,
   ) -> Any:
     """The checked body; what is large is checked beside the loop, by `then` as well."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
-      raise _RefusedError(
-        415, f"expected content-type application/json, got {kind or 'none'!r:.60}"
-      )
-    most = min(self.limits.body, self._most_bytes.get(model, 4 << 20))
+      raise RefusedError(415, f"expected content-type application/json, got {kind or 'none'!r:.60}")
+    most = min(self.limits.body, most)
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > most:
-      raise _RefusedError(413, f"the request is larger than {most} bytes")
+      raise RefusedError(413, f"the request is larger than {most} bytes")
     body = bytearray()
     try:
       async for part in request.stream():
         body += part
         self._reading += len(part)
         if len(body) > most:
-          raise _RefusedError(413, f"the request is larger than {most} bytes")
+          raise RefusedError(413, f"the request is larger than {most} bytes")
         if self._reading > self.limits.bodies:
-          raise _RefusedError(503, "too much is being sent; try again later")
+          raise RefusedError(503, "too much is being sent; try again later")
       if len(body) < _SMALL:
         return then(self._parsed(body, model))
       return await asyncio.get_running_loop().run_in_executor(
@@ -312,7 +330,7 @@ class Service:
     try:
       values = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-      raise _RefusedError(400, f"not JSON: {error}") from None
+      raise RefusedError(400, f"not JSON: {error}") from None
     try:
       return model.model_validate(values)
     except pydantic.ValidationError as error:
@@ -320,40 +338,43 @@ class Service:
         f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}"
         for e in error.errors(include_url=False, include_input=False)[:5]
       ]
-      raise _RefusedError(422, "; ".join(problems)) from None
+      raise RefusedError(422, "; ".join(problems)) from None
 
-  def _check_count(self, k: int | None) -> None:
-    if k is not None and k > len(self.answerer.store):
-      raise _RefusedError(422, f"k: {k} documents of a store with {len(self.answerer.store)}")
+  def check_count(self, model: Model, k: int | None) -> None:
+    """Refuses more documents than there are."""
+    if k is not None and k > len(model.answerer.store):
+      raise RefusedError(422, f"k: {k} documents of a store with {len(model.answerer.store)}")
 
-  def _question(self, body: schema.SearchRequest, max_new_tokens: int | None = None) -> Question:
-    self._check_count(body.k)
-    if max_new_tokens is not None and max_new_tokens > self.answerer.max_new_tokens:
-      raise _RefusedError(422, f"max_new_tokens: at most {self.answerer.max_new_tokens} here")
+  def _question(
+    self, model: Model, body: schema.SearchRequest, max_new_tokens: int | None = None
+  ) -> Question:
+    self.check_count(model, body.k)
+    if max_new_tokens is not None and max_new_tokens > model.answerer.max_new_tokens:
+      raise RefusedError(422, f"max_new_tokens: at most {model.answerer.max_new_tokens} here")
     return Question(body.question, body.k, tuple(body.ids) if body.ids else None, max_new_tokens)
 
-  async def _within_time(self, result: Any) -> Any:
+  async def within_time(self, result: Any) -> Any:
     try:
       async with asyncio.timeout(self.limits.seconds):
         return await result
     except TimeoutError:
-      raise _RefusedError(503, f"no result within {self.limits.seconds:g} s") from None
+      raise RefusedError(503, f"no result within {self.limits.seconds:g} s") from None
     except OverloadedError as error:
-      raise _RefusedError(429, f"{error}; try again later") from None
+      raise RefusedError(429, f"{error}; try again later") from None
     except (ConfigError, DataError) as error:
-      raise _RefusedError(422, str(error)) from None
+      raise RefusedError(422, str(error)) from None
 
-  def _whole(self, answer: Answer) -> dict[str, Any]:
+  def _whole(self, model: Model, answer: Answer) -> dict[str, Any]:
     return {
       **dataclasses.asdict(answer),
-      "memory_tokens": self.answerer.store.manifest.num_memory_tokens,
+      "memory_tokens": model.answerer.store.manifest.num_memory_tokens,
     }
 
-  async def _stream_answer(self, question: Question) -> Response:
+  async def _stream_answer(self, model: Model, question: Question) -> Response:
     """Lines of JSON: documents, then answers that grow, then the whole response with `done`. A
     refusal comes before the first line."""
     lines: asyncio.Queue = asyncio.Queue()
-    task = asyncio.create_task(self._within_time(self.answers.submit(question, lines.put_nowait)))
+    task = asyncio.create_task(self.within_time(model.answers.submit(question, lines.put_nowait)))
     task.add_done_callback(lambda _: lines.put_nowait(None))
     first = await lines.get()
     if first is None:
@@ -365,8 +386,8 @@ class Service:
         yield orjson.dumps(line) + b"\n"
         line = await lines.get()
       try:
-        yield orjson.dumps({**self._whole(task.result()), "done": True}) + b"\n"
-      except _RefusedError as error:
+        yield orjson.dumps({**self._whole(model, task.result()), "done": True}) + b"\n"
+      except RefusedError as error:
         yield orjson.dumps({"error": str(error)}) + b"\n"
 
     return StreamingResponse(body(), media_type="application/x-ndjson")
@@ -413,15 +434,32 @@ class _Counted:
       self._metrics.seconds.labels(path).observe(time.monotonic() - start)
 
 
-_PATHS = {*schema.ENDPOINTS, "/", "/healthz", "/metrics", "/openapi.json"}
+_OPENAI = {"/v1/chat/completions": (openai.ChatRequest, openai.ChatResponse)}
+_PATHS = {*schema.ENDPOINTS, *_OPENAI, "/v1/models", "/", "/healthz", "/metrics", "/openapi.json"}
 
 
-def make_app(answerer: Answerer, limits: Limits = Limits(), access: Access = ANYBODY) -> Starlette:
-  """The ASGI application; `app.state.service` is its `Service`."""
-  service = Service(answerer, limits)
+def make_app(
+  answerers: Answerer | Mapping[str, Answerer] | None,
+  limits: Limits = Limits(),
+  access: Access = ANYBODY,
+  follow: float = 0.0,
+) -> Starlette:
+  """The ASGI application; `app.state.service` is its `Service`.
+
+  Args:
+    answerers: by the names of the models; None: they come later, by `Service.open`.
+    limits, access: what is taken, and from whom.
+    follow: seconds between two looks at the stores; 0 looks never.
+  """
+  service = Service(limits, follow)
+  if answerers is not None:
+    service.open(answerers if isinstance(answerers, Mapping) else {NAME: answerers})
 
   async def refused(request: Request, error: Exception) -> Response:
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+    if request.url.path.startswith("/v1/"):
+      status = openai.error_status(error.status)
+      return JSONResponse(openai.error_body(error), status, headers)
     return JSONResponse({"error": str(error)}, error.status, headers)
 
   async def gone(request: Request, error: Exception) -> Response:
@@ -439,18 +477,27 @@ def make_app(answerer: Answerer, limits: Limits = Limits(), access: Access = ANY
   def route(path, handler, method):
     return Route(path, handler, methods=[method])
 
+  chat = openai.Protocol(service)
   app = Starlette(
     routes=[
       route("/queries", service.queries, "POST"),
       route("/search", service.search, "POST"),
       route("/answer", service.answer, "POST"),
       route("/lens", service.lens, "POST"),
+      route("/v1/chat/completions", chat.completions, "POST"),
+      route("/v1/models", chat.models, "GET"),
+      route("/v1/models/{name}", chat.model, "GET"),
       route("/healthz", service.health, "GET"),
       route("/metrics", service.metrics_page, "GET"),
       route("/openapi.json", service.description, "GET"),
       route("/", service.page, "GET"),
     ],
-    exception_handlers={_RefusedError: refused, ClientDisconnect: gone, 404: no_such, 405: no_such},
+    exception_handlers={
+      RefusedError: refused,
+      ClientDisconnect: gone,
+      404: no_such,
+      405: no_such,
+    },
     lifespan=service.lifespan,
   )
   app.state.service = service
@@ -480,38 +527,106 @@ def configured(app: Starlette, limits: Limits, **options: Any) -> uvicorn.Server
   )
 
 
+Make = Callable[[Callable[[str], None]], Mapping[str, Answerer]]
+
+
 def run(
-  answerer: Answerer, host: str, port: int, limits: Limits = Limits(), access: Access = ANYBODY
+  answerers: Answerer | Mapping[str, Answerer] | Make,
+  host: str,
+  port: int,
+  limits: Limits = Limits(),
+  access: Access = ANYBODY,
+  follow: float = 0.0,
 ) -> None:
-  """Serves until SIGTERM or SIGINT; what was accepted is answered first."""
+  """Serves until SIGTERM or SIGINT; what was accepted is answered first.
+
+  The port is open before there is anything to answer with; until then requests are refused (503)
+  and /healthz says how far it has come.
+
+  Args:
+    answerers: one, or several by the names of their models, or a function that makes these while
+      the port is open already; it is given a function that says what is being done.
+    host, port: where.
+    limits, access, follow: see `make_app`.
+
+  Raises:
+    ConfigError: the port cannot be had.
+    Exception: what such a function raises.
+  """
+  make: Make
+  if callable(answerers):
+    make = answerers
+  else:
+    named = answerers if isinstance(answerers, Mapping) else {NAME: answerers}
+    make = functools.partial(_made, named)
+  if not 0 <= port < 65536:
+    raise ConfigError(f"--port {port}: expected 0 to 65535")
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 2 * limits.connections)), hard))
+  # Connections, and the files of stores that are kept open.
+  resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+  del soft
   with socket.socket(
     socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM
   ) as listener:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-      listener.bind((host, port))  # before anything is compiled
+      listener.bind((host, port))
     except OSError as error:
       raise ConfigError(f"--host {host} --port {port}: {error.strerror}") from None
-    _serve(answerer, listener, limits, dataclasses.replace(access, hosts=(*access.hosts, host)))
+    access = dataclasses.replace(access, hosts=(*access.hosts, host))
+    _serve(make, listener, limits, access, follow)
 
 
-def _serve(answerer: Answerer, listener: socket.socket, limits: Limits, access: Access) -> None:
-  app = make_app(answerer, limits, access)
-  log.info("serve: compiling")
-  app.state.service.warm_up()
-  server = configured(app, limits)
+def _made(answerers: Mapping[str, Answerer], tell: Callable[[str], None]) -> Any:
+  del tell
+  return answerers
+
+
+def _serve(
+  make: Make,
+  listener: socket.socket,
+  limits: Limits,
+  access: Access,
+  follow: float,
+) -> None:
+  app = make_app(None, limits, access, follow)
+  service, server = app.state.service, configured(app, limits)
   host, port = listener.getsockname()[:2]
-  log.info(f"serve: http://{f'[{host}]' if ':' in host else host}:{port}")
+  address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+  problem: list[BaseException] = []
+
+  def tell(progress: str) -> None:
+    service.progress = progress
+    log.info("serve: %s", progress)
+
+  def prepare() -> None:
+    try:
+      answerers = make(tell)
+      for name, answerer in answerers.items():
+        tell(f"compiling {name}")
+        Model(name, answerer, service.devices, service.batching).warm_up(limits.batch)
+      service.open_from_thread(answerers)
+      log.info("serve: ready at %s", address)
+    except BaseException as error:  # raised again in the main thread
+      problem.append(error)
+      server.should_exit = True
+
+  preparing = threading.Thread(target=prepare, daemon=True)
+  log.info("serve: starting at %s", address)
+  preparing.start()
   # Uvicorn, having stopped, raises the signal once more.
   signal.signal(signal.SIGTERM, lambda *_: None)
   with contextlib.suppress(KeyboardInterrupt):
     server.run(sockets=[listener])
-  metrics = app.state.service.metrics.requests.collect()[0].samples
+  if problem:
+    raise problem[0]
+  metrics = service.metrics.requests.collect()[0].samples
   counts = {
     f"{s.labels['path']} {s.labels['status']}": int(s.value)
     for s in metrics
     if s.name.endswith("_total")
   }
   log.info(f"serve: stopped; requests by path and status: {json.dumps(counts)}")
+  if preparing.is_alive():  # a compiler cannot be stopped
+    logging.shutdown()
+    os._exit(0)

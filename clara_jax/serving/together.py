@@ -48,11 +48,13 @@ class Leader:
 
   def answer(
     self,
-    questions: Sequence[Question | str],
+    questions: Sequence[Question | str] | str,
     on_text: Callable[[int, str], None] | None = None,
     on_found: Callable[[int, list[Found]], None] | None = None,
   ) -> list[Answer]:
     """See `Answerer.answer`."""
+    if isinstance(questions, str):
+      questions = [questions]
     requests = [Question(q) if isinstance(q, str) else q for q in questions]
     with self._lock:
       _send("answer", [dataclasses.asdict(q) for q in requests], on_text is not None)
