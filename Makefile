@@ -15,7 +15,7 @@ quickstart: $(VENV)/.quickstart$(ACCEL)
 	$(BIN)/clara quickstart --workdir $(WORKDIR) $(ARGS)
 
 test: $(VENV)/.test$(ACCEL)
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+	CLARA_LIBTPU=$(abspath $(VENV))/libtpu $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 # The core of the suite with the oldest versions of what the core needs.
 test-oldest: $(VENV)-oldest/.test
@@ -49,8 +49,10 @@ $(VENV)/.quickstart$(ACCEL): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[quickstart$(EXTRA)]'
 	touch $@
 
+# libtpu, which compiles TPU programs without a TPU, stands beside: in the environment every command would look for one.
 $(VENV)/.test$(ACCEL): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test$(EXTRA)]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(VENV)/libtpu libtpu || echo "no libtpu: tests that compile TPU programs will skip"
 	touch $@
 
 # mypy reads the types of the libraries that the core needs.

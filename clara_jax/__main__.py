@@ -1,5 +1,5 @@
 """`python -m clara_jax` is `clara`."""
 
-from clara_jax.cli.main import run
+from clara_jax.cli import run
 
 run()

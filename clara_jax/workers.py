@@ -42,7 +42,7 @@ class Pool:
     try:
       import ray
     except ImportError:
-      raise ConfigError("--ray: pip install -e '.[ray]'") from None
+      raise ConfigError("--ray: pip install 'clara_jax[ray]'") from None
     self._ray = ray
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:

@@ -235,7 +235,7 @@ def _topology(name: str, slices: int):
     hint = (
       ""
       if importlib.util.find_spec("libtpu")
-      else " (the compiler comes with pip install -e '.[tpu]')"
+      else " (the compiler comes with pip install 'clara_jax[tpu]')"
     )
     raise ConfigError(
       f"--topology {name}: {str(error).splitlines()[0]}{hint}; shapes are those of Cloud TPU "

@@ -404,3 +404,10 @@ def test_a_checkpoint_is_converted_into_a_bucket(folder, tmp_path, capsys):
   copy = pathlib.Path(buckets.local_copy(target))
   for file in io.files(tmp_path / "hf"):
     assert io.checksum(copy / file.relative_to(tmp_path / "hf")) == io.checksum(file), file
+
+
+def test_a_first_run_that_failed_leaves_nothing_in_a_bucket(storage):
+  store = MemoryStore(f"{BUCKET}/failed", MANIFEST)
+  store.discard_if_new()
+  store.close()
+  assert not buckets.Objects(f"{BUCKET}/failed").listed()

@@ -22,9 +22,19 @@ from clara_jax.training import config_file
 from clara_jax.training.program import Program
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Beside the environment that users run in, where every command would look for a TPU.
+LIBTPU = pathlib.Path(os.environ.get("CLARA_LIBTPU", "")) / "libtpu" / "libtpu.so"
 needs_libtpu = pytest.mark.skipif(
-  importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+  not LIBTPU.exists() and importlib.util.find_spec("libtpu") is None,
+  reason="libtpu is not installed: make test does it, in VENV/libtpu",
 )
+
+
+@pytest.fixture(autouse=True)
+def libtpu(monkeypatch):
+  """JAX finds the compiler."""
+  if LIBTPU.exists():
+    monkeypatch.setenv("TPU_LIBRARY_PATH", str(LIBTPU))
 
 
 def aot(*arguments):

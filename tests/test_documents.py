@@ -341,3 +341,13 @@ def test_wrong_options_are_named(start, tmp_path):
   assert "--overlap 99: expected 0 to 10" in refused(*given, "--overlap", "99")
   said = refused(*given, "--delete-missing", "--process", 0, "--processes", 2)
   assert "delete_missing" in said or "--delete-missing" in said
+
+
+def test_a_first_run_that_failed_is_not_in_the_way(start, tmp_path, capsys):
+  (tmp_path / "bad.jsonl").write_text('{"no": "text"}\n')
+  (tmp_path / "good.jsonl").write_text('{"text": "One."}\n')
+  store = tmp_path / "store"
+  given = ("compress", "--checkpoint", start, "--store", store, "--documents")
+  assert "bad.jsonl:1" in refused(*given, tmp_path / "bad.jsonl", "--encoding", "int8")
+  made = compress(start, tmp_path / "good.jsonl", store, "--encoding", "float32", capsys=capsys)
+  assert made["documents"] == 1

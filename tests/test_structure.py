@@ -30,7 +30,7 @@ FLOORS = [
   {"memory", "analysis"},
   {"retrieval"},
   {"inference"},
-  {"checkpoints"},
+  {"checkpoints", "configs"},
   {"training"},
   {"evaluation"},
   {"synthesis"},

@@ -99,7 +99,7 @@ def opened(path: str) -> Iterator[LazyCheckpoint]:
     import gguf
   except ImportError:
     raise ConfigError(
-      f"{path}: GGUF files need the library gguf: pip install -e '.[gguf]'"
+      f"{path}: GGUF files need the library gguf: pip install 'clara_jax[gguf]'"
     ) from None
   try:
     _check_header(path)

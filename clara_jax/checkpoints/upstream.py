@@ -250,7 +250,7 @@ def _torch(where: str) -> Any:
     import torch
   except ImportError:
     raise ConfigError(
-      f"{where.replace('.unfinished', '')}: .pth files need torch: pip install -e '.[torch]'"
+      f"{where.replace('.unfinished', '')}: .pth files need torch: pip install 'clara_jax[torch]'"
     ) from None
   return torch
 

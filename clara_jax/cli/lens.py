@@ -12,7 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's options."""
   arguments.checkpoint(parser)
   arguments.memory_tokens(parser)
-  parser.add_argument("--top", type=int, default=20, help="words for each memory token, merged")
+  parser.add_argument(
+    "--top", type=arguments.positive, default=20, help="words for each memory token, merged"
+  )
   parser.add_argument("questions", nargs="+", metavar="QUESTION")
 
 

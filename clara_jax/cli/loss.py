@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="scp, instruct, joint, contrastive, or FILE.py:STAGE",
   )
   parser.add_argument("--rows", required=True, metavar="F")
-  parser.add_argument("--batch-size", type=int, default=16)
+  parser.add_argument("--batch-size", type=arguments.positive, default=16)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -7,14 +7,17 @@ output; progress and logs go to standard error.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any, NoReturn
 
 import clara_jax
 from clara_jax.cli import inputs, output
@@ -43,6 +46,7 @@ COMMANDS = (
   "gradients",
 )
 EXIT_BAD_INPUT = 2
+INTERRUPTED = 130
 _WITH_OVERRIDES = ("train", "config")
 _CLOUD = ("aiohttp", "gcsfs", "google")  # whose errors are of a network or of credentials
 # What is wrong with a disk, not with the program; what was done is kept.
@@ -71,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if hasattr(stream, "reconfigure"):
       stream.reconfigure(errors="backslashreplace")
   command = command_module(options.command)
+  _Interrupts.begun = True
   try:
     with (
       output.reserved_standard_output(options.json),
@@ -83,16 +88,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
       )
   except KeyboardInterrupt:
     print("clara: interrupted", file=sys.stderr)
-    return 130
+    return INTERRUPTED
   except (InputError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
     print(f"clara {options.command}: {_one_line(error)}", file=sys.stderr)
     return EXIT_BAD_INPUT
   except ImportError as error:
     if "gcsfs" not in str(error) and "google" not in str(error):
       raise
-    print(f"clara {options.command}: gs://…: {error}: pip install -e '.[gcs]'", file=sys.stderr)
+    print(
+      f"clara {options.command}: gs://…: {error}: pip install 'clara_jax[gcs]'", file=sys.stderr
+    )
     return EXIT_BAD_INPUT
   except Exception as error:
+    if _Interrupts.came:  # a library has made another error of it
+      print("clara: interrupted", file=sys.stderr)
+      return INTERRUPTED
     of_disk = isinstance(error, OSError) and error.errno in _DISK
     if not of_disk and type(error).__module__.partition(".")[0] not in _CLOUD:
       raise
@@ -137,9 +147,58 @@ def _one_line(error: BaseException) -> str:
   return " ".join(str(error).split()) or type(error).__name__
 
 
+class _Interrupts:
+  """Ctrl-C: before the command has begun the process ends at once; then it is the exception that
+  everybody knows, until a command takes the signal over."""
+
+  came = False
+  begun = False
+
+  @classmethod
+  def received(cls, number: int, frame: Any) -> None:
+    del number
+    # An exception in the middle of an import ends some libraries by abort().
+    if not cls.begun or _is_importing(frame):
+      _leave(INTERRUPTED)
+    cls.came = True
+    sys.unraisablehook = cls.lost
+    raise KeyboardInterrupt
+
+  @classmethod
+  def lost(cls, unraisable: Any) -> None:
+    """In a place from which no exception comes out; what follows is of no interest either."""
+    if unraisable.exc_type is KeyboardInterrupt:
+      _leave(INTERRUPTED)
+
+
+def _is_importing(frame: Any) -> bool:
+  while frame is not None:
+    if frame.f_code.co_filename.startswith("<frozen importlib"):
+      return True
+    frame = frame.f_back
+  return False
+
+
+def _leave(status: int) -> NoReturn:
+  """Ends the process without Python's own way of ending: threads of libraries that are still at
+  work would crash in it. All that was written is whole at any moment."""
+  with contextlib.suppress(BaseException):
+    sys.stdout.flush()
+    sys.stderr.flush()
+  os._exit(status)
+
+
 def run() -> None:
   """The console script."""
-  sys.exit(main())
+  signal.signal(signal.SIGINT, _Interrupts.received)
+  try:
+    status = main()
+  except KeyboardInterrupt:
+    status = INTERRUPTED
+  if status == INTERRUPTED:
+    _leave(status)
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done
+  sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--out", required=True, metavar="DIR", help="the dataset goes to DIR/KIND/VERSION"
   )
   parser.add_argument(
-    "--files", type=int, default=32, help="default 32; as many as data.shards of the runs, or more"
+    "--files",
+    type=arguments.positive,
+    default=32,
+    help="default 32; as many as data.shards of the runs, or more",
   )
   arguments.max_malformed(parser, "rows")
 

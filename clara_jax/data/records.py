@@ -207,6 +207,6 @@ def _tfds() -> Any:
     import tensorflow_datasets as tfds
   except ImportError:
     raise ConfigError(
-      "ArrayRecord rows need tensorflow-datasets: pip install -e '.[records]'"
+      "ArrayRecord rows need tensorflow-datasets: pip install 'clara_jax[records]'"
     ) from None
   return tfds

@@ -39,7 +39,7 @@ class Bm25:
     try:
       import bm25s
     except ImportError:
-      raise ConfigError("BM25 needs bm25s: pip install -e '.[evaluate]'") from None
+      raise ConfigError("BM25 needs bm25s: pip install 'clara_jax[evaluate]'") from None
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG itself
     self._tokenize = lambda t: bm25s.tokenize(list(t), stopwords="en", show_progress=False)
     self._index = bm25s.BM25()

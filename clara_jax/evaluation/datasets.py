@@ -297,7 +297,9 @@ def _tfds(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
   try:
     import tensorflow_datasets as tfds
   except ImportError:
-    raise DataError(f"{path}: needs tensorflow-datasets: pip install -e '.[records]'") from None
+    raise DataError(
+      f"{path}: needs tensorflow-datasets: pip install 'clara_jax[records]'"
+    ) from None
   log.info(f"{path}: read through TFDS, which downloads it the first time")
   source = tfds.data_source(name, split=split[0] if split else "validation")
   for i, value in enumerate(source):

@@ -73,7 +73,7 @@ def paraphrase(
         for d, t in zip(batch, texts, strict=True)
       ]
     except ImportError:
-      raise ConfigError("ROUGE needs rouge-score: pip install -e '.[evaluate]'") from None
+      raise ConfigError("ROUGE needs rouge-score: pip install 'clara_jax[evaluate]'") from None
     if progress:
       log.info(f"paraphrase: {len(rows)}/{len(documents)} documents")
   if scorer:
@@ -86,7 +86,7 @@ def _bert_scorer(name: str) -> Any:
   try:
     from bert_score import BERTScorer
   except ImportError:
-    raise ConfigError("--bertscore needs bert-score: pip install -e '.[bertscore]'") from None
+    raise ConfigError("--bertscore needs bert-score: pip install 'clara_jax[bertscore]'") from None
   model, _, layer = name.rpartition(":") if name.rpartition(":")[2].isdigit() else (name, "", "")
   try:
     return BERTScorer(model_type=model, num_layers=int(layer) if layer else None)

@@ -45,7 +45,7 @@ def load(name: str) -> Encode:
     from transformers.utils import logging
   except ImportError:
     raise ConfigError(
-      f"--retriever {name}: dense models need sentence-transformers: pip install -e '.[dense]'"
+      f"--retriever {name}: dense models need sentence-transformers: pip install 'clara_jax[dense]'"
     ) from None
   logging.disable_progress_bar()
   try:

@@ -24,6 +24,7 @@ from clara_jax.config import ClaraConfig, ConfigError, MeshConfig
 from clara_jax.data.pipeline import pad_tokens
 from clara_jax.data.prompt_tokenizer import PromptTokenizer
 from clara_jax.data.schemas import Document
+from clara_jax.errors import InputError
 from clara_jax.inference.checkpoint import Checkpoint
 from clara_jax.memory.store import (
   BLOCK,
@@ -352,7 +353,10 @@ def _write(
       )
 
   writing: concurrent.futures.Future | None = None
-  with contextlib.closing(store), concurrent.futures.ThreadPoolExecutor(1) as writer:
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(contextlib.closing(store))
+    stack.push(_discard(store))
+    writer = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
     for chunk, memories, more in results:
       counts = Counts(*np.add(counts, more).tolist())
       if writing:
@@ -388,6 +392,16 @@ def _write(
     deleted,
     unknown,
   )
+
+
+def _discard(store: MemoryStore) -> Callable[..., None]:
+  """On the way out of a `with` that has failed."""
+
+  def leave(kind: Any, *_: Any) -> None:
+    if kind is not None and issubclass(kind, InputError):
+      store.discard_if_new()
+
+  return leave
 
 
 def _open_store(directory: str, manifest: Manifest, writer: int, together: bool) -> MemoryStore:

@@ -217,5 +217,5 @@ def _faiss():
   try:
     import faiss
   except ImportError:
-    raise ConfigError("this needs faiss: pip install -e '.[compact]'") from None
+    raise ConfigError("this needs faiss: pip install 'clara_jax[compact]'") from None
   return faiss

@@ -208,7 +208,8 @@ class MemoryStore:
       self._locks = self._lock()
     try:
       self._copy()
-      if manifest is not None and not file.exists():
+      self._is_new = manifest is not None and not file.exists()
+      if self._is_new:
         self._create(file, manifest, codebook)
       if not file.exists():
         raise StoreError(
@@ -569,6 +570,20 @@ class MemoryStore:
         self._upload.create(self._folder)
       except buckets.ConflictError:
         self._copy()
+
+  def discard_if_new(self) -> None:
+    """Takes back a store that this object made, as long as it has no segment: a first run that
+    failed does not stand in the way of the next, with other settings perhaps."""
+    if not self._is_new or self._segment_folder().names():
+      return
+    self._close_readers()
+    if self._upload:
+      self._upload.discard([f.name for f in self._folder.glob("ledger-*.jsonl")])
+    for name in ("manifest.json", "codebook.npy"):
+      (self._folder / name).unlink(missing_ok=True)
+    for ledger in self._folder.glob("ledger-*.jsonl"):
+      ledger.unlink()
+    shutil.rmtree(os.fspath(self._segment_folder().path), ignore_errors=True)
 
   def _refuse_in_bucket(self, what: str) -> None:
     if self._is_remote:
@@ -1017,6 +1032,11 @@ class _Upload:
     if (centers := store / "codebook.npy").exists():
       self.objects.write(centers.name, centers.read_bytes(), self.objects.generation(centers.name))
     self.objects.write("manifest.json", (store / "manifest.json").read_bytes(), 0)
+
+  def discard(self, ledgers: Sequence[str]) -> None:
+    """Takes back what `create` and `begin` have written."""
+    for name in ("manifest.json", "codebook.npy", *ledgers):
+      self.objects.delete(name, self.objects.generation(name))
 
   def begin(self, ledger: Any) -> None:
     """Takes the ledger over."""

@@ -50,7 +50,7 @@ def figure(
     import matplotlib
   except ImportError:
     raise ConfigError(
-      "plots need matplotlib: pip install -e '.[evaluate]'; what was computed is kept"
+      "plots need matplotlib: pip install 'clara_jax[evaluate]'; what was computed is kept"
     ) from None
   matplotlib.use("svg")
   from matplotlib import pyplot

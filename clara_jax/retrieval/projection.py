@@ -64,7 +64,9 @@ def learn(sample: np.ndarray, dimensions: int) -> Projection:
   try:
     import faiss
   except ImportError:
-    raise ConfigError("a projection is learned by faiss: pip install -e '.[compact]'") from None
+    raise ConfigError(
+      "a projection is learned by faiss: pip install 'clara_jax[compact]'"
+    ) from None
   pca = faiss.PCAMatrix(sample.shape[1], dimensions)
   pca.train(np.ascontiguousarray(sample, np.float32))
   components = faiss.vector_to_array(pca.A)[: dimensions * sample.shape[1]].reshape(dimensions, -1)

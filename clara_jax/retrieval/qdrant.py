@@ -292,7 +292,7 @@ def _connect(url: str | None, where: str) -> Any:
   try:
     import qdrant_client
   except ImportError:
-    raise ConfigError("index kind 'qdrant': pip install -e '.[qdrant]'") from None
+    raise ConfigError("index kind 'qdrant': pip install 'clara_jax[qdrant]'") from None
   if url is None:
     try:
       return qdrant_client.QdrantClient(path=where)

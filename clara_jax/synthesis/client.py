@@ -236,7 +236,7 @@ class Client:
     try:
       import aiohttp
     except ImportError:
-      raise ConfigError("an endpoint needs aiohttp: pip install -e '.[synthesize]'") from None
+      raise ConfigError("an endpoint needs aiohttp: pip install 'clara_jax[synthesize]'") from None
     self._session = aiohttp.ClientSession(
       connector=aiohttp.TCPConnector(limit=0),
       headers={**self.endpoint.headers, "Accept-Encoding": "identity"},

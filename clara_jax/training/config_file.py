@@ -8,6 +8,7 @@ where no base is named (`pretrain`, and compiles ahead of time).
 import ast
 import dataclasses
 import os
+import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from clara_jax import configs
 from clara_jax.checkpoints import families, formats, native
 from clara_jax.checkpoints.hub import local_directory
 from clara_jax.checkpoints.workdir import is_checkpoint, read_config
@@ -121,9 +123,19 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _fields(path: str, overrides: Sequence[str]) -> dict[str, Any]:
   """What the file and the overrides say."""
-  file = path.split(":", 1)[0]
+  file, colon, argument = path.partition(":")
   if not os.path.exists(file):
-    raise ConfigError(f"--config {file}: no such file")
+    built_in = {
+      f.stem: f
+      for f in pathlib.Path(configs.__file__).parent.glob("*.py")
+      if not f.stem.startswith("_")
+    }
+    if file not in built_in:
+      raise ConfigError(
+        f"--config {file}: no such file, nor one of those that come with clara_jax: "
+        f"{', '.join(sorted(built_in))}"
+      )
+    path = f"{built_in[file]}{colon}{argument}"
   for override in overrides:
     if not override.startswith("--config.") or "=" not in override:
       raise ConfigError(

@@ -279,7 +279,7 @@ def _quantized(tree: Any, plain: Any, shapes: Any) -> Any:
     import qwix
   except ImportError:
     raise ConfigError(
-      "clara.model.base_quantization='int8' needs qwix: pip install -e '.[int8]'"
+      "clara.model.base_quantization='int8' needs qwix: pip install 'clara_jax[int8]'"
     ) from None
   result = {}
   for name, like in shapes.items():
