@@ -4,7 +4,8 @@ in shared passes.
     clara quickstart --workdir quickstart && python benchmarks/serving.py --workdir quickstart
 
 Clients mix short and long questions, 1 to 3 documents, whole and streamed answers. Client and
-server share the machine. Prints one JSON object.
+server share the machine. `--path /v1/chat/completions` asks as chat clients do. Prints one JSON
+object.
 """
 
 import argparse
@@ -56,14 +57,36 @@ def expected(workdir: str, questions: int) -> list[tuple[dict, str, list[str]]]:
   return expectations
 
 
-def client(requests: list, rng: random.Random, until: float, log: dict) -> None:
+def sent(path: str, request: dict) -> dict:
+  """A request's body."""
+  if path == "/answer":
+    return request
+  messages = [{"role": "user", "content": request["question"]}]
+  more = {"k": request["k"], "stream": request["stream"], "citations": False}
+  return {"model": "clara", "messages": messages, **more}
+
+
+def received(path: str, text: str) -> tuple[str, list[str]]:
+  """(answer, ids of its documents) of a response, streamed or not."""
+  if path == "/answer":
+    got = json.loads(text.splitlines()[-1])
+    return got["answer"], [d["id"] for d in got["documents"]]
+  if not text.startswith("data: "):
+    got = json.loads(text)
+    return got["choices"][0]["message"]["content"], [d["id"] for d in got["documents"]]
+  events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+  content = "".join(e["choices"][0]["delta"].get("content", "") for e in events)
+  return content, [d["id"] for d in events[-1]["documents"]]
+
+
+def client(path: str, requests: list, rng: random.Random, until: float, log: dict) -> None:
   """One request after the other on one connection."""
   connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=120)
   while time.monotonic() < until:
     request, answer, documents = rng.choice(requests)
-    body, start = json.dumps(request), time.monotonic()
+    body, start = json.dumps(sent(path, request)), time.monotonic()
     try:
-      connection.request("POST", "/answer", body, {"Content-Type": "application/json"})
+      connection.request("POST", path, body, {"Content-Type": "application/json"})
       response = connection.getresponse()
       text = response.read().decode()
     except (OSError, http.client.HTTPException) as error:
@@ -74,21 +97,16 @@ def client(requests: list, rng: random.Random, until: float, log: dict) -> None:
     if response.status != 200:
       log["errors"].append(text)
       continue
-    got = json.loads(text.splitlines()[-1])
-    if (
-      got["question"] != request["question"]
-      or got["answer"] != answer
-      or [d["id"] for d in got["documents"]] != documents
-    ):
-      log["wrong"].append((request, answer, got["answer"]))
+    if received(path, text) != (answer, documents):
+      log["wrong"].append((request, answer, text))
 
 
-def load(requests: list, clients: int, seconds: float) -> dict:
+def load(path: str, requests: list, clients: int, seconds: float) -> dict:
   """All clients at once, each in a thread."""
   log: dict = {"seconds": [], "errors": [], "wrong": []}
   until = time.monotonic() + seconds
   threads = [
-    threading.Thread(target=client, args=(requests, random.Random(i), until, log))
+    threading.Thread(target=client, args=(path, requests, random.Random(i), until, log))
     for i in range(clients)
   ]
   for thread in threads:
@@ -130,8 +148,9 @@ def served(workdir: str, batch: int):
   )
   while True:
     try:
-      httpx.get(f"http://127.0.0.1:{PORT}/healthz")
-      return process
+      if httpx.get(f"http://127.0.0.1:{PORT}/healthz").status_code == 200:
+        return process
+      time.sleep(0.2)
     except httpx.TransportError:
       if process.poll() is not None:
         raise SystemExit("the server did not start") from None
@@ -142,6 +161,7 @@ def main() -> None:
   """Prints one JSON object."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--workdir", required=True, help="of clara quickstart")
+  parser.add_argument("--path", default="/answer", choices=("/answer", "/v1/chat/completions"))
   parser.add_argument("--seconds", type=float, default=60)
   parser.add_argument("--clients", type=int, default=64)
   options = parser.parse_args()
@@ -149,9 +169,11 @@ def main() -> None:
   report = {"clients": options.clients, "seconds": options.seconds, "cores": os.cpu_count()}
   for batch in (1, 32):
     process = served(options.workdir, batch)
-    load(requests, options.clients, 15)  # shapes that come up now and then are compiled
-    report[f"batch {batch}"] = load(requests, options.clients, options.seconds)
-    alone = load(requests, 1, 5)
+    load(
+      options.path, requests, options.clients, 15
+    )  # shapes that come up now and then are compiled
+    report[f"batch {batch}"] = load(options.path, requests, options.clients, options.seconds)
+    alone = load(options.path, requests, 1, 5)
     report[f"batch {batch}"]["alone_p50_ms"] = alone["p50_ms"]
     process.send_signal(signal.SIGTERM)
     report[f"batch {batch}"]["exit_status"] = process.wait()

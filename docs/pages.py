@@ -19,6 +19,7 @@ CONTENTS = {
     "pods",
     "conversion",
     "corpus",
+    "serving",
     "gradients",
     "evaluation",
     "synthesis",

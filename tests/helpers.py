@@ -33,9 +33,9 @@ def question(person: int = 0) -> str:
 
 
 @contextlib.contextmanager
-def running(answerer, limits, access=guard.ANYBODY, follow=0.0):
+def running(answerer, limits, access=guard.ANYBODY, follow=0.0, port=None):
   """A real server on loopback."""
-  port = free_port()
+  port = port or free_port()
   app = server.make_app(answerer, limits, access, follow)
   running_server = server.configured(app, limits, port=port)
   thread = threading.Thread(target=running_server.run)

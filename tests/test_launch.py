@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
 import yaml
@@ -248,6 +249,26 @@ def test_a_job_set_is_what_its_schema_wants(variables, slices, hosts, chips, acc
   assert pod["containers"][0]["resources"]["limits"]["google.com/tpu"] == str(chips)
   assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == accelerator
   assert ("cloud.google.com/gke-spot" in pod["nodeSelector"]) == (variables.get("SPOT") != "")
+
+
+def test_a_server_on_kubernetes_is_what_the_schema_wants():
+  deployment, service = yaml.safe_load_all((ROOT / "launch" / "serve.yaml").read_text())
+  check(deployment, "V1Deployment", "deployment")
+  check(service, "V1Service", "service")
+  (container,) = deployment["spec"]["template"]["spec"]["containers"]
+  options = cli.make_parser(container["args"]).parse_args(container["args"])
+  assert options.port == container["ports"][0]["containerPort"] == 5004
+  for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+    assert container[probe]["httpGet"] == {"path": "/healthz", "port": "http"}
+
+
+def test_a_container_has_what_it_installs():
+  text = (ROOT / "launch" / "Dockerfile").read_text()
+  for line in re.findall(r"^COPY (.*)$", text, re.M):
+    assert all((ROOT / name).exists() for name in line.split()[:-1]), line
+  (extras,) = re.findall(r"\.\[([a-z,]+)\$", text)
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  assert {*extras.split(","), "gpu", "tpu"} <= set(project["optional-dependencies"])
 
 
 @pytest.mark.parametrize(

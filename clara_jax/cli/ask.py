@@ -31,4 +31,9 @@ def show(report: dict[str, Any]) -> None:
   for answer in report["answers"]:
     print(f"\n{answer['question']}\n  {answer['answer']}")
     for document in answer["documents"]:
-      print(f"    {document['score']:.4f}  {document['id']}  {document['title']}")
+      cut = document["whole_tokens"] > document["tokens"]
+      more = [document["place"]] if document["place"] else []
+      if cut:
+        more += [f"cut: {document['tokens']} of {document['whole_tokens']} tokens were read"]
+      told = f"  ({'; '.join(more)})" if more else ""
+      print(f"    {document['score']:.4f}  {document['id']}  {document['title']}{told}")

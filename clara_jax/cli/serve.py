@@ -65,6 +65,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="between two looks whether a store has changed; 0: never; default 2",
   )
   parser.add_argument(
+    "--allow-upload",
+    action="store_true",
+    help="whoever may ask may also add documents to the store, on the page and by POST /documents",
+  )
+  parser.add_argument(
+    "--examples", metavar="F", help="questions that the page offers, one a line; 6 at most"
+  )
+  parser.add_argument(
+    "--doubt-below",
+    type=float,
+    default=0.0,
+    metavar="SCORE",
+    help="of the best document, below which the page says that an answer may be a guess",
+  )
+  parser.add_argument(
+    "--allowed-origin",
+    action="append",
+    default=[],
+    metavar="ORIGIN",
+    help="pages of this origin (https://example.com) may ask from a browser (CORS); any number of "
+    "times",
+  )
+  parser.add_argument(
     "--timeout", type=float, default=60.0, help="seconds that a request may take; default 60"
   )
 
@@ -79,7 +102,9 @@ def run(options: argparse.Namespace) -> None:
   access = guard.Access(
     tuple(options.allowed_host),
     guard.read_token(options.token_file) if options.token_file else None,
+    guard.check_origins(options.allowed_origin),
   )
+  options.examples = _examples(options.examples) if options.examples else []
   names = [options.name, *(name for name, _, _ in options.model)]
   if len(set(names)) < len(names) or not all(names):
     raise ConfigError(f"--name, --model: {names}: expected a name of its own for each")
@@ -124,6 +149,13 @@ def _answerers(options: argparse.Namespace, tell: Callable[[str], None]) -> dict
   return answerers
 
 
+def _examples(path: str) -> list[str]:
+  from clara_jax.data import schemas
+
+  with schemas.open_text(path) as file:
+    return [line.strip() for line in file if line.strip()][:6]
+
+
 def _serve(make: Any, options: argparse.Namespace, access: Any) -> None:
   from clara_jax.serving import server
 
@@ -136,7 +168,10 @@ def _serve(make: Any, options: argparse.Namespace, access: Any) -> None:
       wait_ms=options.max_wait_ms,
       waiting=options.max_waiting,
       seconds=options.timeout,
+      doubt_below=options.doubt_below,
+      upload=options.allow_upload,
     ),
     access,
     options.follow,
+    options.examples,
   )

@@ -9,6 +9,7 @@ import ipaddress
 import json
 import re
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -39,6 +40,20 @@ def read_token(path: str) -> str:
   return token
 
 
+def check_origins(origins: Sequence[str]) -> tuple[str, ...]:
+  """Origins as browsers write them.
+
+  Raises:
+    ConfigError: one is none, or would be everybody's.
+  """
+  for origin in origins:
+    if not re.fullmatch(r"https?://[^/\s*]+", origin):
+      raise ConfigError(
+        f"--allowed-origin {origin}: expected an origin, such as https://example.com"
+      )
+  return tuple(origins)
+
+
 @dataclasses.dataclass(frozen=True)
 class Access:
   """Who may ask.
@@ -50,10 +65,12 @@ class Access:
   Attributes:
     hosts: more host names; `.example.com` is all below; `*` is every name.
     token: that requests must bring (`Authorization: Bearer …`), but for `OPEN`; None: none.
+    origins: of pages that may ask from a browser (CORS).
   """
 
   hosts: tuple[str, ...] = ()
   token: str | None = None
+  origins: tuple[str, ...] = ()
 
   def has_host(self, header: str) -> bool:
     """Whether the Host header of a request is a name of this server."""
@@ -113,7 +130,12 @@ class Guard:
         421,
         f"the host {host!r} is not a name of this server; clara serve --allowed-host adds one",
       )
-    if scope["path"] not in OPEN and not self._access.has_token(headers.get(b"authorization", "")):
+    preflight = self._access.origins and scope["method"] == "OPTIONS"  # asks, and gets nothing
+    if (
+      scope["path"] not in OPEN
+      and not preflight
+      and not self._access.has_token(headers.get(b"authorization", ""))
+    ):
       return await _refuse(
         scope,
         guarded,

@@ -3,16 +3,25 @@ while it is served."""
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
+import pathlib
+import re
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from clara_jax.config import ConfigError
-from clara_jax.data.schemas import DataError
+import jax
+
+from clara_jax import sharding
+from clara_jax.config import ConfigError, MeshConfig
+from clara_jax.data.schemas import DataError, Document
+from clara_jax.documents import pieces, reading
 from clara_jax.errors import InputError
 from clara_jax.inference.answer import Answer, Answerer, Found, Question
+from clara_jax.inference.compress import Compressor
 from clara_jax.memory.store import MemoryStore
 from clara_jax.retrieval import index as index_lib
 from clara_jax.serving import together
@@ -20,6 +29,7 @@ from clara_jax.serving.batcher import Batcher
 
 log = logging.getLogger(__name__)
 
+_UPLOADER = 998  # a writer's number that no compress has
 _SHARE = 4  # a store that always changes takes one part of the time in so many
 
 
@@ -42,6 +52,8 @@ class Model:
   ):
     self.name, self.answerer, self._executor = name, answerer, executor
     self.created = int(time.time())
+    self._compressor: Compressor | None = None
+    self._changing = asyncio.Lock()
     self.answers = Batcher(self._answer, executor, **batching)
     self.searches = Batcher(self._search, executor, **batching)
 
@@ -95,6 +107,70 @@ class Model:
     except (ConfigError, DataError) as error:
       return [error] if len(questions) == 1 else [self._search([q], [None])[0] for q in questions]
 
+  # ---- documents that are added ------------------------------------------------------------------
+
+  async def add(self, name: str, content: bytes) -> list[str]:
+    """Reads, compresses and stores a document of a user's, and goes on with the store that has it.
+
+    Args:
+      name: of its file; its ids begin with it.
+      content: of its file.
+
+    Returns:
+      The ids of its pieces; an earlier one with the same id is replaced.
+
+    Raises:
+      InputError: it cannot be read, or the store not be written to.
+    """
+    loop = asyncio.get_running_loop()
+    async with self._changing:
+      documents = await loop.run_in_executor(None, self._read, name, content)
+      ids = await loop.run_in_executor(self._executor, self._store, documents)
+      state = await loop.run_in_executor(None, self._later_state)
+      if state is not None:
+        await loop.run_in_executor(self._executor, self.answerer.follow, *state)
+    return ids
+
+  def _read(self, name: str, content: bytes) -> list[Document]:
+    if isinstance(self.answerer, together.Leader) or self._settings().get("kind") == "qdrant":
+      raise ConfigError("documents are added to a store of one process, without a database")
+    safe = re.sub(r"[^\w.()+ -]", "_", name.replace("\\", "/").rsplit("/", 1)[-1]).lstrip(". ")
+    if not safe:
+      raise ConfigError(f"name: {name!r:.60} is no name of a file")
+    prompt_tokenizer = self.answerer.checkpoint.prompt_tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+      file = pathlib.Path(folder) / safe
+      file.write_bytes(content)
+      try:
+        return list(
+          pieces.documents(
+            reading.read(str(file)),
+            prompt_tokenizer.config.doc_max_length,
+            lambda text: len(prompt_tokenizer.ids(text)),
+            "always",
+          )
+        )
+      except InputError as error:
+        raise DataError(str(error).replace(f"{folder}/", "")) from None
+
+  def _store(self, documents: list[Document]) -> list[str]:
+    """On the devices' thread."""
+    if not documents:
+      raise DataError("the document is empty")
+    store = self.answerer.store
+    if store.manifest.num_memory_tokens < store.whole.num_memory_tokens:
+      raise ConfigError("documents are added where all memory tokens of each are read")
+    if self._compressor is None:
+      device = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+      checkpoint = self.answerer.checkpoint
+      self._compressor = Compressor(checkpoint, checkpoint.mesh or device, batch_size=8)
+    memories, _ = self._compressor.compress(
+      store.whole.num_memory_tokens, [d.text for d in documents]
+    )
+    with contextlib.closing(MemoryStore(store.location, store.whole, writer=_UPLOADER)) as writer:
+      writer.upsert(documents, memories)
+    return [d.id for d in documents]
+
   # ---- a store that changes ----------------------------------------------------------------------
 
   async def follow(self, seconds: float, told: Callable[[], None] = lambda: None) -> None:
@@ -117,10 +193,12 @@ class Model:
         await asyncio.sleep(pause)
         start, cost = time.monotonic(), 0.0
         try:
-          state = await loop.run_in_executor(thread, self._later_state)
-          cost = time.monotonic() - start
+          async with self._changing:
+            state = await loop.run_in_executor(thread, self._later_state)
+            cost = time.monotonic() - start
+            if state is not None:
+              await loop.run_in_executor(self._executor, self.answerer.follow, *state)
           if state is not None:
-            await loop.run_in_executor(self._executor, self.answerer.follow, *state)
             log.info(
               "serve: the store has changed: %d documents (%.1f s)",
               len(state[0]),

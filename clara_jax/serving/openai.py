@@ -111,10 +111,7 @@ def question_of(messages: Sequence[Message], history: int) -> str:
     raise RefusedError(
       400, f"messages: the last one has more than {schema.TEXT} characters", "messages"
     )
-  for before in reversed(asked[:-1][-history:] if history else []):
-    if before and len(before) + len(question) < schema.TEXT:
-      question = f"{before} {question}"
-  return question
+  return schema.joined(question, asked[:-1][-history:] if history else [])
 
 
 def _text(message: Message) -> str:

@@ -1,7 +1,7 @@
 """What clients may send and what they get, as pydantic models; the OpenAPI description is made from
 them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import pydantic
@@ -34,6 +34,10 @@ class SearchRequest(_Strict):
     | None
   ) = None
   model: ModelName | None = None
+  before: (
+    Annotated[list[Text], Field(max_length=16, description="earlier questions, read in front")]
+    | None
+  ) = None
 
 
 class AnswerRequest(SearchRequest):
@@ -97,6 +101,23 @@ class AnswerResponse(SearchResponse):
   prompt_tokens: int
   completion_tokens: int
   is_whole: bool
+  doubt: str
+
+
+class AddRequest(_Strict):
+  """A document for the store: its file's name and content; found as soon as this is answered. Only
+  where the server was started with --allow-upload."""
+
+  name: Annotated[str, Field(min_length=1, max_length=255)]
+  content: Annotated[str, Field(min_length=1, description="base64")]
+  model: ModelName | None = None
+
+
+class AddResponse(pydantic.BaseModel):
+  """How many pieces were added, and their ids."""
+
+  documents: int
+  ids: list[str]
 
 
 class LensResponse(pydantic.BaseModel):
@@ -122,9 +143,11 @@ ENDPOINTS = {
   "/search": (SearchRequest, SearchResponse),
   "/answer": (AnswerRequest, AnswerResponse),
   "/lens": (LensRequest, LensResponse),
+  "/documents": (AddRequest, AddResponse),
 }
 ERRORS = {
   400: "no JSON",
+  403: "not allowed here",
   404: "no such model",
   401: "the server's token is missing or another",
   413: "too large",
@@ -134,6 +157,15 @@ ERRORS = {
   429: "too many requests are waiting",
   503: "took longer than the server allows, or it is starting or stopping",
 }
+
+
+def joined(question: str, before: Sequence[str]) -> str:
+  """A question with earlier ones in front of it, oldest first; the oldest are left out where they
+  do not fit."""
+  for text in reversed(before):
+    if text and len(text) + len(question) < TEXT:
+      question = f"{text} {question}"
+  return question
 
 
 def openapi(

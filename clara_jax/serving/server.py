@@ -5,6 +5,7 @@ sends is opened as a path, unpickled or used as a template.
 """
 
 import asyncio
+import base64
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -18,7 +19,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ import prometheus_client
 import pydantic
 import uvicorn
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -34,8 +36,9 @@ from starlette.routing import Route
 import clara_jax
 from clara_jax.config import ConfigError
 from clara_jax.data.schemas import DataError
+from clara_jax.errors import InputError
 from clara_jax.evaluation import logit_lens
-from clara_jax.inference.answer import Answer, Answerer, Question
+from clara_jax.inference.answer import Answer, Answerer, Found, Question
 from clara_jax.serving import openai, schema, together
 from clara_jax.serving.batcher import Batcher, OverloadedError
 from clara_jax.serving.errors import RefusedError
@@ -61,6 +64,9 @@ class Limits:
     bodies: bytes of all requests that are being read (503 beyond).
     read_seconds: for a client to send its request.
     connections: at most.
+    doubt_below: a score of the best document below which an answer is in doubt.
+    upload: whether documents may be added.
+    upload_bytes: of an added document, at most.
   """
 
   batch: int = 32
@@ -71,6 +77,9 @@ class Limits:
   bodies: int = 256 << 20
   read_seconds: float = 20.0
   connections: int = 1000
+  doubt_below: float = 0.0
+  upload: bool = False
+  upload_bytes: int = 20 << 20
 
 
 class _Metrics:
@@ -111,6 +120,7 @@ class Service:
   def __init__(self, limits: Limits, follow: float = 0.0):
     self.limits, self.metrics, self._follow = limits, _Metrics(), follow
     self.models: dict[str, Model] = {}
+    self.examples: list[str] = []  # questions that the page offers
     self.progress = "starting"  # until there are models
     self.stopping = False
     self._reading = 0
@@ -250,6 +260,24 @@ class Service:
       raise RefusedError(422, "queries: a number is too large for float32")
     return body, vectors
 
+  async def add(self, request: Request) -> Response:
+    """POST /documents."""
+    if not self.limits.upload:
+      raise RefusedError(403, "documents may not be added: clara serve --allow-upload")
+    most = self.limits.upload_bytes
+    body = await self.read(request, schema.AddRequest, most=4096 + most * 4 // 3)
+    model = self.model(body.model)
+    try:
+      content = base64.b64decode(body.content, validate=True)
+    except ValueError:
+      raise RefusedError(422, "content: expected base64") from None
+    try:
+      ids = await self.within_time(model.add(body.name, content))
+    except (InputError, OSError) as error:
+      raise RefusedError(422, str(error)) from None
+    self._count_documents()
+    return JSONResponse({"documents": len(ids), "ids": ids})
+
   async def lens(self, request: Request) -> Response:
     """POST /lens."""
     # Escaped text takes 6 bytes a character.
@@ -272,7 +300,12 @@ class Service:
     }
     if self.models:
       sizes = {name: len(model.answerer.store) for name, model in self.models.items()}
-      status |= {"documents": next(iter(sizes.values())), "models": sizes}
+      status |= {
+        "documents": next(iter(sizes.values())),
+        "models": sizes,
+        "upload": self.limits.upload,
+        "examples": self.examples,
+      }
     else:
       status["progress"] = self.progress
     return JSONResponse(status, 200 if ready else 503)
@@ -351,7 +384,8 @@ class Service:
     self.check_count(model, body.k)
     if max_new_tokens is not None and max_new_tokens > model.answerer.max_new_tokens:
       raise RefusedError(422, f"max_new_tokens: at most {model.answerer.max_new_tokens} here")
-    return Question(body.question, body.k, tuple(body.ids) if body.ids else None, max_new_tokens)
+    text = schema.joined(body.question, body.before or ())
+    return Question(text, body.k, tuple(body.ids) if body.ids else None, max_new_tokens)
 
   async def within_time(self, result: Any) -> Any:
     try:
@@ -367,6 +401,7 @@ class Service:
   def _whole(self, model: Model, answer: Answer) -> dict[str, Any]:
     return {
       **dataclasses.asdict(answer),
+      "doubt": doubt(answer.documents, self.limits.doubt_below),
       "memory_tokens": model.answerer.store.manifest.num_memory_tokens,
     }
 
@@ -393,6 +428,15 @@ class Service:
     return StreamingResponse(body(), media_type="application/x-ndjson")
 
 
+def doubt(documents: Sequence[Found], below: float) -> str:
+  """Why an answer from these documents may be a guess; empty where nothing says so."""
+  if documents and documents[0].score < below:
+    return f"No document is near this question (the best score is {documents[0].score:.2f})."
+  if len(documents) > 1 and documents[0].score - documents[-1].score < _CLOSE:
+    return "All documents are equally near: the search could not tell them apart."
+  return ""
+
+
 def _attempt(call: Any) -> Any:
   try:
     return call()
@@ -400,6 +444,7 @@ def _attempt(call: Any) -> Any:
     return error
 
 
+_CLOSE = 0.005  # scores that are so near say nothing
 _SMALL = 1 << 16  # bytes that the loop itself parses
 _PAGE = (
   importlib.resources.files("clara_jax.serving")
@@ -484,6 +529,7 @@ def make_app(
       route("/search", service.search, "POST"),
       route("/answer", service.answer, "POST"),
       route("/lens", service.lens, "POST"),
+      route("/documents", service.add, "POST"),
       route("/v1/chat/completions", chat.completions, "POST"),
       route("/v1/models", chat.models, "GET"),
       route("/v1/models/{name}", chat.model, "GET"),
@@ -501,6 +547,13 @@ def make_app(
     lifespan=service.lifespan,
   )
   app.state.service = service
+  if access.origins:
+    app.add_middleware(
+      CORSMiddleware,
+      allow_origins=list(access.origins),
+      allow_methods=["GET", "POST"],
+      allow_headers=["authorization", "content-type"],
+    )
   app.add_middleware(Guard, access=access)
   app.add_middleware(_Counted, service=service)
   return app
@@ -537,6 +590,7 @@ def run(
   limits: Limits = Limits(),
   access: Access = ANYBODY,
   follow: float = 0.0,
+  examples: Sequence[str] = (),
 ) -> None:
   """Serves until SIGTERM or SIGINT; what was accepted is answered first.
 
@@ -548,6 +602,7 @@ def run(
       the port is open already; it is given a function that says what is being done.
     host, port: where.
     limits, access, follow: see `make_app`.
+    examples: questions that the page offers.
 
   Raises:
     ConfigError: the port cannot be had.
@@ -574,7 +629,7 @@ def run(
     except OSError as error:
       raise ConfigError(f"--host {host} --port {port}: {error.strerror}") from None
     access = dataclasses.replace(access, hosts=(*access.hosts, host))
-    _serve(make, listener, limits, access, follow)
+    _serve(make, listener, limits, access, follow, examples)
 
 
 def _made(answerers: Mapping[str, Answerer], tell: Callable[[str], None]) -> Any:
@@ -588,9 +643,11 @@ def _serve(
   limits: Limits,
   access: Access,
   follow: float,
+  examples: Sequence[str],
 ) -> None:
   app = make_app(None, limits, access, follow)
   service, server = app.state.service, configured(app, limits)
+  service.examples = list(examples)
   host, port = listener.getsockname()[:2]
   address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
   problem: list[BaseException] = []
