@@ -1,7 +1,9 @@
 """Several processes as one: who is who, and what they agree on."""
 
+import hashlib
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -78,6 +80,46 @@ def maximum(values: np.ndarray) -> np.ndarray:
   if not several():
     return values
   return np.asarray(multihost_utils.process_allgather(values)).max(0)
+
+
+def agree(what: str, values: Mapping[str, Any]) -> None:
+  """Refuses to go on where the processes were given different values, rather than wait for each
+  other in different places.
+
+  Raises:
+    ConfigError: naming those that differ, on every process.
+  """
+  if not several():
+    return
+  sums = np.array(
+    [
+      int.from_bytes(hashlib.blake2b(repr(values[name]).encode(), digest_size=4).digest(), "big")
+      for name in sorted(values)
+    ],
+    np.uint32,
+  )
+  count = maximum(np.array(len(sums)))
+  if maximum(np.array(len(sums) != count)):
+    raise ConfigError(f"the processes were started with other {what}")
+  all_sums = np.asarray(multihost_utils.process_allgather(sums))
+  differing = [
+    n for n, column in zip(sorted(values), all_sums.T, strict=True) if len(set(column.tolist())) > 1
+  ]
+  if differing:
+    raise ConfigError(
+      f"the processes were started with other {what}: {', '.join(differing)}; give all the same"
+    )
+
+
+def succeed(problem: Exception | None, what: str) -> None:
+  """Raises on every process where something has failed on one, so that none waits for it.
+
+  Raises:
+    Exception: `problem`; on the others a ConfigError that says on which.
+  """
+  failed = maximum(np.array(-1 if problem is None else jax.process_index()))
+  if failed >= 0:
+    raise problem or ConfigError(f"{what} failed on process {int(failed)}, which says why")
 
 
 def barrier(name: str) -> None:

@@ -16,6 +16,7 @@ from clara_jax.config import ConfigError
 
 log = logging.getLogger(__name__)
 
+_RETRIES = 8  # of a call whose worker has died
 AHEAD = 3  # calls an actor that are handed out before their results are taken
 
 
@@ -56,7 +57,7 @@ class Pool:
       raise ConfigError(
         f"--ray-workers {count}: the cluster has room for {found}, each with {resources}"
       )
-    actor: Any = ray.remote(max_restarts=-1, max_task_retries=-1, **resources)(_Worker)
+    actor: Any = ray.remote(max_restarts=-1, max_task_retries=_RETRIES, **resources)(_Worker)
     self._actors: list[Any] = [actor.remote(make, dict(arguments)) for _ in range(count or found)]
     log.info(f"ray: {len(self._actors)} workers, each with {resources}")
 
@@ -85,6 +86,11 @@ class Pool:
       yield
     except self._ray.exceptions.RayTaskError as error:
       raise error.cause from None
+    except self._ray.exceptions.RayActorError as error:
+      raise ConfigError(
+        f"--ray: a call has ended its worker {_RETRIES + 1} times: it may be what it is given, or "
+        f"too little memory ({' '.join(str(error).split())[:200]})"
+      ) from None
 
   def map(self, method: str, calls: Iterable[Sequence[Any]]) -> Iterator[Any]:
     """Results of many calls, in their order; whoever is free takes the next one."""

@@ -96,6 +96,10 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--json", action="store_true")
   options, overrides = parser.parse_known_args(argv)
   if options.program == "search":
+    if options.config is not None:
+      parser.error("--config: --program search has none; name --vectors and --dimensions")
+    if not 0 < options.recall <= 1:
+      parser.error(f"--recall {options.recall:g}: expected more than 0 and at most 1")
     return _search(parser, options, overrides)
   if options.config is None:
     parser.error("name --config")

@@ -176,6 +176,34 @@ def test_a_mesh_that_does_not_fit_is_named(folder):
     cli.main([str(a) for a in (*ask, "--mesh", "rows=2")])
 
 
+@pytest.mark.parametrize(
+  "own, said",
+  [
+    (lambda i: ("--top-k", 2 + i), "other options: top_k"),
+    (lambda i: ("--dtype", "bfloat16"), "computed in float32"),  # the store is refused by both
+  ],
+)
+def test_processes_that_cannot_go_on_together_end(folder, runs, own, said):
+  assert runs["one"]  # has made the store
+  command = ["ask", "--checkpoint", folder / "joint", "--store", folder / "store-one"]
+  command += ["--mesh", "fsdp=2", "--coordinator", f"localhost:{free_port()}", "--processes", 2]
+  environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-m", "clara_jax", *map(str, [*command, "--process", i, *own(i), "q"])],
+      env=environment,
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  for process in processes:
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and said in err, err[-2000:]
+
+
 def test_one_front_with_two_processes_behind_it(folder, runs):
   """`clara serve`: the first process serves, both compute; a refusal, a pause and the end are
   shared, too."""

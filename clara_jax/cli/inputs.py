@@ -69,6 +69,8 @@ def join_processes(options: argparse.Namespace) -> None:
   from clara_jax import distributed
 
   distributed.initialize(options.coordinator, options.processes, options.process)
+  own = ("process", "run", "json")
+  distributed.agree("options", {k: v for k, v in vars(options).items() if k not in own})
   if options.mesh is not None and not distributed.is_main():
     logging.getLogger("clara_jax").setLevel(logging.WARNING)
 

@@ -408,10 +408,14 @@ def _open_store(directory: str, manifest: Manifest, writer: int, together: bool)
   """To write; where processes work together, the first one writes and the others only read."""
   if not together:
     return MemoryStore(directory, manifest, writer=writer)
-  store = MemoryStore(directory, manifest) if distributed.is_main() else None
-  distributed.barrier("store is there")
-  store = store or MemoryStore(directory)
-  distributed.barrier("store is open")
+  store = problem = None
+  for turn in (True, False):  # the first process makes it, if it is not there
+    try:
+      if distributed.is_main() == turn and problem is None:
+        store = MemoryStore(directory, manifest) if turn else MemoryStore(directory)
+    except (InputError, OSError) as error:
+      problem = error
+    distributed.succeed(problem, f"opening {directory}")
   return store
 
 
