@@ -318,6 +318,9 @@ class DataConfig:
       step.
     retrieve: candidates are the row's own, or the N nearest documents of the whole store, which
       lies on the devices ('store', joint stage).
+    expand: instruct: of so large a share of the rows with several documents some are in the prompt
+      as text, so that the generator learns to read both (`clara ask --expand`).
+    expand_documents: how many at most; one at least stays memory tokens.
     label_documents: pretrain: the documents in the prompt are labels, too.
     bucket: prompts are padded to a multiple of it.
     document_bucket: documents and questions are padded to a multiple of it.
@@ -344,6 +347,8 @@ class DataConfig:
   candidates: int = 20
   store: str | None = None
   retrieve: Literal["row", "store"] = "row"
+  expand: float = 0.0
+  expand_documents: int = 1
   label_documents: bool = False
   bucket: int = 64
   document_bucket: int = 16
@@ -361,12 +366,15 @@ class DataConfig:
       "shards",
       "share_documents",
       "length_window",
+      "expand_documents",
       "bucket",
       "document_bucket",
       "label_bucket",
     ):
       if getattr(self, name) < 1:
         raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1")
+    if not 0 <= self.expand <= 1:
+      raise ConfigError(f"data.expand={self.expand}: expected a share, 0 to 1")
     if self.retrieve == "store" and not self.store:
       raise ConfigError("data.retrieve='store': data.store names no store")
     if self.batch_size % self.shards:

@@ -83,6 +83,25 @@ def mesh_sizes(text: str) -> MeshConfig:
     raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def not_negative(text: str) -> int:
+  """A number of 0 or more."""
+  if (value := int(text)) < 0:
+    raise argparse.ArgumentTypeError(f"{value}: expected 0 or more")
+  return value
+
+
+def expand(parser: argparse.ArgumentParser) -> None:
+  """How many documents are read as text."""
+  parser.add_argument(
+    "--expand",
+    type=not_negative,
+    default=0,
+    metavar="n",
+    help="reads the n best documents as text beside the memory tokens of the others; the generator "
+    "has to be trained to (data.expand); default 0",
+  )
+
+
 def memory_tokens(
   parser: argparse.ArgumentParser,
   text: str = "writes, scores and reads the first m memory tokens of a document",
@@ -145,6 +164,7 @@ def answerer(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--top-k", type=positive, help="documents given to the generator; default: the checkpoint's"
   )
+  expand(parser)
   parser.add_argument(
     "--merge",
     action="store_true",

@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metavar="F",
     help="one JSON a row, of one setting; resumes where it was stopped",
   )
+  arguments.expand(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -76,6 +77,8 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     raise ConfigError("--predictions: with --report, predictions are in DIR/predictions")
   if options.judge and not (options.judge_model and options.report):
     raise ConfigError("--judge: name --judge-model and --report, too")
+  if options.report and options.expand:
+    raise ConfigError("--expand: of one setting, without --report")
   judge = None
   if options.judge:
     judge = functools.partial(
@@ -95,6 +98,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
       batch_size=options.batch_size,
       max_new_tokens=options.max_new_tokens,
       path=options.predictions,
+      expand=options.expand,
     )
     return inputs.main_only(evaluation.scores)
   also = {}

@@ -166,7 +166,12 @@ def answerer(options: argparse.Namespace) -> Answerer:
   # The store says how many are read.
   loaded = checkpoint(options, "compressor", "query_reasoner", "generator").first(None)
   return Answerer(
-    loaded, store, top_k=options.top_k, max_new_tokens=options.max_new_tokens, merge=options.merge
+    loaded,
+    store,
+    top_k=options.top_k,
+    max_new_tokens=options.max_new_tokens,
+    expand=options.expand,
+    merge=options.merge,
   )
 
 

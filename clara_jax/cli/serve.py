@@ -144,6 +144,7 @@ def _answerers(options: argparse.Namespace, tell: Callable[[str], None]) -> dict
       store,
       top_k=options.top_k,
       max_new_tokens=options.max_new_tokens,
+      expand=options.expand,
       merge=options.merge,
     )
   return answerers

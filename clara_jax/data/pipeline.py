@@ -166,8 +166,13 @@ class RowEncoder:
     if self.kind == "text":
       return encoded | {"prompt": prompt_tokenizer.row_prompt(row, None, rng.randrange(1 << 16))}
     if self.kind == "given":
-      prompt = prompt_tokenizer.row_prompt(row, len(row.documents), rng.randrange(1 << 16))
-      return encoded | {"prompt": prompt, "documents": [self._document(d) for d in row.documents]}
+      instruction = rng.randrange(1 << 16)
+      shown = self._expanded(row, rng)
+      documents = [d for i, d in enumerate(row.documents) if i not in shown]
+      prompt = prompt_tokenizer.row_prompt(
+        row, len(documents), instruction, [row.documents[i] for i in shown]
+      )
+      return encoded | {"prompt": prompt, "documents": [self._document(d) for d in documents]}
     encoded |= {
       "prompt": prompt_tokenizer.answer_prompt(
         row.questions[0], self.top_k, row.answers[0], row.identifier
@@ -181,6 +186,13 @@ class RowEncoder:
     if self.memories is None:
       return encoded | {"documents": [self._document(d) for d in documents]}
     return encoded | {"memories": self.memories(documents, row.document_ids[: len(documents)])}
+
+  def _expanded(self, row: Row, rng: random.Random) -> list[int]:
+    """Places of the documents that the prompt has as text: `data.expand`."""
+    if not self.data.expand or len(row.documents) < 2 or rng.random() >= self.data.expand:
+      return []
+    most = min(self.data.expand_documents, len(row.documents) - 1)
+    return rng.sample(range(len(row.documents)), rng.randint(1, most))
 
   def first_tokens(self, m: int) -> "RowEncoder":
     """The same that writes the first m memory tokens only."""

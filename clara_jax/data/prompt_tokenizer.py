@@ -298,18 +298,29 @@ class PromptTokenizer:
     """Memory slots of K documents, as text."""
     return prompts.slots(self.num_memory_tokens, num_documents)
 
+  def contents(self, num_documents: int, texts: Sequence[str] = ()) -> str:
+    """What a prompt reads: documents as text, one a line, and behind them the memory slots of K
+    others (REFRAG, arXiv 2509.01092, reads the best ones so)."""
+    slots = self.slots(num_documents)
+    return "\n".join([*map(self._sealed.quoted, texts), *([slots] if slots else [])])
+
   def answer_prompt(
-    self, question: str, num_documents: int, answer: str | None = None, where: str = "prompt"
+    self,
+    question: str,
+    num_documents: int,
+    answer: str | None = None,
+    where: str = "prompt",
+    texts: Sequence[str] = (),
   ) -> PromptTokens:
     """The prompt that answers a question from K documents' memory tokens, with its answer for
-    training.
+    training, and from other documents' `texts`.
 
     Raises:
       DataError: the prompt does not fit `decoder_max_length` (with room for one label token when
         there is an answer).
     """
     return self._prompt(
-      prompts.answer_messages(self.slots(num_documents), self._sealed.quoted(question)),
+      prompts.answer_messages(self.contents(num_documents, texts), self._sealed.quoted(question)),
       answer,
       where,
     )
@@ -325,14 +336,18 @@ class PromptTokenizer:
     return self._prompt(prompts.paraphrase_messages(self.slots(1), 0), None, "prompt")
 
   def row_prompt(
-    self, row: Row, num_documents: int | None = None, instruction: int = 0
+    self,
+    row: Row,
+    num_documents: int | None = None,
+    instruction: int = 0,
+    texts: Sequence[str] = (),
   ) -> PromptTokens:
-    """The training prompt of a row: with the memory slots of so many documents, or with its
-    documents' text."""
+    """The training prompt of a row: with the memory slots of so many documents, after the `texts`
+    of others, or with its documents' text."""
     documents = (
       self._sealed.quoted("\n".join(row.documents))
       if num_documents is None
-      else self.slots(num_documents)
+      else self.contents(num_documents, texts)
     )
     if row.data_type == "paraphrase":
       return self._prompt(

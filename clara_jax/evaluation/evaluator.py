@@ -50,6 +50,7 @@ def evaluate(
   progress: bool = True,
   name: str | None = None,
   weights_sha256: str | None = None,
+  expand: int = 0,
 ) -> Evaluation:
   """Answers rows from their documents.
 
@@ -64,6 +65,8 @@ def evaluate(
     progress: whether progress is logged.
     name: what they call it; default: the setting.
     weights_sha256: `weights_hash` of the weights, where it is known.
+    expand: how many of the documents that are read, the best ones, are text in place of memory
+      tokens (settings with memory tokens only).
 
   Raises:
     DataError: a row is no single question, or has too few documents.
@@ -75,6 +78,8 @@ def evaluate(
     checkpoint.weights,
   )
   how = SETTINGS[setting]
+  if expand and how.form != "memories":
+    raise ConfigError(f"--expand {expand}: setting {setting!r} reads no memory tokens")
   for row in rows:
     check(row, how, model.config.top_k, prompt_tokenizer)
   if path:
@@ -84,6 +89,8 @@ def evaluate(
   )
   if model.num_memory_tokens < model.config.num_memory_tokens:
     identity += f" {model.num_memory_tokens}"
+  if expand:
+    identity += f" expand {expand}"
   made_by = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
   keys = [_key(i, row) for i, row in enumerate(rows)]
   existing = _read(path, made_by)
@@ -94,7 +101,7 @@ def evaluate(
   if done and progress:
     log.info(f"evaluate {name or setting}: {done} of {len(rows)} rows were answered before")
   cutoffs = (1, 3, 5) + ((20,) if max(len(r.documents) for r in rows) >= 20 else ())
-  for chosen, answered in _Answers(checkpoint, how, max_new_tokens).run(
+  for chosen, answered in _Answers(checkpoint, how, max_new_tokens, expand).run(
     rows, [i for i, p in enumerate(predictions) if p is None], batch_size
   ):
     for i, output in zip(chosen, answered, strict=True):
@@ -219,7 +226,8 @@ def _read(path: str | None, made_by: str) -> dict[str, dict[str, Any]]:
 class _Answers:
   """Passes over rows in one setting."""
 
-  def __init__(self, checkpoint: Checkpoint, how: Setting, max_new_tokens: int):
+  def __init__(self, checkpoint: Checkpoint, how: Setting, max_new_tokens: int, expand: int = 0):
+    self._expand = expand
     model, prompt_tokenizer, weights = (
       checkpoint.model,
       checkpoint.prompt_tokenizer,
@@ -270,12 +278,27 @@ class _Answers:
     if how.form == "memories":
       if ranked is not None:
         memories = memories[np.arange(len(rows))[:, None], ranked[:, :k]]
-      read = [memories.shape[1]] * len(rows)
-      contents = [read[0] * self._model.num_memory_tokens] * len(rows)
-      tokens = [
-        prompt_tokenizer.answer_prompt(r.questions[0], read[0], where=r.identifier).ids
-        for r in rows
+      count = memories.shape[1]
+      read, shown = [count] * len(rows), min(self._expand, count)
+      memories = memories[:, shown:]
+      texts = [
+        [self._read_part(r.documents[i]) for i in order[:shown]]
+        for r, order in zip(
+          rows, ranked if ranked is not None else [range(count)] * len(rows), strict=True
+        )
       ]
+      contents = [
+        (count - shown) * self._model.num_memory_tokens
+        + sum(len(prompt_tokenizer.ids(text)) for text in some)
+        for some in texts
+      ]
+      tokens = [
+        prompt_tokenizer.answer_prompt(
+          r.questions[0], count - shown, where=r.identifier, texts=some
+        ).ids
+        for r, some in zip(rows, texts, strict=True)
+      ]
+      memories = memories if count > shown else None
     else:
       taken = [
         [r.documents[i] for i in ranked[n, :k]] if ranked is not None else []
@@ -318,6 +341,11 @@ class _Answers:
       if scores is not None:
         results[-1] |= {"scores": scores[n].tolist()}
     return results
+
+  def _read_part(self, text: str) -> str:
+    """A document's text as far as the compressor reads it."""
+    limit = self._prompt_tokenizer.config.doc_max_length
+    return text[: self._prompt_tokenizer.read_part(text, limit)[2]]
 
   def _memories(self, rows):
     tokens = pad_tokens(

@@ -30,12 +30,14 @@ class Question:
     top_k: K; None for the answerer's.
     ids: documents that may be found; None for all.
     max_new_tokens: of its answer; None for the answerer's.
+    expand: how many of the best documents are read as text; None for the answerer's.
   """
 
   text: str
   top_k: int | None = None
   ids: tuple[str, ...] | None = None
   max_new_tokens: int | None = None
+  expand: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,9 @@ class Answerer:
     top_k: K; by default the configuration's.
     max_new_tokens: longest answer.
     stream_every: tokens between two calls of `on_text`.
+    expand: how many of the best documents are read as text, as far as their compressor has read
+      them, beside the memory tokens of the others; the generator has to be trained to
+      (`data.expand`).
     merge: whether the generator is merged into a copy of the base: faster, for the memory of a
       second base and its rounding.
 
@@ -116,6 +121,7 @@ class Answerer:
     top_k: int | None = None,
     max_new_tokens: int = 64,
     stream_every: int = 4,
+    expand: int = 0,
     merge: bool = False,
   ):
     model, prompt_tokenizer, weights = (
@@ -142,6 +148,9 @@ class Answerer:
       store,
     )
     self.top_k, self.max_new_tokens = top_k or model.config.top_k, max_new_tokens
+    if expand and not store.manifest.text:
+      raise ConfigError(f"expand={expand}: {store.location} keeps no text")
+    self.expand = expand
     if self.top_k > len(store):
       raise ConfigError(f"top_k={self.top_k} documents of a store with {len(store)}")
     self._index, self._encode = index, checkpoint.jit(encode)
@@ -162,6 +171,7 @@ class Answerer:
     self._prefill_prefix = checkpoint.jit(greedy.prefill_prefix, gather=False)
     self._stream = make_stream(greedy, checkpoint.mesh)
     self._instruction: KeyValues | None = None
+    self._prefixes: dict[int, KeyValues] = {}  # by their length
     self._stream_every = stream_every
 
   def follow(self, store: MemoryStore, index: Searcher) -> None:
@@ -222,9 +232,15 @@ class Answerer:
       ),
       np.float32,
     )
+    texts = [
+      [d.text[: d.characters] for d in documents[: self.expand if q.expand is None else q.expand]]
+      for q, documents in zip(requests, retrieved_documents, strict=True)
+    ]
+    for place, shown in enumerate(texts):  # the others move to the front
+      rows[place] = np.append(rows[place, len(shown) :], np.full(len(shown), -1))
     memories[: len(requests), : rows.shape[1]][rows >= 0] = self.store.memories(rows[rows >= 0])
     clock.append(time.perf_counter())
-    generated = self._generate(requests, (rows >= 0).sum(1), memories, on_text)
+    generated = self._generate(requests, (rows >= 0).sum(1), memories, texts, on_text)
     clock.append(time.perf_counter())
     timings = dict(
       zip(("encode", "search", "generate"), np.round(np.diff(clock) * 1e3, 2).tolist(), strict=True)
@@ -296,18 +312,26 @@ class Answerer:
     questions: Sequence[Question],
     counts: np.ndarray,
     memories: np.ndarray,
+    shown: Sequence[Sequence[str]],
     on_text: Callable[[int, str], None] | None,
   ) -> list["_Generated"]:
     prompt_tokenizer = self.prompt_tokenizer
     prompts = [
-      prompt_tokenizer.answer_prompt(q.text, int(k), where=f"question {q.text!r:.60}").ids
-      for q, k in zip(questions, counts, strict=True)
+      prompt_tokenizer.answer_prompt(
+        q.text, int(k), where=f"question {q.text!r:.60}", texts=texts
+      ).ids
+      for q, k, texts in zip(questions, counts, shown, strict=True)
     ]
     same_documents = (
-      len(prompts) > 1 and len(set(counts)) == 1 and (memories[: len(prompts)] == memories[0]).all()
+      len(prompts) > 1
+      and not any(shown)
+      and len(set(counts)) == 1
+      and (memories[: len(prompts)] == memories[0]).all()
     )
-    prefix_cache = self._prefix_cache(
-      prompts[0], memories[0], int(counts[0]) if same_documents else 0
+    prefix_cache = (
+      self._common_prefix(prompts)
+      if any(shown)
+      else self._prefix_cache(prompts[0], memories[0], int(counts[0]) if same_documents else 0)
     )
     lengths = [len(prompt) for prompt in prompts]
     prompts += prompts[:1] * (len(memories) - len(prompts))
@@ -329,6 +353,16 @@ class Answerer:
         if on_text:
           on_text(place, generated[place].text)
     return generated
+
+  def _common_prefix(self, prompts: Sequence[np.ndarray]) -> KeyValues:
+    """The instruction, where texts follow it: their first tokens may melt into its last."""
+    plain = self.prompt_tokenizer.answer_prompt("", 1).ids
+    length = min(
+      int((a[: min(len(a), len(plain))] == plain[: len(a)]).cumprod().sum()) for a in prompts
+    )
+    if length not in self._prefixes:
+      self._prefixes[length] = self._prefill_prefix(self._generator, plain[:length], None)
+    return self._prefixes[length]
 
   def _prefix_cache(self, prompt: np.ndarray, memories: np.ndarray, documents: int) -> KeyValues:
     """What all prompts begin with, read once: the instruction, for good, and then so many documents

@@ -45,6 +45,7 @@ class AnswerRequest(SearchRequest):
   grows."""
 
   max_new_tokens: Annotated[int, Field(ge=1, le=4_096)] | None = None
+  expand: Annotated[int, Field(ge=0, le=MOST_DOCUMENTS)] | None = None
   stream: bool = False
 
 

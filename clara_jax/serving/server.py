@@ -205,7 +205,9 @@ class Service:
     """POST /answer."""
     body = await self.read(request, schema.AnswerRequest)
     model = self.model(body.model)
-    question = self._question(model, body, body.max_new_tokens)
+    question = dataclasses.replace(
+      self._question(model, body, body.max_new_tokens), expand=body.expand
+    )
     if body.stream:
       return await self._stream_answer(model, question)
     answer = await self.within_time(model.answers.submit(question))

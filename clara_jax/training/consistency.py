@@ -51,6 +51,12 @@ def _check_selection(config: RunConfig, stage: Stage) -> None:
   if config.data.retrieve == "store" and not stage.selects:
     raise ConfigError(f"data.retrieve='store': stage {stage.name!r} takes the rows' own candidates")
 
+  if config.data.expand and stage.data != "given":
+    raise ConfigError(
+      f"data.expand={config.data.expand}: stage {stage.name!r} chooses its documents in the step; "
+      "train it in instruct"
+    )
+
 
 def _check_batch(config: RunConfig, stage: Stage, mesh: Mesh) -> None:
   data, accumulate = config.data, config.train.accumulate
