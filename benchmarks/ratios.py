@@ -99,6 +99,9 @@ class Variant:
   def _directory(self, stage: str) -> str:
     return os.path.join(self._workdir, self.name, stage)
 
+  def _data(self, stage: str) -> DataConfig:
+    return DataConfig(batch_size=32, candidates=recipe.CANDIDATES, bucket=32)
+
   def _train(self, stage: str) -> float:
     """Seconds, compiling included."""
     done = pathlib.Path(self._directory(stage), "seconds")
@@ -126,7 +129,7 @@ class Variant:
     )
     run = RunConfig(
       self._config,
-      DataConfig(batch_size=32, candidates=recipe.CANDIDATES, bucket=32),
+      self._data(stage),
       train,
       base=self._base,
       init_from=init_from,
@@ -143,13 +146,15 @@ class Variant:
     done.write_text(str(time.monotonic() - start))
     return time.monotonic() - start
 
-  def _evaluate(self, checkpoint: formats.Checkpoint, documents: int, setting: str) -> list[dict]:
+  def _evaluate(
+    self, checkpoint: formats.Checkpoint, documents: int, setting: str, expand: int = 0
+  ) -> list[dict]:
     rows = [
       schemas.parse_row(r, f"test:{i}")
       for i, r in enumerate(self._world.question_rows(documents, True, self._rows))
     ]
     return evaluator.evaluate(
-      checkpoint, rows, setting, batch_size=100, max_new_tokens=8, progress=False
+      checkpoint, rows, setting, batch_size=100, max_new_tokens=8, progress=False, expand=expand
     ).predictions
 
 
