@@ -1,5 +1,6 @@
 """A server over a store that changes; several models; a port that is open before all is read."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -105,7 +106,10 @@ def test_a_store_that_changes_while_it_is_asked(tmp_path, kind):
     for thread in threads:
       thread.start()
     chance = np.random.default_rng(1)
-    for version in range(1, 21):
+    # Twenty changes, or as many as a busy machine needs to answer in between.
+    for version in itertools.count(1):
+      if version > 20 and len(asked) > 100 and len(versions(asked)) > 5 or version > 200:
+        break
       writer = MemoryStore(str(path))
       changed = chance.choice(80, 45, replace=False)
       writer.upsert(*documents([f"d{i}" for i in changed], version, chance))
@@ -130,9 +134,12 @@ def test_a_store_that_changes_while_it_is_asked(tmp_path, kind):
       assert time.monotonic() < deadline
       time.sleep(0.05)
   assert not wrong, (len(wrong), wrong[:2])
-  assert len(asked) > 100
-  texts = [{d["text"] for d in r.json()["documents"]} for _, _, _, r in asked]
-  assert len({text.split()[-1] for some in texts for text in some}) > 5  # of many versions
+  assert len(asked) > 100 and len(versions(asked)) > 5
+
+
+def versions(asked):
+  """Of the documents that were found."""
+  return {d["text"].split()[-1] for *_, r in list(asked) for d in r.json().get("documents", ())}
 
 
 def _asked(q):
